@@ -1,0 +1,27 @@
+"""prunus prunes PyTorch models by recipe, during training or in one shot."""
+
+from prunus.calibration import Calibration
+from prunus.checkpoint import load, save
+from prunus.modifiers import PruningModifier
+from prunus.oneshot import prune, sweep
+from prunus.pruners import Magnitude, list_pruners, register_pruner
+from prunus.recipe import Recipe
+from prunus.results import sparsity
+from prunus.session import Session, attach
+
+__version__ = "0.1.0"
+__all__ = [
+    "Calibration",
+    "Magnitude",
+    "PruningModifier",
+    "Recipe",
+    "Session",
+    "attach",
+    "list_pruners",
+    "load",
+    "prune",
+    "register_pruner",
+    "save",
+    "sparsity",
+    "sweep",
+]

@@ -1,0 +1,117 @@
+"""How much of the target each layer carries."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Protocol, runtime_checkable
+
+from prunus.names import Registry
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What an allocator decides about: a layer, counted in the pattern's units."""
+
+    name: str
+    shape: tuple[int, ...]
+    size: int
+    """units in the layer: weights, or blocks"""
+    pruned: int
+    """units that are zero already and stay so"""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """``lowest(k)`` says how many of the k lowest-scored units of the model lie in each layer."""
+
+    units: Sequence[Unit]
+    target: float | None
+    lowest: Callable[[int], list[int]]
+
+    @property
+    def size(self) -> int:
+        return sum(unit.size for unit in self.units)
+
+    @property
+    def pruned(self) -> int:
+        return sum(unit.pruned for unit in self.units)
+
+    @property
+    def drop(self) -> int:
+        """Units to be gone in all, exactly; never fewer than are gone already."""
+        return self.count(self.target)
+
+    def count(self, target: float | None) -> int:
+        if target is None:
+            raise ValueError("no sparsity was given; give one, such as sparsity=0.75")
+        return max(round(target * self.size), self.pruned)
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Units to be gone in each layer, in the order of the problem's units."""
+
+    units: Sequence[Unit]
+    drop: Sequence[int]
+
+    @property
+    def sparsity(self) -> dict[str, float]:
+        pairs = zip(self.units, self.drop, strict=True)
+        return {unit.name: drop / max(1, unit.size) for unit, drop in pairs}
+
+    def save(self, path: str | Path) -> None:
+        """JSON, ``{layer: sparsity}``; the allocator ``table`` reads it."""
+        Path(path).write_text(json.dumps(self.sparsity, indent=2) + "\n")
+
+
+@runtime_checkable
+class Allocator(Protocol):
+    """A frozen dataclass; ``name`` is what recipes call it. It decides and never prunes."""
+
+    name: ClassVar[str]
+
+    def allocate(self, problem: Problem) -> Allocation:
+        """Raises ValueError if the target cannot be met."""
+        ...
+
+
+ALLOCATORS: Registry[Allocator] = Registry("allocator")
+
+
+def fill(shares: Sequence[float], low: Sequence[int], high: Sequence[int], total: int) -> list[int]:
+    """Integers proportional to `shares` within [low, high] that add up to `total` exactly.
+
+    A layer at its bound passes what it cannot carry on to the others in proportion; what
+    rounding leaves goes to the largest remainders, the first of equal ones.
+
+    Raises ValueError if no such integers exist.
+    """
+    if not sum(low) <= total <= sum(high):
+        raise ValueError(f"cannot place {total} units within bounds {sum(low)} and {sum(high)}")
+
+    def clipped(scale: float) -> list[float]:
+        triples = zip(shares, low, high, strict=True)
+        return [min(max(scale * share, bottom), top) for share, bottom, top in triples]
+
+    below, above = 0.0, 1.0
+    while sum(clipped(above)) < total and above < 1e18:
+        above *= 2
+    if sum(clipped(above)) < total - 0.5:
+        raise ValueError(f"the layers with a share above zero cannot carry {total} units")
+    for _ in range(200):
+        middle = (below + above) / 2
+        below, above = (middle, above) if sum(clipped(middle)) < total else (below, middle)
+    exact = clipped(above)
+    whole = [max(int(x + 1e-9), bottom) for x, bottom in zip(exact, low, strict=True)]
+    order = sorted(range(len(whole)), key=lambda i: (whole[i] - exact[i], i))
+    rest = total - sum(whole)
+    while rest:
+        step = 1 if rest > 0 else -1
+        for i in order if step > 0 else reversed(order):
+            if rest and low[i] <= whole[i] + step <= high[i]:
+                whole[i] += step
+                rest -= step
+    return whole

@@ -1,0 +1,306 @@
+"""One pruning step: statistics -> proposals -> shares -> masks -> new weights -> commit.
+
+Everything that can fail happens before the first weight is written, so a model is either pruned or
+untouched.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from prunus import solvers
+from prunus.allocators import Allocator, Problem, Unit
+from prunus.calibration import Calibration, measure_inputs
+from prunus.distributed import Shards, all_reduce_statistics, shards_of
+from prunus.layers import Layer
+from prunus.patterns import Pattern
+from prunus.progress import track
+from prunus.pruners import Pruner, supports
+from prunus.stats import Statistic
+
+
+@dataclass(frozen=True)
+class Method:
+    """How to prune: by what score, into which shapes, spread how over the layers."""
+
+    pruner: Pruner
+    pattern: Pattern
+    allocator: Allocator
+
+    def fit(self, layers: Sequence[Layer]) -> list[Layer]:
+        """The layers as this method wants to see them.
+
+        Raises ValueError if the pruner or a layer does not go with the pattern.
+        """
+        supports(self.pruner, self.pattern)
+        for layer in layers:
+            try:
+                self.pattern.check(*layer.matrix_shape(), layer.channels())
+            except ValueError as error:
+                raise ValueError(f"{layer.name}: {error}") from None
+        grouped = self.pattern.kind in ("N:M", "block")
+        return [layer.with_channels_inner() for layer in layers] if grouped else list(layers)
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """What became of one layer, counted over all ranks."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    pattern: str
+    size: int
+    zeros: int
+    score_lost: float
+    """share of the layer's remaining score that went with what was pruned in this step"""
+
+    @property
+    def sparsity(self) -> float:
+        return self.zeros / max(1, self.size)
+
+
+@dataclass
+class Change:
+    """A new weight, not yet written; after `commit`, the old one."""
+
+    layer: Layer
+    weight: Tensor
+    mask: Tensor
+    row: LayerRow
+
+
+@dataclass
+class Candidate:
+    """A layer with the scores of its units, dead ones at minus infinity."""
+
+    layer: Layer
+    rebuild: Callable[[Tensor], Tensor]
+    scores: Tensor
+    pruned: int
+    total: float
+
+
+@dataclass
+class Choice:
+    """A layer with its keep-mask, a (rows, columns) matrix."""
+
+    layer: Layer
+    rebuild: Callable[[Tensor], Tensor]
+    mask: Tensor
+    row: LayerRow
+
+
+def present_sparsity(layers: Sequence[Layer], pattern: Pattern) -> float:
+    """The share of the pattern's units that are zero already, over all ranks."""
+    counts = torch.zeros(2, dtype=torch.float64)
+    for layer in layers:
+        alive = pattern.pool(layer.matrix(layer.local != 0))
+        counts += torch.tensor([alive.numel() - int(alive.count_nonzero()), alive.numel()])
+    zeros, size = shards_of(layers, pattern).all_reduce(counts).tolist()
+    return float(zeros / max(1, size))
+
+
+def check_reachable(layers: Sequence[Layer], pattern: Pattern, target: float) -> None:
+    """Raises ValueError if more is pruned already than the target asks for."""
+    present = present_sparsity(layers, pattern)
+    size = sum(layer.weight.numel() for layer in layers)
+    if present * size > target * size + 1:
+        raise ValueError(
+            f"sparsity is {present:.4f} already, above the target {target:g}; pruned weights do "
+            f"not come back: raise the target to {present:.4f} or more"
+        )
+
+
+def measure(
+    method: Method, layers: Sequence[Layer], model: nn.Module, calibration: Calibration | None
+) -> dict[Layer, Statistic]:
+    """The statistics the method needs, measured and summed over data-parallel ranks.
+
+    Raises ValueError if it needs data and there is none.
+    """
+    needed = {layer: method.pruner.statistic(layer) for layer in layers}
+    stats = {layer: stat for layer, stat in needed.items() if stat is not None}
+    if not stats:
+        return {}
+    if calibration is None:
+        raise ValueError(
+            f"pruner {method.pruner.name!r} learns from data; "
+            "pass calibration=prunus.Calibration(batches, loss_fn)"
+        )
+    measure_inputs(model, stats, calibration)
+    for stat in stats.values():
+        all_reduce_statistics(stat.tensors())
+    return stats
+
+
+def _refuse(bad: Sequence[int], names: Sequence[str], shards: Shards, what: str) -> None:
+    # every rank must raise, or the others would wait for it for ever
+    counts = shards.all_reduce(torch.tensor(bad)).tolist()
+    for name, count in zip(names, counts, strict=True):
+        if count:
+            raise ValueError(f"{name} has {count} NaN or infinite {what}; nothing was pruned")
+
+
+def _candidate(method: Method, layer: Layer, stat: Statistic | None) -> Candidate:
+    w = layer.matrix(layer.local)
+    scores, rebuild = method.pruner.propose(w, stat, method.pattern)
+    if scores.shape != w.shape:
+        raise ValueError(
+            f"pruner {method.pruner.name!r} gave scores of shape {tuple(scores.shape)} for "
+            f"{layer.name}, which is {tuple(w.shape)}"
+        )
+    alive = w != 0
+    if not bool(alive.all()):
+        scores = scores.masked_fill(~alive, 0)
+    units = method.pattern.pool(scores)
+    total = solvers.total(units)
+    dead = method.pattern.pool(alive) == 0
+    pruned = int(dead.count_nonzero())
+    if pruned:
+        units = units.masked_fill(dead, -math.inf)
+    return Candidate(layer, rebuild, units, pruned, total)
+
+
+@torch.no_grad()
+def propose(
+    method: Method, layers: Sequence[Layer], stats: dict[Layer, Statistic], shards: Shards
+) -> list[Candidate]:
+    """Scores for every layer, computed from the present weights.
+
+    Raises ValueError for weights or scores that are NaN or infinite.
+    """
+    names = [layer.parameter_name for layer in layers]
+    bad = [solvers.count_non_finite(layer.local) for layer in layers]
+    _refuse(bad, names, shards, "weights")
+    bar = track(layers, f"{method.pruner.name}: scores")
+    candidates = [_candidate(method, layer, stats.get(layer)) for layer in bar]
+    bad = [
+        0 if math.isfinite(c.total) else solvers.count_non_finite(c.scores) - c.pruned
+        for c in candidates
+    ]
+    _refuse(bad, names, shards, f"{method.pruner.name} scores")
+    dtype = functools.reduce(torch.promote_types, (c.scores.dtype for c in candidates))
+    for candidate in candidates:
+        candidate.scores = candidate.scores.to(dtype)
+    return candidates
+
+
+def _shares(
+    method: Method, candidates: Sequence[Candidate], target: float | None, shards: Shards
+) -> list[int]:
+    """Units to drop in this rank's part of each layer."""
+    scores = [c.scores for c in candidates]
+    mine = torch.tensor([[c.scores.numel(), c.pruned] for c in candidates])
+    sizes = shards.all_reduce(mine).tolist()
+    units = [
+        Unit(c.layer.name, c.layer.shape, *size) for c, size in zip(candidates, sizes, strict=True)
+    ]
+
+    def lowest(tensors: Sequence[Tensor], k: int) -> tuple[list[int], list[int]]:
+        return solvers.count_lowest(
+            tensors, k, shards.all_reduce if shards.group else None, shards.rank, shards.world_size
+        )
+
+    drop = method.allocator.allocate(Problem(units, target, lambda k: lowest(scores, k)[1])).drop
+    if shards.group is None:
+        return list(drop)
+    if method.pattern.kind == "row":
+        return [
+            d * len(c.scores) // u.shape[c.layer.rows_dim]
+            for d, c, u in zip(drop, candidates, units, strict=True)
+        ]
+    return [lowest([s], d)[0][0] for s, d in zip(scores, drop, strict=True)]
+
+
+@torch.no_grad()
+def choose(
+    method: Method, candidates: Sequence[Candidate], target: float | None, shards: Shards
+) -> list[Choice]:
+    """Masks that meet the target exactly (ignored where the pattern fixes the sparsity)."""
+    pattern = method.pattern
+    drop = [0] * len(candidates)
+    if pattern.fixed is None:
+        drop = _shares(method, candidates, target, shards)
+    masks, counts = [], []
+    for candidate, k in zip(candidates, drop, strict=True):
+        mask = pattern.mask(candidate.scores, k)
+        if candidate.pruned or pattern.kind == "block":
+            mask &= candidate.layer.matrix(candidate.layer.local) != 0
+        kept = candidate.scores.masked_fill(pattern.pool(mask) == 0, 0)
+        zeros = mask.numel() - int(mask.count_nonzero())
+        masks.append(mask)
+        counts.append([mask.numel(), zeros, candidate.total, solvers.total(kept)])
+    whole = shards.all_reduce(torch.tensor(counts, dtype=torch.float64)).tolist()
+    return [
+        Choice(c.layer, c.rebuild, mask, _row(c.layer, pattern, *numbers))
+        for c, mask, numbers in zip(candidates, masks, whole, strict=True)
+    ]
+
+
+def _row(
+    layer: Layer, pattern: Pattern, size: float, zeros: float, before: float, after: float
+) -> LayerRow:
+    lost = max(0.0, 1 - after / before) if before else 0.0
+    return LayerRow(layer.name, layer.kind, layer.shape, str(pattern), int(size), int(zeros), lost)
+
+
+@torch.no_grad()
+def rebuild(method: Method, choices: Sequence[Choice], shards: Shards) -> list[Change]:
+    """The new weights, in the shape of the old.
+
+    Raises ValueError if the pruner computed one that is NaN or infinite.
+    """
+    changes = []
+    for choice in track(choices, f"{method.pruner.name}: weights"):
+        layer, shape = choice.layer, tuple(choice.layer.local.shape)
+        new = torch.where(choice.mask, choice.rebuild(choice.mask), 0)
+        mask = layer.unmatrix(choice.mask, shape)
+        changes.append(Change(layer, layer.unmatrix(new, shape), mask, choice.row))
+    names = [change.layer.parameter_name for change in changes]
+    bad = [solvers.count_non_finite(change.weight) for change in changes]
+    _refuse(bad, names, shards, f"new weights from {method.pruner.name}")
+    return changes
+
+
+@torch.no_grad()
+def commit(changes: Sequence[Change]) -> None:
+    """Write the new weights; each change then holds the old one, so a second commit undoes it.
+
+    All or nothing: an interrupt in the middle puts back what was written.
+    """
+    begun: list[tuple[Change, Tensor]] = []
+    try:
+        for change in changes:
+            old = change.layer.local.clone()
+            begun.append((change, old))
+            change.layer.local.copy_(change.weight)
+            change.weight = old
+    except BaseException:
+        for change, old in begun:
+            change.layer.local.copy_(old)
+        raise
+
+
+def prune_step(
+    method: Method,
+    layers: Sequence[Layer],
+    target: float | None,
+    model: nn.Module,
+    calibration: Calibration | None,
+) -> list[Change]:
+    """One whole step, committed. ``layers`` come from `Method.fit`."""
+    shards = shards_of(layers, method.pattern)
+    stats = measure(method, layers, model, calibration)
+    candidates = propose(method, layers, stats, shards)
+    choices = choose(method, candidates, target, shards)
+    del candidates  # the scores are as large as the weights
+    changes = rebuild(method, choices, shards)
+    commit(changes)
+    return changes

@@ -1,0 +1,210 @@
+"""Layers: the one place that knows Linear, convolutions, attention and transformers' Conv1D apart.
+
+A `Layer` is one weight that can be pruned, seen as a matrix (outputs, inputs * kernel positions).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from prunus.masking import local
+
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+def clean_name(name: str) -> str:
+    """The name without what DDP, FSDP, torch.compile and checkpoint wrappers put into it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def clean_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {clean_name(name): p for name, p in model.named_parameters()}
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D: a linear layer whose weight is stored as (inputs, outputs)."""
+    weight = getattr(module, "weight", None)
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and weight.dim() == 2
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One prunable weight.
+
+    ``name`` is the clean module name (for attention's own weights the parameter's name),
+    ``parameter_name`` the clean name in ``named_parameters()``. With ``channels_inner`` the matrix
+    runs over kernel positions first and input channels last, so that groups of columns are groups
+    of input channels; without, columns are in the order of ``weight.flatten(1)``.
+    """
+
+    name: str
+    parameter_name: str
+    module: nn.Module
+    weight: nn.Parameter
+    channels_inner: bool = False
+
+    @property
+    def kind(self) -> str:
+        return type(self.module).__name__
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole weight, on however many ranks it lies."""
+        return tuple(self.weight.shape)
+
+    @property
+    def local(self) -> Tensor:
+        """This rank's part of the weight, detached, sharing its memory."""
+        return local(self.weight.detach())
+
+    @property
+    def _inputs_first(self) -> bool:
+        return isinstance(self.module, _TRANSPOSED) or _is_conv1d(self.module)
+
+    @property
+    def _groups(self) -> int:
+        return self.module.groups if isinstance(self.module, _TRANSPOSED) else 1
+
+    @property
+    def rows_dim(self) -> int:
+        """The dimension of the weight along which the rows of the matrix run."""
+        return 1 if self._inputs_first else 0
+
+    def channels(self, shape: tuple[int, ...] | None = None) -> int:
+        """Input channels of each output (of each group, where convolutions are grouped)."""
+        shape = self.shape if shape is None else shape
+        return shape[0] // self._groups if self._inputs_first else shape[1]
+
+    def matrix_shape(self, shape: tuple[int, ...] | None = None) -> tuple[int, int]:
+        """(rows, columns) of the matrix view of a weight of this shape (default: the whole)."""
+        shape = self.shape if shape is None else shape
+        cols = self.channels(shape) * math.prod(shape[2:])
+        return math.prod(shape) // max(1, cols), cols
+
+    def matrix(self, t: Tensor) -> Tensor:
+        """A tensor of the weight's (local) shape as (rows, columns); a view where it can be."""
+        if (
+            self._inputs_first
+        ):  # (groups * in, out, ...) -> (groups, out, in, ...) -> (out, in, ...)
+            parts = t.reshape(self._groups, t.shape[0] // self._groups, *t.shape[1:])
+            t = parts.transpose(1, 2).flatten(0, 1)
+        if self.channels_inner and t.dim() > 2:
+            t = t.flatten(2).transpose(1, 2)
+        return t.flatten(1)
+
+    def unmatrix(self, m: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The inverse of `matrix`: a tensor of the weight's (local) ``shape``."""
+        channels, kernel = self.channels(shape), shape[2:]
+        if self.channels_inner:
+            m = m.reshape(len(m), -1, channels).transpose(1, 2)
+        if not self._inputs_first:
+            return m.reshape(shape)
+        parts = m.reshape(self._groups, shape[1], channels, *kernel)
+        return parts.transpose(1, 2).reshape(shape)
+
+    def input_matrix(self, x: Tensor) -> Tensor:
+        """The layer's input as (samples, columns), columns as in the matrix of the weight.
+
+        Raises ValueError for layers whose inputs have no such form yet.
+        """
+        if isinstance(self.module, nn.Linear) or _is_conv1d(self.module):
+            return x.detach().reshape(-1, x.shape[-1])
+        conv = self.module
+        if not isinstance(conv, nn.Conv1d | nn.Conv2d) or conv.groups != 1:
+            raise ValueError(
+                f"{self.name} ({self.kind}): inputs are measured for Linear and ungrouped Conv1d "
+                "and Conv2d only; exclude it, or use a pruner that needs no inputs"
+            )
+        if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+            raise ValueError(f"{self.name}: inputs are measured for numeric zero padding only")
+        one_d = isinstance(conv, nn.Conv1d)
+        x, ones = (x.unsqueeze(-2), (1,)) if one_d else (x, ())
+        zeros = (0,) if one_d else ()
+        patches = nn.functional.unfold(
+            x.detach(),
+            kernel_size=ones + conv.kernel_size,
+            dilation=ones + conv.dilation,
+            padding=zeros + conv.padding,
+            stride=ones + conv.stride,
+        )
+        samples = patches.transpose(1, 2).flatten(0, 1)
+        if self.channels_inner:
+            samples = samples.unflatten(1, (conv.in_channels, -1)).transpose(1, 2).flatten(1)
+        return samples
+
+    def with_channels_inner(self) -> Layer:
+        return replace(self, channels_inner=True)
+
+
+def _weights_of(module: nn.Module) -> list[str]:
+    if isinstance(module, nn.MultiheadAttention):
+        return [name for name in _ATTENTION if getattr(module, name) is not None]
+    if isinstance(module, (nn.Linear, *_CONVS, *_TRANSPOSED)) or _is_conv1d(module):
+        return ["weight"]
+    return []
+
+
+def all_layers(model: nn.Module) -> Iterator[Layer]:
+    """Every prunable weight in the order of registration, tied weights once."""
+    seen: set[int] = set()
+    for full_name, module in model.named_modules():
+        for attribute in _weights_of(module):
+            weight = getattr(module, attribute)
+            if not isinstance(weight, nn.Parameter):
+                raise ValueError(
+                    f"{clean_name(full_name)}.{attribute} is computed, not stored (is it "
+                    "parametrized or pruned by torch.nn.utils?); remove that first"
+                )
+            if id(weight) in seen:
+                continue
+            seen.add(id(weight))
+            name = clean_name(full_name)
+            parameter = f"{name}.{attribute}" if name else attribute
+            yield Layer(name if attribute == "weight" else parameter, parameter, module, weight)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own module inside DDP and torch.compile wrappers."""
+    for attribute in ("_orig_mod", "module"):
+        inner = model._modules.get(attribute)
+        if inner is not None and len(model._modules) == 1:
+            return unwrap(inner)
+    return model
+
+
+def _is_head(model: nn.Module, last: Layer) -> bool:
+    in_blocks = any(
+        isinstance(module, nn.ModuleList) and last.name.startswith(clean_name(name) + ".")
+        for name, module in model.named_modules()
+    )
+    return not in_blocks
+
+
+def ends(model: nn.Module) -> list[Layer]:
+    """What is left dense unless asked for: the stem and the output head.
+
+    The stem is the first layer if it is a convolution (pixels, patches); a model that begins with
+    an embedding has none. The head is what ``get_classifier`` (timm) or ``get_output_embeddings``
+    (transformers) names, else the last layer, unless that is part of a list of blocks.
+    """
+    layers = list(all_layers(model))
+    if not layers:
+        return []
+    stem = [layers[0]] if isinstance(layers[0].module, _CONVS) else []
+    inner = unwrap(model)
+    heads = [
+        getattr(inner, getter)()
+        for getter in ("get_classifier", "get_output_embeddings")
+        if callable(getattr(inner, getter, None))
+    ]
+    named = [layer for layer in layers if any(layer.module is head for head in heads)]
+    if not named and _is_head(model, layers[-1]):
+        named = [layers[-1]]
+    return stem + [layer for layer in named if layer not in stem]

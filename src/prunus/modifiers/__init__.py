@@ -1,0 +1,18 @@
+"""What a recipe may contain, one file each."""
+
+from prunus.modifiers.base import MODIFIERS, Context, Modifier, Run
+from prunus.modifiers.freeze import Freeze
+from prunus.modifiers.param_groups import LearningRate, WeightDecay
+from prunus.modifiers.prune import PruningModifier, PruningRun
+
+__all__ = [
+    "MODIFIERS",
+    "Context",
+    "Freeze",
+    "LearningRate",
+    "Modifier",
+    "PruningModifier",
+    "PruningRun",
+    "Run",
+    "WeightDecay",
+]

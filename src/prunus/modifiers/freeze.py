@@ -1,0 +1,53 @@
+"""The recipe entry ``freeze``: train only some parameters for a while."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from prunus.layers import clean_parameters
+from prunus.modifiers.base import MODIFIERS, Context, Run
+from prunus.selection import select_parameters
+from prunus.timing import Window
+
+
+@dataclass(frozen=True)
+class Freeze:
+    """Parameters that are not updated: their gradients are dropped before each step.
+
+    ``requires_grad`` stays as it is, because DDP and FSDP have built their communication on it;
+    freezing this way costs the gradients but breaks no wrapper.
+    """
+
+    name: ClassVar[str] = "freeze"
+    one_shot: ClassVar[bool] = False
+
+    parameters: tuple[str, ...] = ("*",)
+    """parameter names, globs or `re:` regexes"""
+    exclude: tuple[str, ...] = ()
+    """parameters to train all the same: `exclude: ["head.*"]` trains only the head"""
+    window: Window | None = None
+    """when; default: all of training"""
+
+    def bind(self, context: Context) -> Run:
+        return FreezeRun(self, context)
+
+
+MODIFIERS.add(Freeze.name, Freeze)
+
+
+class FreezeRun(Run):
+    def __init__(self, modifier: Freeze, context: Context) -> None:
+        parameters = clean_parameters(context.model)
+        self.frozen = select_parameters(parameters, modifier.parameters, modifier.exclude)
+        window, timeline = modifier.window or Window(), context.timeline
+        self.begin = window.begin(timeline)
+        self.end = None if window.to is None else window.span(timeline)[1]
+
+    def before_step(self, step: int) -> None:
+        if self.begin <= step and (self.end is None or step < self.end):
+            for parameter in self.frozen.values():
+                parameter.grad = None
+
+    def plan(self) -> list[tuple[int, str]]:
+        return [(self.begin, f"freeze {len(self.frozen)} parameters")]

@@ -1,0 +1,200 @@
+"""The recipe entry ``prune``: remove weights, by which method, how many, where and when."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from prunus.allocators import ALLOCATORS, Allocator, Table
+from prunus.engine import Change, LayerRow, Method, check_reachable, prune_step
+from prunus.layers import Layer
+from prunus.masking import Hard, Masking, zero_momentum
+from prunus.modifiers.base import MODIFIERS, Context, Run
+from prunus.patterns import Pattern, parse_pattern
+from prunus.pruners import Magnitude, Pruner, supports
+from prunus.schedules import Schedule
+from prunus.selection import select
+from prunus.timing import Window
+
+
+@dataclass(frozen=True)
+class PruningModifier:
+    """Prune some layers over a window of training, or at once on a finished model."""
+
+    name: ClassVar[str] = "prune"
+    one_shot: ClassVar[bool] = True
+
+    pruner: Pruner = field(default_factory=Magnitude)
+    """the method: a name, or a mapping of its name and hyperparameters"""
+    sparsity: float | Schedule | None = None
+    """share of weights removed: a number or a schedule; N:M patterns and tables bring their own"""
+    layers: tuple[str, ...] | None = None
+    """names, globs, class names or `re:` regexes; default: all but the stem and the output head"""
+    exclude: tuple[str, ...] = ()
+    """what to leave out of `layers`"""
+    pattern: str = "unstructured"
+    """unstructured, row, N:M such as 2:4 (N kept of every M inputs), or block such as 4x1"""
+    allocator: Allocator | None = None
+    """how the layers share the sparsity; default: the pruner's own"""
+    window: Window | None = None
+    """when; default: at once, or over all of training for a schedule"""
+    masking: Masking = field(default_factory=Hard)
+    """how masked weights are treated between pruning steps"""
+
+    def __post_init__(self) -> None:
+        pattern = parse_pattern(self.pattern)
+        supports(self.pruner, pattern)
+        for value in self.schedule.extremes if self.schedule else ():
+            if not 0 <= value <= 1:
+                raise ValueError(f"sparsity {value} is not between 0 and 1")
+        if pattern.fixed is not None:
+            self._check_fixed(pattern.fixed)
+        elif self.sparsity is None and not isinstance(self.allocator, Table):
+            raise ValueError("no sparsity was given; give one, such as sparsity: 0.75")
+
+    def _check_fixed(self, fixed: float) -> None:
+        if self.allocator is not None:
+            raise ValueError(
+                f"pattern '{self.pattern}' fixes every layer's share; drop 'allocator'"
+            )
+        if self.schedule and any(abs(v - fixed) > 1e-9 for v in self.schedule.extremes):
+            raise ValueError(
+                f"pattern '{self.pattern}' has sparsity {fixed:g}; drop 'sparsity' or write {fixed:g}"
+            )
+
+    @property
+    def schedule(self) -> Schedule | None:
+        if self.sparsity is None or isinstance(self.sparsity, Schedule):
+            return self.sparsity
+        return Schedule(to=self.sparsity)
+
+    @property
+    def method(self) -> Method:
+        pattern: Pattern = parse_pattern(self.pattern)
+        allocator = self.allocator or ALLOCATORS[self.pruner.allocator]()
+        return Method(self.pruner, pattern, allocator)
+
+    def bind(self, context: Context) -> PruningRun:
+        return PruningRun(self, context)
+
+
+MODIFIERS.add(PruningModifier.name, PruningModifier)
+
+
+class PruningRun(Run):
+    """Prunes at its ticks and keeps the masks of its weights in between."""
+
+    def __init__(self, modifier: PruningModifier, context: Context) -> None:
+        self.modifier, self.context, self.method = modifier, context, modifier.method
+        chosen = select(context.model, modifier.layers, modifier.exclude)
+        self.layers: list[Layer] = self.method.fit(chosen.layers)
+        self.left_dense = chosen.left_dense
+        self.names = [layer.parameter_name for layer in self.layers]
+        if context.optimizer is not None:
+            check_held(context.optimizer, self.layers)
+        self.ticks = [0] if context.one_shot else self._ticks()
+        self.next = 0
+        self.rows: list[LayerRow] = []
+        self.changes: list[Change] = []
+
+    def _ticks(self) -> list[int]:
+        window, timeline = self.modifier.window, self.context.timeline
+        schedule = self.modifier.schedule
+        if schedule is None or schedule.kind == "constant":
+            return [(window or Window()).begin(timeline)]
+        return (window or Window()).ticks(timeline)
+
+    def start(self) -> None:
+        schedule, pattern = self.modifier.schedule, self.method.pattern
+        if schedule is None or pattern.fixed is not None:
+            return
+        check_reachable(self.layers, pattern, schedule.final)
+
+    def target(self, tick: int) -> float | None:
+        """Sparsity after the tick of this number."""
+        schedule = self.modifier.schedule
+        if schedule is None or tick == len(self.ticks) - 1:
+            return None if schedule is None else schedule.final
+        begin, end = self.ticks[0], self.ticks[-1]
+        cycle = schedule.cycle and self.context.timeline.steps(schedule.cycle) / (end - begin)
+        return schedule((self.ticks[tick] - begin) / (end - begin), cycle or None)
+
+    def after_step(self, step: int) -> None:
+        if self.next < len(self.ticks) and step >= self.ticks[self.next]:
+            while self.next < len(self.ticks) and step >= self.ticks[self.next]:
+                self.next += 1  # of several that are due, the last says it all
+            self._tick(self.next - 1, step)
+        owned = [name for name in self.names if self.context.owners.get(name) is self]
+        weights, masks = self.context.masks.parts(owned)
+        self.modifier.masking.hide(weights, masks, min(1.0, step / max(1, self.ticks[-1])))
+
+    def finish(self, step: int) -> None:
+        if self.next < len(self.ticks):
+            self.next = len(self.ticks)
+            self._tick(self.next - 1, step)
+
+    def _tick(self, tick: int, step: int) -> None:
+        context, target = self.context, self.target(tick)
+        changes = prune_step(self.method, self.layers, target, context.model, context.calibration)
+        for change in changes:
+            name, weight = change.layer.parameter_name, change.layer.weight
+            context.masks.put(name, weight, change.mask)
+            context.owners[name] = self
+            if context.optimizer is not None:
+                zero_momentum(context.optimizer, weight, context.masks[name])
+        self.rows = [change.row for change in changes]
+        self.changes = changes if context.one_shot else []
+        context.record(pruning_event(self.modifier, self.rows, step, target))
+
+    def plan(self) -> list[tuple[int, str]]:
+        fixed = self.method.pattern.fixed
+        targets = [
+            (step, fixed if fixed is not None else self.target(i))
+            for i, step in enumerate(self.ticks)
+        ]
+        said = f"{self.method.pruner.name} to {self.modifier.pattern}"
+        return [
+            (s, f"{said}, sparsity {'by table' if t is None else f'{t:.4f}'}") for s, t in targets
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        owned = [name for name in self.names if self.context.owners.get(name) is self]
+        return {"next": self.next, "owned": owned}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.next = int(state["next"])
+        for name in state["owned"]:
+            self.context.owners[name] = self
+
+
+def pruning_event(
+    modifier: PruningModifier, rows: list[LayerRow], step: int, target: float | None
+) -> dict[str, Any]:
+    """What records and reports know of one pruning step."""
+    zeros, size = sum(row.zeros for row in rows), sum(row.size for row in rows)
+    return {
+        "event": "prune",
+        "step": step,
+        "pruner": modifier.pruner.name,
+        "pattern": modifier.pattern,
+        "target": target,
+        "sparsity": zeros / max(1, size),
+        "layers": {row.name: row.sparsity for row in rows},
+    }
+
+
+def check_held(optimizer: Any, layers: list[Layer]) -> None:
+    """Raises ValueError unless the optimizer holds every weight that will be pruned."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [layer.parameter_name for layer in layers if id(layer.weight) not in held]
+    if not missing:
+        return
+    if any(hasattr(layer.weight, "ds_id") for layer in layers):
+        raise ValueError(
+            "DeepSpeed ZeRO flattens the weights, so masks cannot hold; use DDP or FSDP2"
+        )
+    count = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+    raise ValueError(
+        f"the optimizer does not hold {', '.join(missing[:3])}{count}; attach the optimizer that "
+        "trains these weights, built after the model was moved or sharded, or exclude them"
+    )

@@ -1,0 +1,196 @@
+"""Pruning a finished model: `prune` once, `sweep` over sparsities."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from prunus import engine
+from prunus.allocators import ALLOCATORS, Allocator, Table
+from prunus.calibration import Calibration
+from prunus.distributed import shards_of
+from prunus.modifiers import Context, PruningModifier, PruningRun
+from prunus.modifiers.base import log
+from prunus.modifiers.prune import pruning_event
+from prunus.patterns import parse_pattern
+from prunus.progress import track
+from prunus.pruners import PRUNERS, Pruner
+from prunus.recipe import Recipe
+from prunus.records import Recorder
+from prunus.results import Evaluate, Result, SweepResult
+from prunus.selection import select
+
+AllocatorLike = str | Mapping[str, float] | Allocator | None
+RECIPE_ENDINGS = (".yaml", ".yml")
+
+
+def as_pruner(pruner: str | Pruner) -> Pruner:
+    """A pruner by name with its defaults, or itself."""
+    return PRUNERS[pruner]() if isinstance(pruner, str) else pruner
+
+
+def as_allocator(allocator: AllocatorLike) -> Allocator | None:
+    """An allocator by name, a table of names to sparsities, or itself."""
+    if isinstance(allocator, str):
+        return ALLOCATORS[allocator]()
+    if isinstance(allocator, Mapping):
+        return Table(allocator)
+    return allocator
+
+
+def as_recipe(
+    pruner: str | os.PathLike[str] | Pruner | Recipe,
+    sparsity: float | None,
+    pattern: str | None,
+    layers: Sequence[str] | str | None,
+    exclude: Sequence[str] | str,
+    allocator: AllocatorLike,
+) -> Recipe:
+    """The recipe that a call of `prune` stands for."""
+    name = os.fspath(pruner) if isinstance(pruner, str | os.PathLike) else ""
+    if isinstance(pruner, Recipe | os.PathLike) or name.endswith(RECIPE_ENDINGS) or "\n" in name:
+        given = {"pattern": pattern, "layers": layers, "exclude": exclude, "allocator": allocator}
+        if clash := [key for key, value in given.items() if value]:
+            raise ValueError(f"{', '.join(clash)} belong in the recipe, which was given as well")
+        overrides = {} if sparsity is None else {"sparsity": sparsity}
+        return Recipe.load(cast("str | Recipe", pruner), **overrides)
+    modifier = PruningModifier(
+        pruner=as_pruner(cast("str | Pruner", pruner)),
+        sparsity=sparsity,
+        layers=_names(layers) if layers is not None else None,
+        exclude=_names(exclude),
+        pattern=pattern or "unstructured",
+        allocator=as_allocator(allocator),
+    )
+    return Recipe((modifier,))
+
+
+def _names(patterns: Sequence[str] | str) -> tuple[str, ...]:
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def prune(
+    model: nn.Module,
+    pruner: str | os.PathLike[str] | Pruner | Recipe,
+    *,
+    sparsity: float | None = None,
+    pattern: str | None = None,
+    layers: Sequence[str] | str | None = None,
+    exclude: Sequence[str] | str = (),
+    allocator: AllocatorLike = None,
+    calibration: Calibration | None = None,
+    output_dir: str | os.PathLike[str] | None = None,
+) -> Result:
+    """Prune a model in place, at once.
+
+    ``pruner`` is a name (`list_pruners`), a pruner object, or a recipe (a path, YAML text or
+    `Recipe`), of which the ``prune`` entries are applied at their final sparsity; ``sparsity`` then
+    overrides the recipe's variable of that name. ``layers`` and ``exclude`` take names, globs,
+    class names and ``re:`` regexes; the default spares the stem and the output head.
+    ``allocator`` is a name, an object, or a table of layer names to sparsities.
+
+    Raises ValueError with the remedy if anything does not fit; the model is then untouched, as it
+    is after an interrupt.
+    """
+    recipe = as_recipe(pruner, sparsity, pattern, layers, exclude, allocator)
+    modifiers = [m for m in recipe.modifiers if isinstance(m, PruningModifier)]
+    for modifier in recipe.modifiers:
+        if not modifier.one_shot:
+            log.info("%s needs training; left out of a one-shot run", modifier.name)
+    if not modifiers:
+        raise ValueError("the recipe has no 'prune' entry; nothing to do at once")
+    recorder = Recorder(output_dir)
+    context = Context(model, None, calibration=calibration, one_shot=True, record=recorder)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    recorder(
+        {
+            "event": "start",
+            "step": 0,
+            "bytes": size,
+            "recipe": recipe.to_yaml(),
+            "time": time.time(),
+        }
+    )
+    runs: list[PruningRun] = []
+    try:
+        for modifier in modifiers:
+            runs.append(modifier.bind(context))
+            runs[-1].start()
+            runs[-1].finish(0)
+    except BaseException:
+        for run in reversed(runs):
+            engine.commit(run.changes)  # each holds the weight it replaced
+        raise
+    recorder.close()
+    rows = {row.name: row for run in runs for row in run.rows}
+    left_dense = [name for name in runs[0].left_dense if name not in rows]
+    return Result(list(rows.values()), dict(context.masks), recipe, left_dense, recorder)
+
+
+@torch.no_grad()
+def _restore(saved: Sequence[tuple[Tensor, Tensor]]) -> None:
+    for weight, old in saved:
+        weight.copy_(old)
+
+
+def sweep(
+    model: nn.Module,
+    pruner: str | Pruner,
+    sparsities: Sequence[float],
+    evaluate: Evaluate,
+    *,
+    pattern: str = "unstructured",
+    layers: Sequence[str] | str | None = None,
+    exclude: Sequence[str] | str = (),
+    allocator: AllocatorLike = None,
+    calibration: Calibration | None = None,
+) -> SweepResult:
+    """Prune to each sparsity, call ``evaluate(model)``, and put the weights back bit for bit.
+
+    Statistics and scores are computed once and serve all sparsities; one copy of the pruned weights
+    is kept meanwhile. ``evaluate`` returns a number, or a mapping of names to numbers.
+    """
+    method = engine.Method(
+        as_pruner(pruner),
+        parse_pattern(pattern),
+        as_allocator(allocator) or ALLOCATORS[as_pruner(pruner).allocator](),
+    )
+    if bad := [s for s in sparsities if not 0 <= s <= 1]:
+        raise ValueError(f"sparsity {bad[0]} is not between 0 and 1")
+    if method.pattern.fixed is not None:
+        raise ValueError(f"pattern '{pattern}' has one sparsity only; use prune instead of sweep")
+    chosen = select(model, None if layers is None else _names(layers), _names(exclude))
+    fitted = method.fit(chosen.layers)
+    engine.check_reachable(fitted, method.pattern, min(sparsities))
+    shards = shards_of(fitted, method.pattern)
+    candidates = engine.propose(
+        method, fitted, engine.measure(method, fitted, model, calibration), shards
+    )
+    saved = [(layer.local, layer.local.clone()) for layer in fitted]
+    recorder, values = Recorder(), {}
+    try:
+        for sparsity in track(sparsities, "sweep"):
+            choices = engine.choose(method, candidates, sparsity, shards)
+            changes = engine.rebuild(method, choices, shards)
+            engine.commit(changes)
+            modifier = PruningModifier(method.pruner, sparsity, pattern=pattern)
+            rows = [change.row for change in changes]
+            del choices, changes
+            metrics = _metrics(evaluate(model))
+            values[sparsity] = metrics
+            event = pruning_event(modifier, rows, 0, sparsity)
+            recorder({**event, "event": "sweep", **metrics, "time": time.time()})
+            _restore(saved)
+    finally:
+        _restore(saved)
+    return SweepResult(values, recorder)
+
+
+def _metrics(value: Any) -> dict[str, float]:
+    given = value if isinstance(value, Mapping) else {"value": value}
+    return {str(name): float(number) for name, number in given.items()}

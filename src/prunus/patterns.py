@@ -1,0 +1,165 @@
+"""What a mask may look like.
+
+A pattern sees one layer as a matrix of scores, (out, inputs), in which the input channels are
+innermost, so that groups of columns are groups of input channels. It cuts the matrix into units
+that live or die together and counts them exactly: ``round(sparsity * units)`` go, no more, no less;
+of equal scores the first goes.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from prunus.names import did_you_mean
+from prunus.solvers import keep_all_but_lowest, keep_highest_of_groups, lowest_of_rows
+
+
+class Pattern(Protocol):
+    """``kind`` is what pruners list as supported; ``fixed`` the sparsity a pattern implies."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def fixed(self) -> float | None: ...
+    def check(self, rows: int, cols: int, channels: int) -> None:
+        """Raises ValueError if the pattern does not fit a (rows, cols) layer."""
+        ...
+
+    def pool(self, scores: Tensor) -> Tensor:
+        """(rows, cols) scores -> the scores of the units."""
+        ...
+
+    def mask(self, units: Tensor, drop: int) -> Tensor:
+        """Pooled scores -> (rows, cols) keep-mask that drops `drop` units."""
+        ...
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Any weight may go."""
+
+    kind = "unstructured"
+    fixed = None
+
+    def check(self, rows: int, cols: int, channels: int) -> None:
+        pass
+
+    def pool(self, scores: Tensor) -> Tensor:
+        return scores
+
+    def mask(self, units: Tensor, drop: int) -> Tensor:
+        return keep_all_but_lowest(units, drop)
+
+    def __str__(self) -> str:
+        return "unstructured"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Every output keeps the same number of inputs, ``round(sparsity * inputs)`` go."""
+
+    kind = "row"
+    fixed = None
+
+    def check(self, rows: int, cols: int, channels: int) -> None:
+        pass
+
+    def pool(self, scores: Tensor) -> Tensor:
+        return scores
+
+    def mask(self, units: Tensor, drop: int) -> Tensor:
+        each = round(drop / max(1, len(units)))
+        keep = torch.ones_like(units, dtype=torch.bool)
+        for begin, lowest in lowest_of_rows(units, each):
+            keep[begin : begin + len(lowest)].scatter_(1, lowest, False)
+        return keep
+
+    def __str__(self) -> str:
+        return "row"
+
+
+@dataclass(frozen=True)
+class NM:
+    """N of every M consecutive input channels are kept (Zhou et al., "Learning N:M", 2021)."""
+
+    n: int
+    m: int
+    kind = "N:M"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n < self.m:
+            raise ValueError(f"pattern '{self}' keeps N of M weights; 0 < N < M is needed")
+
+    @property
+    def fixed(self) -> float:
+        return 1 - self.n / self.m
+
+    def check(self, rows: int, cols: int, channels: int) -> None:
+        if channels % self.m:
+            near = [str(NM(self.n, m)) for m in range(self.n + 1, 33) if channels % m == 0]
+            remedy = f"use {' or '.join(near[:2])}, or exclude it" if near else "exclude it"
+            raise ValueError(f"pattern {self} does not divide {channels} input channels; {remedy}")
+
+    def pool(self, scores: Tensor) -> Tensor:
+        return scores
+
+    def mask(self, units: Tensor, drop: int) -> Tensor:
+        return keep_highest_of_groups(units, self.n, self.m)
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+
+@dataclass(frozen=True)
+class Block:
+    """Blocks of weights go together; ``4x1`` is four outputs of one input channel."""
+
+    rows: int
+    cols: int
+    kind = "block"
+    fixed = None
+
+    def __post_init__(self) -> None:
+        if min(self.rows, self.cols) < 1 or self.rows * self.cols == 1:
+            raise ValueError(f"pattern '{self}' is no block; write '4x1', '1x4' or '8x8'")
+
+    def check(self, rows: int, cols: int, channels: int) -> None:
+        if rows % self.rows or channels % self.cols:
+            raise ValueError(
+                f"block {self} does not divide {rows} outputs x {channels} input channels; "
+                "use a block that does, or exclude the layer"
+            )
+
+    def pool(self, scores: Tensor) -> Tensor:
+        rows, cols = scores.shape
+        blocks = scores.reshape(rows // self.rows, self.rows, cols // self.cols, self.cols)
+        return blocks.sum(dim=(1, 3))
+
+    def mask(self, units: Tensor, drop: int) -> Tensor:
+        keep = keep_all_but_lowest(units, drop)
+        return keep.repeat_interleave(self.rows, 0).repeat_interleave(self.cols, 1)
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.cols}"
+
+
+def parse_pattern(text: str) -> Pattern:
+    """``unstructured``, ``row``, ``2:4`` (N kept of every M) or ``4x1`` (rows x columns).
+
+    Raises ValueError for anything else.
+    """
+    text = str(text).strip()
+    if match := re.fullmatch(r"(\d+):(\d+)", text):
+        return NM(int(match[1]), int(match[2]))
+    if match := re.fullmatch(r"(\d+)x(\d+)", text):
+        return Block(int(match[1]), int(match[2]))
+    plain: dict[str, Pattern] = {"unstructured": Unstructured(), "row": Row()}
+    if text not in plain:
+        hint = did_you_mean(text, [*plain, "2:4", "4x1"])
+        raise ValueError(f"unknown pattern {text!r}{hint}")
+    return plain[text]

@@ -1,0 +1,230 @@
+"""Plain values to the frozen dataclasses they stand for, and back, and the JSON schema of both.
+
+The dataclasses know nothing of recipes; pydantic checks the types of their fields here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import pydantic
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+
+from prunus.allocators import ALLOCATORS, Allocator
+from prunus.masking import MASKINGS, Masking
+from prunus.modifiers import MODIFIERS, Modifier
+from prunus.names import Registry, did_you_mean
+from prunus.pruners import PRUNERS, Pruner
+from prunus.recipe.errors import Path, Source
+from prunus.timing import Window
+
+REGISTRIES: dict[Any, Registry[Any]] = {
+    Pruner: PRUNERS,
+    Allocator: ALLOCATORS,
+    Masking: MASKINGS,
+    Modifier: MODIFIERS,
+}
+T = TypeVar("T")
+
+
+def key_of(field: str) -> str:
+    """The recipe's word for a field: ``from_`` is written ``from``."""
+    return field.rstrip("_")
+
+
+@functools.cache
+def hints(cls: type) -> dict[str, Any]:
+    """Field name -> type, in the order of declaration."""
+    known = typing.get_type_hints(cls)
+    return {field.name: known[field.name] for field in dataclasses.fields(cls)}
+
+
+def members(hint: Any) -> tuple[Any, ...]:
+    """The alternatives of a union; a lone type is its own."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if union else (hint,)
+
+
+@functools.cache
+def adapter(cls: type) -> pydantic.TypeAdapter[Any]:
+    """The checker of one dataclass."""
+    for part in [cls, *(m for hint in hints(cls).values() for m in members(hint))]:
+        if dataclasses.is_dataclass(part) and "__pydantic_config__" not in vars(part):
+            config = {"use_attribute_docstrings": True, "arbitrary_types_allowed": True}
+            part.__pydantic_config__ = config  # type: ignore[attr-defined]
+    return pydantic.TypeAdapter(cls)
+
+
+def build(cls: type[T], data: Any, source: Source, path: Path) -> T:
+    """An instance of the dataclass from a mapping.
+
+    Raises RecipeError naming file, line and path for unknown keys and values that do not fit.
+    """
+    if not isinstance(data, Mapping):
+        raise source.error(path, f"expected a mapping with keys {', '.join(_keys(cls))}")
+    fields = {key_of(name): name for name in hints(cls)}
+    values = {}
+    for key, value in data.items():
+        if key not in fields:
+            hint = did_you_mean(key, fields)
+            raise source.error((*path, key), f"unknown key {key!r}{hint}")
+        values[fields[key]] = _value(hints(cls)[fields[key]], value, source, (*path, key))
+    try:
+        return typing.cast(T, adapter(cls).validate_python(values))
+    except pydantic.ValidationError as error:
+        raise _explain(cls, error, source, path) from None
+
+
+def _keys(cls: type) -> list[str]:
+    return [key_of(name) for name in hints(cls)]
+
+
+def _value(hint: Any, value: Any, source: Source, path: Path) -> Any:
+    for member in members(hint):
+        if member in REGISTRIES:
+            return build_named(REGISTRIES[member], value, source, path)
+        if dataclasses.is_dataclass(member) and isinstance(value, Mapping):
+            return build(typing.cast(type, member), value, source, path)
+        if typing.get_origin(member) is tuple and isinstance(value, str):
+            return (value,)
+    return value
+
+
+def build_named(registry: Registry[Any], data: Any, source: Source, path: Path) -> Any:
+    """``cap`` or ``{name: cap, damp: 1e-8}`` to an instance of the registered class."""
+    given = {"name": data} if isinstance(data, str) else data
+    if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
+        hint = f"expected a name ({', '.join(registry)}) or a mapping with a name"
+        raise source.error(path, hint)
+    arguments = {key: value for key, value in given.items() if key != "name"}
+    try:
+        cls = registry[given["name"]]
+    except ValueError as error:
+        raise source.error(path if isinstance(data, str) else (*path, "name"), str(error)) from None
+    return build(cls, arguments, source, path)
+
+
+def _explain(cls: type, error: pydantic.ValidationError, source: Source, path: Path) -> ValueError:
+    found = error.errors()
+    first = found[0]
+    if first["type"] == "value_error":  # raised by the dataclass itself, which says it all
+        where = tuple(key_of(str(part)) for part in first["loc"][:1])
+        return source.error((*path, *where), str(first["ctx"]["error"]))
+    name = str(first["loc"][0]) if first["loc"] else ""
+    same = [e for e in found if e["loc"][:1] == first["loc"][:1]]
+    depth = max(len(e["loc"]) for e in same)
+    wishes = dict.fromkeys(_wish(e["msg"]) for e in same if len(e["loc"]) == depth)
+    if first["type"] in ("missing", "missing_argument"):
+        return source.error(path, f"{key_of(name)!r} is required")
+    hint = ""
+    if cls is Window or name == "cycle":
+        hint = "; durations have a unit: '3ep', '500step' or '40%'"
+    message = f"expected {' or '.join(wishes)}, not {first['input']!r}{hint}"
+    return source.error((*path, key_of(name)), message)
+
+
+def _wish(message: str) -> str:
+    """pydantic's sentence in a recipe writer's words."""
+    wish = message.removeprefix("Input should be ").split(",")[0]
+    if "instance of" in wish:
+        return "a mapping"
+    return "text" if wish == "a valid string" else wish.replace("a valid ", "a ")
+
+
+def dump(value: Any) -> Any:
+    """The plain values that build this, defaults left out; the inverse of `build`."""
+    if isinstance(value, tuple):
+        return [dump(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: dump(item) for key, item in value.items()}
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    result: dict[str, Any] = {}
+    registered = any(type(value) in registry.values() for registry in REGISTRIES.values())
+    if registered and not isinstance(value, Modifier):
+        result["name"] = value.name  # type: ignore[attr-defined]
+    for field in dataclasses.fields(value):
+        item = getattr(value, field.name)
+        if item != _default(field):
+            result[key_of(field.name)] = dump(item)
+    return result["name"] if list(result) == ["name"] else result
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+class _Schema(GenerateJsonSchema):
+    """Protocols become references to the named things a recipe may write there."""
+
+    def is_instance_schema(self, schema: Any) -> JsonSchemaValue:
+        return {"$ref": f"#/$defs/{schema['cls'].__name__}"}
+
+
+def class_schema(cls: type) -> dict[str, Any]:
+    """JSON schema of one dataclass, in the recipe's words."""
+    schema = adapter(cls).json_schema(
+        schema_generator=_Schema, ref_template="#/$defs/{model}", mode="validation"
+    )
+    return typing.cast("dict[str, Any]", _in_words(schema))
+
+
+def _in_words(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_in_words(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    result = {key: _in_words(value) for key, value in schema.items() if key != "default"}
+    if "properties" in result:
+        result["properties"] = {key_of(k): v for k, v in result["properties"].items()}
+        result["additionalProperties"] = False
+    if result.get("type") == "array" and result.get("items") == {"type": "string"}:
+        return {"anyOf": [result, {"type": "string"}]}
+    return result
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a whole recipe, for editors."""
+    defs: dict[str, Any] = {}
+
+    def define(cls: type) -> dict[str, Any]:
+        schema = class_schema(cls)
+        defs.update(schema.pop("$defs", {}))
+        return schema
+
+    for protocol, registry in REGISTRIES.items():
+        if protocol is Modifier:
+            continue
+        forms: list[Any] = [{"type": "string", "enum": list(registry)}]
+        for name in registry:
+            form = define(registry[name])
+            form["properties"] = {"name": {"const": name}, **form.get("properties", {})}
+            forms.append({**form, "required": ["name", *form.get("required", [])]})
+        defs[protocol.__name__] = {"anyOf": forms}
+    entries = {name: define(MODIFIERS[name]) for name in MODIFIERS}
+    entry = {
+        "type": "object",
+        "properties": entries,
+        "additionalProperties": False,
+        "minProperties": 1,
+        "maxProperties": 1,
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "prunus recipe",
+        "type": "object",
+        "properties": {
+            "variables": {"type": "object"},
+            "modifiers": {"type": "array", "items": entry, "minItems": 1},
+        },
+        "required": ["modifiers"],
+        "additionalProperties": False,
+        "$defs": defs,
+    }

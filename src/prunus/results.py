@@ -1,0 +1,167 @@
+"""What pruning returns: tables that print well in a terminal and a notebook."""
+
+from __future__ import annotations
+
+import html
+import io
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from torch import Tensor, nn
+
+from prunus.engine import LayerRow
+from prunus.layers import all_layers
+from prunus.masking import local
+from prunus.records import Recorder
+
+if TYPE_CHECKING:
+    from prunus.recipe import Recipe
+
+
+class Printable:
+    """Shows its table: ``print(x)``, rich, and HTML in a notebook."""
+
+    title = ""
+
+    def header(self) -> Sequence[str]:
+        raise NotImplementedError
+
+    def cells(self) -> Iterable[Sequence[str]]:
+        raise NotImplementedError
+
+    def notes(self) -> Sequence[str]:
+        return ()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table(title=self.title, title_justify="left")
+        for i, name in enumerate(self.header()):
+            table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
+        for row in self.cells():
+            table.add_row(*row)
+        yield table
+        yield from self.notes()
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=100, color_system=None)
+        console.print(self)
+        text: str = console.file.getvalue()  # type: ignore[attr-defined]
+        return text.rstrip("\n")
+
+    def _repr_html_(self) -> str:
+        def line(tag: str, cells: Iterable[str]) -> str:
+            inside = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+            return f"<tr>{inside}</tr>"
+
+        body = "".join(line("td", row) for row in self.cells())
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes())
+        caption = html.escape(self.title)
+        return (
+            f"<table><caption>{caption}</caption>{line('th', self.header())}{body}</table>{notes}"
+        )
+
+
+@dataclass
+class Result(Printable):
+    """What a one-shot run did, layer by layer."""
+
+    rows: list[LayerRow]
+    masks: Mapping[str, Tensor]
+    """parameter name -> keep-mask, True means kept"""
+    recipe: Recipe
+    left_dense: list[str] = field(default_factory=list)
+    """layers the default selection spared: the stem and the output head"""
+    recorder: Recorder = field(default_factory=Recorder, repr=False)
+    title = "pruned"
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the pruned layers' weights that are zero."""
+        return sum(row.zeros for row in self.rows) / max(1, sum(row.size for row in self.rows))
+
+    def header(self) -> Sequence[str]:
+        return "layer", "kind", "shape", "pattern", "sparsity", "zeros", "score lost"
+
+    def cells(self) -> Iterable[Sequence[str]]:
+        for row in self.rows:
+            shape = "x".join(map(str, row.shape))
+            numbers = f"{row.sparsity:.4f}", f"{row.zeros:,}", f"{row.score_lost:.2%}"
+            yield row.name, row.kind, shape, row.pattern, *numbers
+        zeros = sum(row.zeros for row in self.rows)
+        yield f"{len(self.rows)} layers", "", "", "", f"{self.sparsity:.4f}", f"{zeros:,}", ""
+
+    def notes(self) -> Sequence[str]:
+        return [f"left dense: {', '.join(self.left_dense)}"] if self.left_dense else []
+
+    def report(self, directory: str | os.PathLike[str]) -> None:
+        """Write ``records.jsonl``, ``report.html`` and ``report.png`` there."""
+        from prunus.report import write_report
+
+        self.recorder.save(directory)
+        write_report(directory)
+
+
+@dataclass
+class SweepResult(Printable):
+    """What an evaluation said at each sparsity."""
+
+    values: dict[float, dict[str, float]]
+    recorder: Recorder = field(default_factory=Recorder, repr=False)
+    title = "sweep"
+
+    def header(self) -> Sequence[str]:
+        names = next(iter(self.values.values()), {})
+        return "sparsity", *names
+
+    def cells(self) -> Iterable[Sequence[str]]:
+        for sparsity, metrics in self.values.items():
+            yield f"{sparsity:.4f}", *(f"{value:.4f}" for value in metrics.values())
+
+    def report(self, directory: str | os.PathLike[str]) -> None:
+        """Write ``records.jsonl``, ``report.html`` and ``report.png`` there."""
+        Result.report(self, directory)  # type: ignore[arg-type]
+
+
+@dataclass
+class SparsityTable(Printable):
+    """The zeros in a model as it is."""
+
+    rows: list[tuple[str, str, tuple[int, ...], int, int]]
+    title = "sparsity"
+
+    @property
+    def total(self) -> float:
+        return sum(row[4] for row in self.rows) / max(1, sum(row[3] for row in self.rows))
+
+    def __float__(self) -> float:
+        return self.total
+
+    def __getitem__(self, name: str) -> float:
+        """Sparsity of one layer."""
+        return next(zeros / max(1, size) for n, _, _, size, zeros in self.rows if n == name)
+
+    def header(self) -> Sequence[str]:
+        return "layer", "kind", "shape", "sparsity", "zeros"
+
+    def cells(self) -> Iterable[Sequence[str]]:
+        for name, kind, shape, size, zeros in self.rows:
+            share = f"{zeros / max(1, size):.4f}"
+            yield name, kind, "x".join(map(str, shape)), share, f"{zeros:,}"
+        zeros = sum(row[4] for row in self.rows)
+        yield f"{len(self.rows)} layers", "", "", f"{self.total:.4f}", f"{zeros:,}"
+
+
+def sparsity(model: nn.Module) -> SparsityTable:
+    """Zeros of every Linear, convolution and attention weight (of this rank's part)."""
+    rows = []
+    for layer in all_layers(model):
+        part = local(layer.weight.detach())
+        zeros = part.numel() - int(part.count_nonzero())
+        rows.append((layer.name, layer.kind, layer.shape, part.numel(), zeros))
+    return SparsityTable(rows)
+
+
+Evaluate = Callable[[nn.Module], Any]

@@ -1,0 +1,140 @@
+"""Choosing by name: globs, ``re:`` regexes and class names, with include and exclude."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import logging
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from torch import nn
+
+from prunus.layers import Layer, all_layers, ends
+
+log = logging.getLogger("prunus")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The layers chosen, and those the default left dense."""
+
+    layers: list[Layer]
+    left_dense: list[str] = field(default_factory=list)
+
+
+def _alternatives(regex: str) -> list[str]:
+    """The top-level alternatives of a regular expression: ``a|b(c|d)`` -> ``a``, ``b(c|d)``."""
+    parts, depth, in_class, begin, i = [], 0, False, 0, 0
+    while i < len(regex):
+        char = regex[i]
+        if char == "\\":
+            i += 1
+        elif in_class:
+            in_class = char != "]"
+        elif char == "[":
+            in_class = True
+        elif char in "()":
+            depth += 1 if char == "(" else -1
+        elif char == "|" and depth == 0:
+            parts.append(regex[begin:i])
+            begin = i + 1
+        i += 1
+    return [*parts, regex[begin:]]
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        regex = pattern[3:] if pattern.startswith("re:") else fnmatch.translate(pattern)
+        return re.compile(regex)
+    except re.error as error:
+        raise ValueError(f"pattern {pattern!r} is not a regular expression: {error}") from None
+
+
+def match_names(
+    items: Sequence[T], names: Callable[[T], Sequence[str]], patterns: Sequence[str], what: str
+) -> list[T]:
+    """The items one of whose names matches one of the patterns, in their own order.
+
+    Raises ValueError for a pattern without a match, listing the nearest names; an alternative of
+    a regex that matches nothing is a warning in the log.
+    """
+    if isinstance(patterns, str):
+        patterns = [patterns]
+    chosen: set[int] = set()
+    for pattern in patterns:
+        regex = _compile(pattern)
+        hits = [i for i, item in enumerate(items) if any(map(regex.fullmatch, names(item)))]
+        if not hits:
+            raise ValueError(
+                f"{what} pattern {pattern!r} matches nothing{_near(items, names, pattern)}"
+            )
+        if pattern.startswith("re:"):
+            _warn_of_dead_alternatives([n for i in hits for n in names(items[i])], pattern)
+        chosen.update(hits)
+    return [item for i, item in enumerate(items) if i in chosen]
+
+
+def _warn_of_dead_alternatives(names: Sequence[str], pattern: str) -> None:
+    parts = _alternatives(pattern[3:])
+    for part in parts if len(parts) > 1 else []:
+        if not any(re.fullmatch(part, name) for name in names):
+            log.warning("alternative %r of pattern %r matches nothing", part, pattern)
+
+
+def _near(items: Sequence[T], names: Callable[[T], Sequence[str]], pattern: str) -> str:
+    # blocks.0.fc and blocks.1.fc are one name to a reader
+    known = list(dict.fromkeys(re.sub(r"\b\d+\b", "*", names(item)[0]) for item in items))
+    word = re.sub(r"\b\d+\b", "*", pattern.removeprefix("re:").replace("\\", ""))
+    near = difflib.get_close_matches(word, known, n=5, cutoff=0.3) or known[:5]
+    return f"; nearest: {', '.join(near)}" if near else "; the model has no such weights at all"
+
+
+def _layer_names(layer: Layer) -> list[str]:
+    classes = [c.__name__ for c in type(layer.module).__mro__ if issubclass(c, nn.Module)]
+    return [layer.name, layer.parameter_name, *classes[:-1]]
+
+
+def select(
+    model: nn.Module, include: Sequence[str] | None = None, exclude: Sequence[str] = ()
+) -> Selection:
+    """The layers of a model by name, parameter name or class name.
+
+    A pattern is a glob (``*`` crosses dots), a class name (``Linear``) or ``re:`` and a regular
+    expression for the whole name. Default: every Linear and convolution but `layers.ends`.
+
+    Raises ValueError for a pattern that matches nothing and when no layer is left.
+    """
+    candidates = list(all_layers(model))
+    if not candidates:
+        raise ValueError(f"{type(model).__name__} has no Linear or convolution to prune")
+    left_dense: list[str] = []
+    layers = candidates
+    if include is not None:
+        layers = match_names(candidates, _layer_names, include, "layer")
+    else:
+        skipped = {layer.name for layer in ends(model)}
+        left_dense = [layer.name for layer in candidates if layer.name in skipped]
+        layers = [layer for layer in candidates if layer.name not in skipped]
+    if exclude:
+        gone = {layer.name for layer in match_names(candidates, _layer_names, exclude, "exclude")}
+        layers = [layer for layer in layers if layer.name not in gone]
+    if not layers:
+        names = ", ".join(layer.name for layer in candidates[:5])
+        raise ValueError(f"no layer is left to prune; name some with layers=, such as: {names}")
+    return Selection(layers, left_dense)
+
+
+def select_parameters(
+    parameters: dict[str, nn.Parameter], include: Sequence[str], exclude: Sequence[str] = ()
+) -> dict[str, nn.Parameter]:
+    """Parameters by clean name, glob or ``re:``. Raises ValueError as `select` does."""
+    items = list(parameters)
+    chosen = match_names(items, lambda name: [name], include, "parameter")
+    if exclude:
+        gone = set(match_names(items, lambda name: [name], exclude, "exclude"))
+        chosen = [name for name in chosen if name not in gone]
+    return {name: parameters[name] for name in chosen}

@@ -1,0 +1,250 @@
+"""Pruning during training: `attach` hooks a recipe onto an optimizer and returns a `Session`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from prunus.calibration import Calibration
+from prunus.distributed import gather, scatter
+from prunus.layers import clean_parameters
+from prunus.masking import Masks, pack, unpack
+from prunus.modifiers import Context, PruningRun, Run
+from prunus.recipe import Recipe
+from prunus.records import Event, Recorder, Sink
+from prunus.timing import Timeline
+
+log = logging.getLogger("prunus")
+
+
+def attach(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    recipe: str | os.PathLike[str] | Recipe,
+    *,
+    steps_per_epoch: int | None = None,
+    epochs: float | None = None,
+    gradient_accumulation_steps: int = 1,
+    calibration: Calibration | None = None,
+    output_dir: str | os.PathLike[str] | None = None,
+    log: Literal["wandb", "tensorboard"] | Sink | None = None,
+) -> Session:
+    """Hook a recipe onto an optimizer. The training loop stays as it is.
+
+    ``steps_per_epoch`` counts batches and is divided (rounding up) by
+    ``gradient_accumulation_steps``; both it and ``epochs`` are needed only by recipes that count in
+    epochs or shares of training. ``output_dir`` receives ``records.jsonl`` as training goes; ``log``
+    also passes events to Weights & Biases, TensorBoard or a function.
+
+    Raises ValueError (RecipeError for the recipe's own faults) with the remedy if something does
+    not fit; the model, the optimizer and the loop are then untouched.
+    """
+    if gradient_accumulation_steps < 1:
+        raise ValueError(f"gradient_accumulation_steps={gradient_accumulation_steps}; at least 1")
+    if steps_per_epoch is not None:
+        steps_per_epoch = -(-steps_per_epoch // gradient_accumulation_steps)
+    timeline = Timeline(steps_per_epoch, epochs)
+    return Session(
+        model, optimizer, Recipe.load(recipe), timeline, calibration, Recorder(output_dir, log)
+    )
+
+
+def innermost(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer that steps, inside Accelerate's and Lightning's handles."""
+    inner = getattr(optimizer, "optimizer", None)
+    if isinstance(inner, torch.optim.Optimizer):
+        return innermost(inner)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        kind = type(optimizer).__name__
+        raise ValueError(f"attach needs a torch.optim.Optimizer to hook, not {kind}")
+    return optimizer
+
+
+def _was_skipped(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a fused optimizer under GradScaler has been called for a step it must skip."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf)
+
+
+class Session:
+    """A recipe at work: hooks on the optimizer's step, the clock, the masks, the state.
+
+    Made by `attach`. As a context manager it closes at the end, without the last pruning step if
+    there was an exception.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        recipe: Recipe,
+        timeline: Timeline,
+        calibration: Calibration | None,
+        recorder: Recorder,
+    ) -> None:
+        self.model, self.recipe, self.recorder = model, recipe, recorder
+        self.optimizer = innermost(optimizer)
+        self.step = 0
+        """optimizer steps done, skipped ones not counted"""
+        self.closed = False
+        self._fresh = True
+        self._context = Context(model, self.optimizer, timeline, calibration, Masks(), self._record)
+        self.runs: list[Run] = [modifier.bind(self._context) for modifier in recipe.modifiers]
+        self._handles = [
+            self.optimizer.register_step_pre_hook(self._before),
+            self.optimizer.register_step_post_hook(self._after),
+        ]
+
+    @property
+    def masks(self) -> Masks:
+        """Parameter name -> keep-mask (of this rank's part), True means kept."""
+        return self._context.masks
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the masked weights that are pruned (of this rank's part)."""
+        size = sum(mask.numel() for mask in self.masks.values())
+        kept = sum(int(mask.count_nonzero()) for mask in self.masks.values())
+        return (size - kept) / size if size else 0.0
+
+    def _before(self, *_: Any) -> None:
+        self._begin()
+        for run in self.runs:
+            run.before_step(self.step)
+
+    def _after(self, *_: Any) -> None:
+        if _was_skipped(self.optimizer):
+            return
+        self.step += 1
+        with torch.no_grad():
+            for run in self.runs:
+                run.after_step(self.step)
+
+    def _begin(self) -> None:
+        if self._fresh:
+            for run in self.runs:
+                run.start()
+            self._fresh = False
+            size = sum(p.numel() * p.element_size() for p in self.model.parameters())
+            self._record(
+                {
+                    "event": "start",
+                    "step": self.step,
+                    "bytes": size,
+                    "recipe": self.recipe.to_yaml(),
+                }
+            )
+
+    def _record(self, event: Event) -> None:
+        self.recorder({**event, "time": time.time()})
+
+    def log(self, **metrics: float) -> None:
+        """Record numbers at the present step, such as ``loss=`` and ``accuracy=``."""
+        values = {name: float(value) for name, value in metrics.items()}
+        self._record({"event": "metrics", "step": self.step, **values})
+
+    def project(self, model: nn.Module) -> None:
+        """Zero in another model (an EMA copy, say) what is pruned in this one.
+
+        Call it after the copy is updated, before it is used or saved. Raises ValueError if the
+        copy lacks a pruned parameter; nothing is then changed.
+        """
+        self.masks.project(clean_parameters(model))
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that resuming needs besides the model's and the optimizer's own states.
+
+        Tensors and plain values only, so ``torch.load(weights_only=True)`` reads it. Where weights
+        are sharded, every rank must call this, and gets the whole.
+        """
+        masks = {}
+        for name, mask in self.masks.items():
+            whole = gather(mask, self.masks.weight(name))
+            masks[name] = {"shape": list(whole.shape), "bits": pack(whole).cpu()}
+        return {
+            "version": 1,
+            "recipe": self.recipe.to_yaml(),
+            "step": self.step,
+            "masks": masks,
+            "runs": [run.state_dict() for run in self.runs],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken: attach as before, load all states, train on.
+
+        Raises ValueError if the state is of another recipe or model; nothing is then changed.
+        """
+        masks = self._check_state(state)
+        self.step, self._fresh = int(state["step"]), int(state["step"]) == 0
+        for name, mask in masks.items():
+            weight = clean_parameters(self.model)[name]
+            self.masks.put(name, weight, scatter(mask, weight))
+        for run, part in zip(self.runs, state["runs"], strict=True):
+            run.load_state_dict(part)
+        self.recorder.rewind(self.step)
+
+    def _check_state(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
+        if missing := {"version", "recipe", "step", "masks", "runs"} - set(state):
+            raise ValueError(f"this is not the state of a session: it lacks {sorted(missing)}")
+        mine = self.recipe.to_yaml()
+        if state["recipe"] != mine:
+            raise ValueError(
+                "the state is of another recipe; resume with the recipe it was trained with.\n"
+                f"--- the state's\n{state['recipe']}--- this session's\n{mine}"
+            )
+        parameters = clean_parameters(self.model)
+        masks = {}
+        for name, packed in state["masks"].items():
+            shape = tuple(packed["shape"])
+            if name not in parameters or tuple(parameters[name].shape) != shape:
+                raise ValueError(f"the state masks {name!r} of shape {shape}; this model has none")
+            masks[name] = unpack(packed["bits"], shape)
+        return masks
+
+    def report(self, directory: str | os.PathLike[str]) -> None:
+        """Write ``records.jsonl``, ``report.html`` and ``report.png`` there."""
+        from prunus.report import write_report
+
+        self.recorder.save(directory)
+        write_report(directory)
+
+    def close(self, finish: bool = True) -> None:
+        """Remove the hooks. With ``finish``, first do the pruning that is still due.
+
+        A second call does nothing. Afterwards nothing keeps pruned weights at zero: close when
+        training is over.
+        """
+        if self.closed:
+            return
+        try:
+            if finish:
+                self._finish()
+        finally:
+            self.closed = True
+            for handle in self._handles:
+                handle.remove()
+            for run in self.runs:
+                run.release()
+            self.recorder.close()
+
+    def _finish(self) -> None:
+        self._begin()
+        late = [r for r in self.runs if isinstance(r, PruningRun) and r.next < len(r.ticks)]
+        if any(run.ticks[-1] > self.step for run in late):
+            last = max(run.ticks[-1] for run in late)
+            log.warning("closed at step %d of %d: pruned to the target at once", self.step, last)
+        for run in self.runs:
+            run.finish(self.step)
+        self._record({"event": "end", "step": self.step, "sparsity": self.sparsity})
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        self.close(finish=kind is None)

@@ -1,0 +1,112 @@
+"""When: durations such as ``3ep``, ``500step`` and ``40%``, and windows of training.
+
+A time is a number of optimizer steps already done. The dataclasses keep what the user wrote;
+`Timeline` turns it into steps once the length of training is known.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_DURATION = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(epochs?|ep|steps?|%)")
+_UNITS = {"epoch": "ep", "epochs": "ep", "ep": "ep", "step": "step", "steps": "step", "%": "%"}
+
+
+def parse_duration(text: str) -> tuple[float, str]:
+    """``"3ep"`` -> ``(3.0, "ep")``; the units are ``ep``, ``step`` and ``%`` (of all training).
+
+    Raises ValueError for anything else, naming the three forms.
+    """
+    match = _DURATION.fullmatch(str(text).strip())
+    if match is None:
+        raise ValueError(f"{text!r} is not a duration; write '3ep', '500step' or '40%'")
+    value, unit = float(match[1]), _UNITS[match[2]]
+    if unit == "step" and value != int(value):
+        raise ValueError(f"{text!r}: steps are whole; write '{round(value)}step'")
+    if unit == "%" and value > 100:
+        raise ValueError(f"{text!r} is past the end of training; write at most '100%'")
+    return value, unit
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """How long training is, in optimizer steps.
+
+    ``steps_per_epoch`` counts optimizer steps (batches divided by gradient accumulation).
+    """
+
+    steps_per_epoch: int | None = None
+    epochs: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps_per_epoch is not None and self.steps_per_epoch < 1:
+            raise ValueError(f"steps_per_epoch={self.steps_per_epoch}; give at least 1")
+        if self.epochs is not None and self.epochs <= 0:
+            raise ValueError(f"epochs={self.epochs}; give a positive number")
+
+    @property
+    def total(self) -> int | None:
+        """All optimizer steps, or None if attach was not told."""
+        if self.steps_per_epoch is None or self.epochs is None:
+            return None
+        return round(self.steps_per_epoch * self.epochs)
+
+    def steps(self, duration: str) -> int:
+        """The duration in optimizer steps. Raises ValueError naming the argument that lacks."""
+        value, unit = parse_duration(duration)
+        if unit == "step":
+            return int(value)
+        if unit == "ep":
+            if self.steps_per_epoch is None:
+                raise ValueError(f"{duration!r} counts epochs; give attach steps_per_epoch=")
+            return round(value * self.steps_per_epoch)
+        if self.total is None:
+            raise ValueError(
+                f"{duration!r} is a share of training; give attach steps_per_epoch= and epochs="
+            )
+        return round(value / 100 * self.total)
+
+
+@dataclass(frozen=True)
+class Window:
+    """The part of training in which a modifier acts."""
+
+    from_: str = "0ep"
+    """when it begins"""
+    to: str | None = None
+    """when it is complete; default: the end of training"""
+    every: str | None = None
+    """time between two pruning steps; default: one epoch"""
+
+    def __post_init__(self) -> None:
+        for duration in (self.from_, self.to, self.every):
+            if duration is not None:
+                parse_duration(duration)
+        if self.every is not None and parse_duration(self.every)[0] == 0:
+            raise ValueError(f"every={self.every!r} never moves on; give a positive duration")
+
+    def begin(self, timeline: Timeline) -> int:
+        return 0 if parse_duration(self.from_)[0] == 0 else timeline.steps(self.from_)
+
+    def span(self, timeline: Timeline) -> tuple[int, int]:
+        """First and last step. Raises ValueError if the window is empty or its end unknown."""
+        begin = self.begin(timeline)
+        end = timeline.total if self.to is None else timeline.steps(self.to)
+        if end is None:
+            raise ValueError(
+                "the window has no end; give it 'to', or give attach steps_per_epoch= and epochs="
+            )
+        if end < begin:
+            raise ValueError(f"the window ends (step {end}) before it begins (step {begin})")
+        return begin, end
+
+    def ticks(self, timeline: Timeline) -> list[int]:
+        """The steps after which to prune, the last one always the window's end."""
+        begin, end = self.span(timeline)
+        every = max(1, timeline.steps(self.every or "1ep")) if end > begin else 1
+        ticks = list(range(begin, end, every))
+        # a stub of a period before the end would prune twice in a row, with nothing learnt between
+        if len(ticks) > 1 and end - ticks[-1] < every / 2:
+            ticks.pop()
+        return [*ticks, end]
