@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus.layers import Layer
+from prunus.layers import Layer, reshard
 from prunus.progress import track
 from prunus.stats import Statistic
 
@@ -80,12 +80,13 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, with training modes and random states put back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     with torch.random.fork_rng(devices):
         model.eval()
         try:
             yield
         finally:
+            reshard(model)
             for module, mode in modes:
                 module.training = mode
 

@@ -19,12 +19,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prunus.distributed import gather
+from prunus.distributed import Shards, gather, ranks_of, shard
 from prunus.layers import clean_name, unwrap
-from prunus.masking import pack, unpack
+from prunus.masking import local, pack, unpack
 from prunus.names import did_you_mean
 from prunus.recipe import Recipe
-from prunus.records import _is_main, atomic_write
+from prunus.records import atomic_write, is_main
 from prunus.results import Result
 from prunus.session import Session
 
@@ -57,10 +57,23 @@ def save(
 
     Raises OSError if the disk is full or the path not writable; the old file is then intact.
     """
-    state = {clean_name(name): gather_state(t) for name, t in unwrap(model).state_dict().items()}
-    masks = {} if pruning is None else dict(pruning.masks)
-    if isinstance(pruning, Session):
-        masks = {name: gather(m, pruning.masks.weight(name)) for name, m in masks.items()}
+    parts = {clean_name(name): t for name, t in unwrap(model).state_dict().items()}
+    cuts = (ranks_of(t) for t in parts.values() if hasattr(t, "to_local"))
+    shards = next(cuts, Shards())
+    state = _gathered(parts, parts)
+    masks = {} if pruning is None else _gathered(pruning.masks, parts)
+    with shards.together():
+        if is_main():
+            _write(path, state, masks, pruning, compact)
+
+
+def _write(
+    path: str | os.PathLike[str],
+    state: dict[str, Tensor],
+    masks: dict[str, Tensor],
+    pruning: Session | Result | None,
+    compact: bool,
+) -> None:
     if pruning is None:
         masks = {
             name: t != 0
@@ -75,8 +88,6 @@ def save(
     tensors = {name: t.detach().contiguous() for name, t in state.items()}
     if compact:
         tensors, header["compact"], header["aliases"] = _compact(tensors)
-    if not _is_main():
-        return
     tensors = _unshared(tensors)
     with atomic_write(path) as draft:
         try:
@@ -85,10 +96,14 @@ def save(
             raise OSError(f"cannot write '{path}' ({error}); what was there is intact") from None
 
 
-def gather_state(t: Tensor) -> Tensor:
-    """A state dict's tensor, whole."""
-    full = getattr(t, "full_tensor", None)
-    return t if full is None else full()
+def _gathered(parts: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The whole tensors of what is cut as `like`; on the first rank, nothing on the others."""
+    result = {}
+    for name, part in parts.items():
+        whole = gather(local(part), like[name])
+        if is_main():
+            result[name] = whole if whole is part else whole.cpu()
+    return result
 
 
 def _kept_zeros(weight: Tensor, mask: Tensor) -> list[int]:
@@ -166,14 +181,15 @@ def _expand(stored: dict[str, Tensor], header: Mapping[str, Any]) -> dict[str, T
 
 def _load_into(model: nn.Module, state: Mapping[str, Tensor], path: Any) -> None:
     target = unwrap(model)
-    mine = {clean_name(name): name for name in target.state_dict()}
+    parts = target.state_dict()
+    mine = {clean_name(name): name for name in parts}
     for name in mine:
         if name not in state:
             raise ValueError(f"'{path}' has no {name!r}{did_you_mean(name, state)}")
     for name, t in state.items():
         if name not in mine:
             raise ValueError(f"'{path}' has {name!r}, the model has not{did_you_mean(name, mine)}")
-        shape = tuple(target.state_dict()[mine[name]].shape)
+        shape = tuple(parts[mine[name]].shape)
         if tuple(t.shape) != shape:
             raise ValueError(f"'{path}' has {name!r} as {tuple(t.shape)}, the model as {shape}")
-    target.load_state_dict({mine[name]: t for name, t in state.items()})
+    target.load_state_dict({mine[n]: shard(t, parts[mine[n]]) for n, t in state.items()})

@@ -1,16 +1,18 @@
-"""Weights that are sharded over ranks (FSDP2's DTensors)."""
+"""Weights that are sharded over ranks (FSDP2's DTensors), and sums over ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from prunus.layers import Layer
-from prunus.masking import local
+from prunus.masking import Masks
 from prunus.patterns import Pattern
 
 
@@ -26,74 +28,148 @@ class Shards:
         """The sum over the ranks, in the dtype and on the device of `t`."""
         if self.group is None:
             return t
-        nccl = "nccl" in dist.get_backend(self.group)
-        moved = t.to("cuda" if nccl else "cpu", copy=True)
+        backends = dist.get_backend_config(self.group).split(",")  # "cpu:gloo,cuda:nccl"
+        devices = [backend.split(":")[0] for backend in backends]
+        device = t.device.type if t.device.type in devices else devices[0]
+        moved = t.to(device, copy=True).contiguous()
         dist.all_reduce(moved, group=self.group)
         return moved.to(t.device)
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What fails on one rank fails on all; the others would wait for it for ever.
 
-def _shard_dims(weight: Tensor) -> list[tuple[int, int]]:
+        Raises RuntimeError on the ranks that did not fail themselves.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        if self.group is not None:
+            said: list[Any] = [None] * self.world_size
+            mine = error and f"{type(error).__name__}: {error}"
+            dist.all_gather_object(said, mine, group=self.group)
+            if error is None and any(said):
+                rank, message = next((r, text) for r, text in enumerate(said) if text)
+                raise RuntimeError(f"rank {rank} failed with {message}")
+        if error is not None:
+            raise error
+
+
+def all_ranks() -> Shards:
+    """Every rank there is, each with data of its own."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return Shards(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
+    return Shards()
+
+
+def _cuts(weight: Tensor) -> list[tuple[int, int]]:
     """(mesh dimension, tensor dimension) of each way the weight is cut."""
     placements = getattr(weight, "placements", ())
     return [(i, p.dim) for i, p in enumerate(placements) if p.is_shard()]
 
 
+def ranks_of(weight: Tensor) -> Shards:
+    """The ranks that hold the parts of one weight."""
+    cuts = _cuts(weight)
+    if not cuts:
+        return Shards()
+    group = getattr(weight, "device_mesh").get_group(cuts[0][0])  # noqa: B009 (a DTensor's)
+    return Shards(group, dist.get_rank(group), dist.get_world_size(group))
+
+
+def cut_along_inputs(layer: Layer) -> bool:
+    """Whether a rank has only some of the columns of the layer's matrix."""
+    return any(dim != layer.rows_dim for _, dim in _cuts(layer.weight))
+
+
 def shards_of(layers: Sequence[Layer], pattern: Pattern) -> Shards:
     """Where the layers lie.
 
-    Raises ValueError for weights cut in a way a pattern cannot be counted on.
+    Raises ValueError, on every rank, for weights cut in a way a pattern cannot be counted on.
     """
-    cut = {layer: _shard_dims(layer.weight) for layer in layers}
-    if not any(cut.values()):
+    cuts = {layer: _cuts(layer.weight) for layer in layers}
+    if not any(cuts.values()):
         return Shards()
-    for layer, dims in cut.items():
-        if len(dims) != 1:
-            how = "in several directions" if dims else "not at all, and others are"
+    meshes = set()
+    for layer, cut in cuts.items():
+        if len(cut) != 1:
+            how = "in several directions" if cut else "not at all, and others are"
             raise ValueError(f"{layer.name} is sharded {how}; shard all pruned layers alike")
-        if dims[0][1] != layer.rows_dim and pattern.kind != "unstructured":
+        _check_parts(layer, cut[0][1], pattern)
+        meshes.add((getattr(layer.weight, "device_mesh"), cut[0][0]))  # noqa: B009
+    if len(meshes) > 1:
+        raise ValueError("the layers are sharded over different ranks; prune them separately")
+    return ranks_of(layers[0].weight)
+
+
+def _check_parts(layer: Layer, dim: int, pattern: Pattern) -> None:
+    # all ranks' parts on every rank, so that either none raises or all
+    if dim != layer.rows_dim:
+        if pattern.kind != "unstructured" or getattr(layer.module, "groups", 1) > 1:
             raise ValueError(
                 f"{layer.name} is sharded along its inputs, so pattern '{pattern}' "
                 "cannot be counted; use 'unstructured', or exclude it"
             )
-        part = layer.local
-        if part.numel():
-            rows, cols = layer.matrix_shape(tuple(part.shape))
-            pattern.check(rows, cols, layer.channels(tuple(part.shape)))
-    mesh = getattr(layers[0].weight, "device_mesh")  # noqa: B009 (a DTensor's)
-    group = mesh.get_group(cut[layers[0]][0][0])
-    return Shards(group, dist.get_rank(group), dist.get_world_size(group))
+        return
+    world_size = ranks_of(layer.weight).world_size
+    size = -(-layer.shape[dim] // world_size)  # as torch.chunk cuts
+    for begin in range(0, layer.shape[dim], size):
+        part = list(layer.shape)
+        part[dim] = min(size, layer.shape[dim] - begin)
+        shape = tuple(part)
+        try:
+            pattern.check(*layer.matrix_shape(shape), layer.channels(shape))
+        except ValueError as error:
+            raise ValueError(f"{layer.name}, cut over {world_size} ranks: {error}") from None
+
+
+def whole_sparsity(masks: Masks) -> float:
+    """Share of the masked weights that are pruned, over all ranks; every rank must call this."""
+    counts = torch.zeros(2, dtype=torch.int64)
+    for name, mask in masks.items():
+        mine = torch.tensor([mask.numel(), int(mask.count_nonzero())])
+        counts += ranks_of(masks.weight(name)).all_reduce(mine)
+    size, kept = counts.tolist()
+    return float((size - kept) / max(1, size))
+
+
+def _as_sharded(part: Tensor, like: Any) -> Any:
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = like.device_mesh, like.placements
+    return DTensor.from_local(part, mesh, placements, shape=like.shape, stride=like.stride())
 
 
 def gather(part: Tensor, like: Tensor) -> Tensor:
     """The whole of a tensor cut as the DTensor `like`; `part` itself where that is no DTensor."""
     if not hasattr(like, "to_local"):
         return part
-    from torch.distributed.tensor import DTensor
-
-    whole = DTensor.from_local(
-        part,
-        like.device_mesh,
-        like.placements,
-        run_check=False,  # type: ignore[attr-defined]
-        shape=like.shape,
-        stride=like.stride(),
-    )
-    return whole.full_tensor()
+    whole: Tensor = _as_sharded(part.contiguous(), like).full_tensor()
+    return whole
 
 
 def scatter(whole: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a whole tensor, cut as the DTensor `like`."""
-    if not hasattr(like, "to_local"):
-        return whole.to(like.device)
-    from torch.distributed.tensor import distribute_tensor
+    """This rank's part of a whole tensor that every rank has, cut as the DTensor `like`."""
+    mesh: Any = getattr(like, "device_mesh", None)
+    for mesh_dim, dim in _cuts(like):
+        size = -(-whole.shape[dim] // mesh.size(mesh_dim))
+        begin = min(mesh.get_local_rank(mesh_dim) * size, whole.shape[dim])
+        whole = whole.narrow(dim, begin, min(size, whole.shape[dim] - begin))
+    return whole.to(like.device)
 
-    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
-    return local(distribute_tensor(whole.to(mesh.device_type), mesh, placements))
+
+def shard(whole: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor that every rank has, cut as `like`; itself where that is no DTensor."""
+    if not hasattr(like, "to_local"):
+        return whole
+    result: Tensor = _as_sharded(scatter(whole, like).contiguous(), like)
+    return result
 
 
 def all_reduce_statistics(tensors: Sequence[Tensor]) -> None:
     """Add statistics up over all data-parallel ranks, in place."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        everyone = Shards(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
-        for tensor in tensors:
-            tensor.copy_(everyone.all_reduce(tensor))
+    everyone = all_ranks()
+    for tensor in tensors if everyone.group is not None else ():
+        tensor.copy_(everyone.all_reduce(tensor))

@@ -17,8 +17,14 @@ from torch import Tensor, nn
 from prunus import solvers
 from prunus.allocators import Allocator, Problem, Unit
 from prunus.calibration import Calibration, measure_inputs
-from prunus.distributed import Shards, all_reduce_statistics, shards_of
-from prunus.layers import Layer
+from prunus.distributed import (
+    Shards,
+    all_ranks,
+    all_reduce_statistics,
+    cut_along_inputs,
+    shards_of,
+)
+from prunus.layers import Layer, reshard
 from prunus.patterns import Pattern
 from prunus.progress import track
 from prunus.pruners import Pruner, supports
@@ -40,12 +46,16 @@ class Method:
         """
         supports(self.pruner, self.pattern)
         for layer in layers:
-            try:
-                self.pattern.check(*layer.matrix_shape(), layer.channels())
-            except ValueError as error:
-                raise ValueError(f"{layer.name}: {error}") from None
+            _check_shape(layer, self.pattern)
         grouped = self.pattern.kind in ("N:M", "block")
         return [layer.with_channels_inner() for layer in layers] if grouped else list(layers)
+
+
+def _check_shape(layer: Layer, pattern: Pattern) -> None:
+    try:
+        pattern.check(*layer.matrix_shape(), layer.channels())
+    except ValueError as error:
+        raise ValueError(f"{layer.name}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -123,7 +133,7 @@ def measure(
 ) -> dict[Layer, Statistic]:
     """The statistics the method needs, measured and summed over data-parallel ranks.
 
-    Raises ValueError if it needs data and there is none.
+    Raises ValueError if it needs data and there is none, or a layer's inputs are sharded.
     """
     needed = {layer: method.pruner.statistic(layer) for layer in layers}
     stats = {layer: stat for layer, stat in needed.items() if stat is not None}
@@ -134,7 +144,13 @@ def measure(
             f"pruner {method.pruner.name!r} learns from data; "
             "pass calibration=prunus.Calibration(batches, loss_fn)"
         )
-    measure_inputs(model, stats, calibration)
+    if cut := [layer.name for layer in stats if cut_along_inputs(layer)]:
+        raise ValueError(
+            f"{', '.join(cut[:3])}: sharded along the inputs, which {method.pruner.name!r} "
+            "measures; exclude them, or use a pruner that needs no data"
+        )
+    with all_ranks().together():
+        measure_inputs(model, stats, calibration)
     for stat in stats.values():
         all_reduce_statistics(stat.tensors())
     return stats
@@ -180,7 +196,8 @@ def propose(
     bad = [solvers.count_non_finite(layer.local) for layer in layers]
     _refuse(bad, names, shards, "weights")
     bar = track(layers, f"{method.pruner.name}: scores")
-    candidates = [_candidate(method, layer, stats.get(layer)) for layer in bar]
+    with shards.together():
+        candidates = [_candidate(method, layer, stats.get(layer)) for layer in bar]
     bad = [
         0 if math.isfinite(c.total) else solvers.count_non_finite(c.scores) - c.pruned
         for c in candidates
@@ -212,11 +229,21 @@ def _shares(
     if shards.group is None:
         return list(drop)
     if method.pattern.kind == "row":
-        return [
-            d * len(c.scores) // u.shape[c.layer.rows_dim]
-            for d, c, u in zip(drop, candidates, units, strict=True)
-        ]
+        return _shares_of_rows(drop, [len(s) for s in scores], shards)
     return [lowest([s], d)[0][0] for s, d in zip(scores, drop, strict=True)]
+
+
+def _shares_of_rows(drop: Sequence[int], rows: Sequence[int], shards: Shards) -> list[int]:
+    """What falls to this rank's rows, where the first rows of the layer lose one more."""
+    table = torch.zeros(shards.world_size, len(rows), dtype=torch.int64)
+    table[shards.rank] = torch.tensor(rows)
+    table = shards.all_reduce(table)
+    all_rows, before = table.sum(0).tolist(), table[: shards.rank].sum(0).tolist()
+    shares = []
+    for units, mine, whole, above in zip(drop, rows, all_rows, before, strict=True):
+        each, more = divmod(units, whole)
+        shares.append(each * mine + min(max(more - above, 0), mine))
+    return shares
 
 
 @torch.no_grad()
@@ -251,18 +278,21 @@ def _row(
     return LayerRow(layer.name, layer.kind, layer.shape, str(pattern), int(size), int(zeros), lost)
 
 
+def _change(choice: Choice) -> Change:
+    layer, shape = choice.layer, tuple(choice.layer.local.shape)
+    new = torch.where(choice.mask, choice.rebuild(choice.mask), 0)
+    mask = layer.unmatrix(choice.mask, shape)
+    return Change(layer, layer.unmatrix(new, shape), mask, choice.row)
+
+
 @torch.no_grad()
 def rebuild(method: Method, choices: Sequence[Choice], shards: Shards) -> list[Change]:
     """The new weights, in the shape of the old.
 
     Raises ValueError if the pruner computed one that is NaN or infinite.
     """
-    changes = []
-    for choice in track(choices, f"{method.pruner.name}: weights"):
-        layer, shape = choice.layer, tuple(choice.layer.local.shape)
-        new = torch.where(choice.mask, choice.rebuild(choice.mask), 0)
-        mask = layer.unmatrix(choice.mask, shape)
-        changes.append(Change(layer, layer.unmatrix(new, shape), mask, choice.row))
+    with shards.together():
+        changes = [_change(choice) for choice in track(choices, f"{method.pruner.name}: weights")]
     names = [change.layer.parameter_name for change in changes]
     bad = [solvers.count_non_finite(change.weight) for change in changes]
     _refuse(bad, names, shards, f"new weights from {method.pruner.name}")
@@ -302,5 +332,6 @@ def prune_step(
     choices = choose(method, candidates, target, shards)
     del candidates  # the scores are as large as the weights
     changes = rebuild(method, choices, shards)
+    reshard(model)  # an evaluation may have come before
     commit(changes)
     return changes

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from prunus.masking import local
@@ -24,14 +25,35 @@ def clean_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
+def reshard(model: nn.Module) -> None:
+    """Drop the gathered copies that FSDP2 keeps after a forward pass without a backward.
+
+    Else a module shows the copy in place of its parameter, and computes with it whatever is
+    written to the parameter.
+    """
+    if dist.is_available() and dist.is_initialized():
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
 def clean_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    reshard(model)
     return {clean_name(name): p for name, p in model.named_parameters()}
+
+
+def _class_name(module: nn.Module) -> str:
+    # fully_shard turns a Linear into an FSDPLinear
+    return type(module).__name__.removeprefix("FSDP")
 
 
 def _is_conv1d(module: nn.Module) -> bool:
     """transformers' Conv1D: a linear layer whose weight is stored as (inputs, outputs)."""
     weight = getattr(module, "weight", None)
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and weight.dim() == 2
+    named = _class_name(module) == "Conv1D" and hasattr(module, "nf")
+    return named and isinstance(weight, Tensor) and weight.dim() == 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +74,7 @@ class Layer:
 
     @property
     def kind(self) -> str:
-        return type(self.module).__name__
+        return _class_name(self.module)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -103,7 +125,7 @@ class Layer:
         """The inverse of `matrix`: a tensor of the weight's (local) ``shape``."""
         channels, kernel = self.channels(shape), shape[2:]
         if self.channels_inner:
-            m = m.reshape(len(m), -1, channels).transpose(1, 2)
+            m = m.reshape(len(m), math.prod(kernel), channels).transpose(1, 2)
         if not self._inputs_first:
             return m.reshape(shape)
         parts = m.reshape(self._groups, shape[1], channels, *kernel)
@@ -136,7 +158,8 @@ class Layer:
         )
         samples = patches.transpose(1, 2).flatten(0, 1)
         if self.channels_inner:
-            samples = samples.unflatten(1, (conv.in_channels, -1)).transpose(1, 2).flatten(1)
+            kernels = samples.reshape(len(samples), conv.in_channels, -1)
+            samples = kernels.transpose(1, 2).flatten(1)
         return samples
 
     def with_channels_inner(self) -> Layer:
@@ -153,8 +176,14 @@ def _weights_of(module: nn.Module) -> list[str]:
 
 def all_layers(model: nn.Module) -> Iterator[Layer]:
     """Every prunable weight in the order of registration, tied weights once."""
+    reshard(model)
     seen: set[int] = set()
     for full_name, module in model.named_modules():
+        if "_fsdp_wrapped_module" in module._modules:
+            raise ValueError(
+                "FSDP1 (FullyShardedDataParallel) flattens the weights, so masks cannot hold; use "
+                "DDP or FSDP2 (torch.distributed.fsdp.fully_shard)"
+            )
         for attribute in _weights_of(module):
             weight = getattr(module, attribute)
             if not isinstance(weight, nn.Parameter):

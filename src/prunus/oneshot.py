@@ -14,6 +14,7 @@ from prunus import engine
 from prunus.allocators import ALLOCATORS, Allocator, Table
 from prunus.calibration import Calibration
 from prunus.distributed import shards_of
+from prunus.layers import reshard
 from prunus.modifiers import Context, PruningModifier, PruningRun
 from prunus.modifiers.base import log
 from prunus.modifiers.prune import pruning_event
@@ -60,7 +61,7 @@ def as_recipe(
         overrides = {} if sparsity is None else {"sparsity": sparsity}
         return Recipe.load(cast("str | Recipe", pruner), **overrides)
     modifier = PruningModifier(
-        pruner=as_pruner(cast("str | Pruner", pruner)),
+        pruner=as_pruner(pruner),
         sparsity=sparsity,
         layers=_names(layers) if layers is not None else None,
         exclude=_names(exclude),
@@ -133,7 +134,8 @@ def prune(
 
 
 @torch.no_grad()
-def _restore(saved: Sequence[tuple[Tensor, Tensor]]) -> None:
+def _restore(model: nn.Module, saved: Sequence[tuple[Tensor, Tensor]]) -> None:
+    reshard(model)
     for weight, old in saved:
         weight.copy_(old)
 
@@ -185,9 +187,9 @@ def sweep(
             values[sparsity] = metrics
             event = pruning_event(modifier, rows, 0, sparsity)
             recorder({**event, "event": "sweep", **metrics, "time": time.time()})
-            _restore(saved)
+            _restore(model, saved)
     finally:
-        _restore(saved)
+        _restore(model, saved)
     return SweepResult(values, recorder)
 
 

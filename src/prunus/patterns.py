@@ -61,7 +61,8 @@ class Unstructured:
 
 @dataclass(frozen=True)
 class Row:
-    """Every output keeps the same number of inputs, ``round(sparsity * inputs)`` go."""
+    """Every output keeps the same number of inputs; where that does not divide, the first
+    outputs lose one more."""
 
     kind = "row"
     fixed = None
@@ -73,10 +74,12 @@ class Row:
         return scores
 
     def mask(self, units: Tensor, drop: int) -> Tensor:
-        each = round(drop / max(1, len(units)))
+        each, more = divmod(drop, max(1, len(units)))
         keep = torch.ones_like(units, dtype=torch.bool)
-        for begin, lowest in lowest_of_rows(units, each):
-            keep[begin : begin + len(lowest)].scatter_(1, lowest, False)
+        for part, number in ((slice(None, more), each + 1), (slice(more, None), each)):
+            rows = keep[part]
+            for begin, lowest in lowest_of_rows(units[part], number):
+                rows[begin : begin + len(lowest)].scatter_(1, lowest, False)
         return keep
 
     def __str__(self) -> str:

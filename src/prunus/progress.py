@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 from rich.console import Console
@@ -16,7 +16,7 @@ PATIENCE = 2.0  # seconds before a bar appears
 def track(items: Iterable[T], title: str, console: Console | None = None) -> Iterator[T]:
     """Yield the items; on a terminal, show a bar once they take longer than `PATIENCE`."""
     console = console or Console(stderr=True)
-    total = len(items) if hasattr(items, "__len__") else None
+    total = len(items) if isinstance(items, Sized) else None
     progress = Progress(console=console, transient=True, disable=not console.is_terminal)
     begin, task = time.monotonic(), None
     try:

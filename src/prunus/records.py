@@ -50,7 +50,7 @@ def read_records(directory: str | os.PathLike[str]) -> list[Event]:
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
 
-def _is_main() -> bool:
+def is_main() -> bool:
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
@@ -98,7 +98,7 @@ class Recorder:
         self.events: list[Event] = []
         self.directory = Path(directory) if directory is not None else None
         self._file: IO[str] | None = None
-        self._sink = self._find_sink(log) if _is_main() else None
+        self._sink = self._find_sink(log) if is_main() else None
 
     def _find_sink(self, log: str | Sink | None) -> Sink | None:
         if log is None or callable(log):
@@ -112,7 +112,7 @@ class Recorder:
 
     def __call__(self, event: Event) -> None:
         self.events.append(event)
-        if self.directory is not None and _is_main():
+        if self.directory is not None and is_main():
             if self._file is None:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 self._file = (self.directory / FILE).open("w")
@@ -124,13 +124,14 @@ class Recorder:
 
     def rewind(self, step: int) -> None:
         """Forget what came after `step`: training goes on from there."""
-        if self.directory is not None and (self.directory / FILE).is_file() and self._file is None:
-            self.events = read_records(self.directory) + self.events
+        unread = self.directory if self._file is None and is_main() else None
+        if unread is not None and (unread / FILE).is_file():
+            self.events = read_records(unread) + self.events
         self.events = [event for event in self.events if event["step"] <= step]
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write all events to ``directory/records.jsonl``."""
-        if _is_main():
+        if is_main():
             with atomic_write(Path(directory) / FILE) as draft:
                 draft.write_text("".join(json.dumps(event) + "\n" for event in self.events))
 

@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
+from rich import box
 from rich.table import Table
 from torch import Tensor, nn
 
 from prunus.engine import LayerRow
 from prunus.layers import all_layers
 from prunus.masking import local
-from prunus.records import Recorder
+from prunus.records import Recorder, is_main
 
 if TYPE_CHECKING:
     from prunus.recipe import Recipe
@@ -37,7 +38,7 @@ class Printable:
         return ()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = Table(title=self.title, title_justify="left")
+        table = Table(title=self.title, title_justify="left", box=box.SIMPLE_HEAD)
         for i, name in enumerate(self.header()):
             table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
         for row in self.cells():
@@ -83,15 +84,15 @@ class Result(Printable):
         return sum(row.zeros for row in self.rows) / max(1, sum(row.size for row in self.rows))
 
     def header(self) -> Sequence[str]:
-        return "layer", "kind", "shape", "pattern", "sparsity", "zeros", "score lost"
+        return "layer", "shape", "pattern", "sparsity", "zeros", "score lost"
 
     def cells(self) -> Iterable[Sequence[str]]:
         for row in self.rows:
             shape = "x".join(map(str, row.shape))
             numbers = f"{row.sparsity:.4f}", f"{row.zeros:,}", f"{row.score_lost:.2%}"
-            yield row.name, row.kind, shape, row.pattern, *numbers
+            yield row.name, shape, row.pattern, *numbers
         zeros = sum(row.zeros for row in self.rows)
-        yield f"{len(self.rows)} layers", "", "", "", f"{self.sparsity:.4f}", f"{zeros:,}", ""
+        yield f"{len(self.rows)} layers", "", "", f"{self.sparsity:.4f}", f"{zeros:,}", ""
 
     def notes(self) -> Sequence[str]:
         return [f"left dense: {', '.join(self.left_dense)}"] if self.left_dense else []
@@ -101,7 +102,8 @@ class Result(Printable):
         from prunus.report import write_report
 
         self.recorder.save(directory)
-        write_report(directory)
+        if is_main():
+            write_report(directory)
 
 
 @dataclass

@@ -25,7 +25,7 @@ def cubic(t: float) -> float:
 
 def inverse_cubic(t: float) -> float:
     """Slow first, fast last; SparseML's ``inter_func: inverse_cubic``."""
-    return 1 - (1 - t) ** (1 / 3)
+    return 1 - math.pow(1 - t, 1 / 3)
 
 
 def cosine(t: float) -> float:

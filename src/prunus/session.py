@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from prunus.calibration import Calibration
-from prunus.distributed import gather, scatter
+from prunus.distributed import gather, scatter, whole_sparsity
 from prunus.layers import clean_parameters
 from prunus.masking import Masks, pack, unpack
 from prunus.modifiers import Context, PruningRun, Run
 from prunus.recipe import Recipe
-from prunus.records import Event, Recorder, Sink
+from prunus.records import Event, Recorder, Sink, is_main
 from prunus.timing import Timeline
 
 log = logging.getLogger("prunus")
@@ -39,8 +39,8 @@ def attach(
 
     ``steps_per_epoch`` counts batches and is divided (rounding up) by
     ``gradient_accumulation_steps``; both it and ``epochs`` are needed only by recipes that count in
-    epochs or shares of training. ``output_dir`` receives ``records.jsonl`` as training goes; ``log``
-    also passes events to Weights & Biases, TensorBoard or a function.
+    epochs or shares of training. ``output_dir`` receives ``records.jsonl`` as training goes;
+    ``log`` also passes events to Weights & Biases, TensorBoard or a function.
 
     Raises ValueError (RecipeError for the recipe's own faults) with the remedy if something does
     not fit; the model, the optimizer and the loop are then untouched.
@@ -180,11 +180,10 @@ class Session:
 
         Raises ValueError if the state is of another recipe or model; nothing is then changed.
         """
-        masks = self._check_state(state)
+        masks, parameters = self._check_state(state), clean_parameters(self.model)
         self.step, self._fresh = int(state["step"]), int(state["step"]) == 0
         for name, mask in masks.items():
-            weight = clean_parameters(self.model)[name]
-            self.masks.put(name, weight, scatter(mask, weight))
+            self.masks.put(name, parameters[name], scatter(mask, parameters[name]))
         for run, part in zip(self.runs, state["runs"], strict=True):
             run.load_state_dict(part)
         self.recorder.rewind(self.step)
@@ -212,7 +211,8 @@ class Session:
         from prunus.report import write_report
 
         self.recorder.save(directory)
-        write_report(directory)
+        if is_main():
+            write_report(directory)
 
     def close(self, finish: bool = True) -> None:
         """Remove the hooks. With ``finish``, first do the pruning that is still due.
@@ -241,7 +241,8 @@ class Session:
             log.warning("closed at step %d of %d: pruned to the target at once", self.step, last)
         for run in self.runs:
             run.finish(self.step)
-        self._record({"event": "end", "step": self.step, "sparsity": self.sparsity})
+        sparsity = whole_sparsity(self.masks)
+        self._record({"event": "end", "step": self.step, "sparsity": sparsity})
 
     def __enter__(self) -> Session:
         return self

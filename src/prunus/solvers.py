@@ -40,7 +40,7 @@ def _keys(scores: Tensor) -> Tensor:
 
 
 def _chunks(scores: Tensor) -> Sequence[Tensor]:
-    return scores.reshape(-1).split(CHUNK)
+    return torch.split(scores.reshape(-1), CHUNK)
 
 
 def _histogram(scores: Sequence[Tensor], prefix: int | None, shift: int) -> Tensor:
@@ -140,7 +140,7 @@ def keep_highest_of_groups(scores: Tensor, n: int, m: int) -> Tensor:
 
     ``scores`` is (rows, cols) with m dividing cols.
     """
-    groups = scores.reshape(-1, m)
+    groups = scores.reshape(scores.numel() // m, m)
     keep = torch.ones_like(groups, dtype=torch.bool)
     for begin, drop in lowest_of_rows(groups, m - n):
         keep[begin : begin + len(drop)].scatter_(1, drop, False)

@@ -1,4 +1,4 @@
-"""The recipe entries ``learning_rate`` and ``weight_decay``: what the optimizer is told, and when."""
+"""The recipe entries ``learning_rate`` and ``weight_decay``: settings of the optimizer."""
 
 from __future__ import annotations
 
@@ -58,16 +58,15 @@ class GroupRun(Run):
 
     def __init__(self, modifier: GroupSchedule, context: Context) -> None:
         assert context.optimizer is not None
-        self.modifier, self.groups = modifier, context.optimizer.param_groups
-        chosen = range(len(self.groups)) if modifier.groups is None else modifier.groups
+        self.modifier, self.optimizer = modifier, context.optimizer
+        groups = self.optimizer.param_groups
+        chosen = range(len(groups)) if modifier.groups is None else modifier.groups
         for index in chosen:
-            if not 0 <= index < len(self.groups):
-                raise ValueError(
-                    f"groups: the optimizer has {len(self.groups)}, there is no {index}"
-                )
+            if not 0 <= index < len(groups):
+                raise ValueError(f"groups: the optimizer has {len(groups)}, there is no {index}")
         # a group of weight decay 0 (biases, norms) was made so that it stays 0
         spared = modifier.setting == "weight_decay" and modifier.groups is None
-        self.indices = [i for i in chosen if not (spared and self.groups[i]["weight_decay"] == 0)]
+        self.indices = [i for i in chosen if not (spared and groups[i]["weight_decay"] == 0)]
         window, timeline = modifier.window or Window(), context.timeline
         self.begin = window.begin(timeline)
         self.end: int | None = None
@@ -87,7 +86,7 @@ class GroupRun(Run):
             return
         value = self.value(step)
         for index in self.indices:
-            group = self.groups[index]
+            group = self.optimizer.param_groups[index]  # load_state_dict makes new ones
             scale = group.get("lr_scale", 1.0) if self.modifier.setting == "lr" else 1.0
             present = group[self.modifier.setting]
             if isinstance(present, torch.Tensor):  # capturable and compiled optimizers

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from prunus.allocators import ALLOCATORS, Allocator, Table
+from prunus.distributed import shards_of
 from prunus.engine import Change, LayerRow, Method, check_reachable, prune_step
 from prunus.layers import Layer
 from prunus.masking import Hard, Masking, zero_momentum
@@ -59,7 +60,7 @@ class PruningModifier:
             )
         if self.schedule and any(abs(v - fixed) > 1e-9 for v in self.schedule.extremes):
             raise ValueError(
-                f"pattern '{self.pattern}' has sparsity {fixed:g}; drop 'sparsity' or write {fixed:g}"
+                f"pattern '{self.pattern}' has sparsity {fixed:g}; drop 'sparsity', or write that"
             )
 
     @property
@@ -92,6 +93,7 @@ class PruningRun(Run):
         self.names = [layer.parameter_name for layer in self.layers]
         if context.optimizer is not None:
             check_held(context.optimizer, self.layers)
+        shards_of(self.layers, self.method.pattern)  # raises for what no step could prune
         self.ticks = [0] if context.one_shot else self._ticks()
         self.next = 0
         self.rows: list[LayerRow] = []
@@ -156,6 +158,17 @@ class PruningRun(Run):
         return [
             (s, f"{said}, sparsity {'by table' if t is None else f'{t:.4f}'}") for s, t in targets
         ]
+
+    def memory(self) -> dict[str, int]:
+        """Bytes beyond the model: always, for data, and while a pruning step runs."""
+        weights = [layer.local for layer in self.layers]
+        masks = sum(w.numel() for w in weights)
+        stats = [self.method.pruner.statistic(layer) for layer in self.layers]
+        return {
+            "masks": masks,
+            "statistics": sum(stat.nbytes for stat in stats if stat is not None),
+            "a pruning step": sum(w.nbytes for w in weights) + masks,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         owned = [name for name in self.names if self.context.owners.get(name) is self]

@@ -48,7 +48,7 @@ class Pruner(Protocol):
 
 PRUNERS: Registry[Pruner] = Registry("pruner")
 KINDS = ("unstructured", "row", "N:M", "block")
-_P = TypeVar("_P", bound=type)
+_P = TypeVar("_P", bound="type[Pruner]")
 
 
 def register_pruner(cls: _P) -> _P:

@@ -10,12 +10,12 @@ import functools
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import pydantic
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
-from prunus.allocators import ALLOCATORS, Allocator
+from prunus.allocators import ALLOCATORS, Allocator, Table
 from prunus.masking import MASKINGS, Masking
 from prunus.modifiers import MODIFIERS, Modifier
 from prunus.names import Registry, did_you_mean
@@ -29,7 +29,6 @@ REGISTRIES: dict[Any, Registry[Any]] = {
     Masking: MASKINGS,
     Modifier: MODIFIERS,
 }
-T = TypeVar("T")
 
 
 def key_of(field: str) -> str:
@@ -56,11 +55,11 @@ def adapter(cls: type) -> pydantic.TypeAdapter[Any]:
     for part in [cls, *(m for hint in hints(cls).values() for m in members(hint))]:
         if dataclasses.is_dataclass(part) and "__pydantic_config__" not in vars(part):
             config = {"use_attribute_docstrings": True, "arbitrary_types_allowed": True}
-            part.__pydantic_config__ = config  # type: ignore[attr-defined]
+            setattr(part, "__pydantic_config__", config)  # noqa: B010
     return pydantic.TypeAdapter(cls)
 
 
-def build(cls: type[T], data: Any, source: Source, path: Path) -> T:
+def build(cls: type, data: Any, source: Source, path: Path) -> Any:
     """An instance of the dataclass from a mapping.
 
     Raises RecipeError naming file, line and path for unknown keys and values that do not fit.
@@ -75,7 +74,7 @@ def build(cls: type[T], data: Any, source: Source, path: Path) -> T:
             raise source.error((*path, key), f"unknown key {key!r}{hint}")
         values[fields[key]] = _value(hints(cls)[fields[key]], value, source, (*path, key))
     try:
-        return typing.cast(T, adapter(cls).validate_python(values))
+        return adapter(cls).validate_python(values)
     except pydantic.ValidationError as error:
         raise _explain(cls, error, source, path) from None
 
@@ -85,11 +84,16 @@ def _keys(cls: type) -> list[str]:
 
 
 def _value(hint: Any, value: Any, source: Source, path: Path) -> Any:
+    if isinstance(value, bool) and bool not in members(hint):
+        raise source.error(path, f"{str(value).lower()} is no value for this")
+    given = isinstance(value, Mapping)
     for member in members(hint):
+        if member is Allocator and isinstance(value, Mapping) and "name" not in value:
+            value = {"name": Table.name, "sparsities": value}
         if member in REGISTRIES:
             return build_named(REGISTRIES[member], value, source, path)
-        if dataclasses.is_dataclass(member) and isinstance(value, Mapping):
-            return build(typing.cast(type, member), value, source, path)
+        if isinstance(member, type) and dataclasses.is_dataclass(member) and given:
+            return build(member, value, source, path)
         if typing.get_origin(member) is tuple and isinstance(value, str):
             return (value,)
     return value
@@ -161,11 +165,14 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     return field.default
 
 
+_NAMED = "named by a registry"
+
+
 class _Schema(GenerateJsonSchema):
     """Protocols become references to the named things a recipe may write there."""
 
     def is_instance_schema(self, schema: Any) -> JsonSchemaValue:
-        return {"$ref": f"#/$defs/{schema['cls'].__name__}"}
+        return {_NAMED: schema["cls"].__name__}
 
 
 def class_schema(cls: type) -> dict[str, Any]:
@@ -173,7 +180,13 @@ def class_schema(cls: type) -> dict[str, Any]:
     schema = adapter(cls).json_schema(
         schema_generator=_Schema, ref_template="#/$defs/{model}", mode="validation"
     )
-    return typing.cast("dict[str, Any]", _in_words(schema))
+    result = typing.cast("dict[str, Any]", _in_words(schema))
+    for base in cls.__mro__[1:]:  # pydantic reads docstrings from a class's own body only
+        if dataclasses.is_dataclass(base):
+            for key, inherited in class_schema(base).get("properties", {}).items():
+                for word in inherited.keys() - result["properties"][key].keys():
+                    result["properties"][key][word] = inherited[word]
+    return result
 
 
 def _in_words(schema: Any) -> Any:
@@ -181,12 +194,16 @@ def _in_words(schema: Any) -> Any:
         return [_in_words(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
+    if _NAMED in schema:
+        rest = {key: value for key, value in schema.items() if key not in (_NAMED, "default")}
+        return {**rest, "$ref": f"#/$defs/{schema[_NAMED]}"}
     result = {key: _in_words(value) for key, value in schema.items() if key != "default"}
     if "properties" in result:
         result["properties"] = {key_of(k): v for k, v in result["properties"].items()}
         result["additionalProperties"] = False
     if result.get("type") == "array" and result.get("items") == {"type": "string"}:
-        return {"anyOf": [result, {"type": "string"}]}
+        said = {key: result.pop(key) for key in ("description", "title") if key in result}
+        return {"anyOf": [result, {"type": "string"}], **said}
     return result
 
 

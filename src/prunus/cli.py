@@ -1,0 +1,271 @@
+"""The command line: ``prunus list | show | check | schema | prune | report``.
+
+A model or a loader is named ``package.module:function``; the function is called without arguments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+import prunus
+from prunus.allocators import ALLOCATORS
+from prunus.calibration import Calibration
+from prunus.masking import MASKINGS
+from prunus.modifiers import MODIFIERS, Context, PruningModifier, PruningRun
+from prunus.names import Registry, did_you_mean
+from prunus.pruners import PRUNERS
+from prunus.recipe import Recipe, json_schema
+from prunus.recipe.build import class_schema
+from prunus.schedules import CURVES
+from prunus.timing import Timeline
+
+app = typer.Typer(
+    help=prunus.__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
+out = Console()
+REGISTRIES: dict[str, Registry[Any]] = {
+    "pruner": PRUNERS,
+    "allocator": ALLOCATORS,
+    "modifier": MODIFIERS,
+    "masking": MASKINGS,
+}
+
+ModelOption = Annotated[str, typer.Option(help="package.module:function that returns the model")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="name=value for a variable of the recipe")
+]
+
+
+def main() -> None:
+    """Entry point: an error is one line, not a traceback."""
+    try:
+        app()
+    except (ValueError, OSError, ImportError) as error:
+        Console(stderr=True).print(Text(f"error: {error}", style="red"), soft_wrap=True)
+        sys.exit(2)
+
+
+def call(name: str) -> Any:
+    """What ``package.module:function`` returns.
+
+    Raises ValueError if there is no such function.
+    """
+    module_name, _, function = name.partition(":")
+    if not function:
+        raise ValueError(f"'{name}' must be written package.module:function")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # modules beside the shell's working directory
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"cannot import '{module_name}' of '{name}': {error}") from None
+    if not callable(getattr(module, function, None)):
+        hint = did_you_mean(function, [n for n, v in vars(module).items() if inspect.isfunction(v)])
+        raise ValueError(f"'{module_name}' has no function '{function}'{hint}")
+    return getattr(module, function)()
+
+
+def call_model(name: str) -> nn.Module:
+    model = call(name)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"'{name}' returned {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def _overrides(pairs: list[str] | None) -> dict[str, Any]:
+    values = {}
+    for pair in pairs or []:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--set {pair!r} must be written name=value")
+        try:
+            values[name] = json.loads(text)
+        except json.JSONDecodeError:
+            values[name] = text
+    return values
+
+
+def _description(cls: type) -> str:
+    return (inspect.getdoc(cls) or "").replace("``", "").replace("`", "'")
+
+
+def _table(*columns: str, title: str = "") -> Table:
+    return Table(*columns, title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
+
+
+@app.command("list")
+def list_() -> None:
+    """What recipes can name: pruners, patterns, allocators, modifiers, curves."""
+    table = _table("kind", "name", "what it does")
+    for kind, registry in REGISTRIES.items():
+        for name in registry:
+            table.add_row(kind, name, _description(registry[name]).split("\n")[0])
+        table.add_section()
+    for pattern, said in (
+        ("unstructured", "any weight may go"),
+        ("row", "every output keeps the same number of inputs"),
+        ("2:4", "N kept of every M consecutive input channels, any N and M"),
+        ("4x1", "blocks of outputs x inputs go together, any size"),
+    ):
+        table.add_row("pattern", pattern, said)
+    out.print(table)
+    out.print(f"curves of schedules: {', '.join([*CURVES, 'steps', 'cyclic'])}")
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="a pruner, allocator, modifier or masking")],
+) -> None:
+    """The description and the settings of one thing that `list` names."""
+    found = [(kind, registry[name]) for kind, registry in REGISTRIES.items() if name in registry]
+    if not found:
+        known = [n for registry in REGISTRIES.values() for n in registry]
+        raise ValueError(f"nothing is called {name!r}{did_you_mean(name, known)}")
+    for kind, cls in found:
+        out.print(Text(f"{kind} {name}", style="bold"))
+        out.print(Text(_description(cls)))
+        if kind == "pruner":
+            out.print(f"patterns: {', '.join(cls.patterns)}; allocator: {cls.allocator}")
+        properties = class_schema(cls).get("properties", {})
+        if not properties:
+            out.print("no settings")
+            continue
+        table = _table("setting", "default", "meaning")
+        defaults = {f.name.rstrip("_"): f for f in dataclasses.fields(cls)}
+        for key, schema in properties.items():
+            table.add_row(key, _default(defaults[key]), schema.get("description", ""))
+        out.print(table)
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+        return str(getattr(value, "name", value))
+    return "required" if field.default is dataclasses.MISSING else str(field.default)
+
+
+@app.command()
+def check(
+    recipe: Annotated[str, typer.Argument(help="a recipe file")],
+    model: ModelOption = "",
+    steps_per_epoch: Annotated[int | None, typer.Option(help="optimizer steps")] = None,
+    epochs: Annotated[float | None, typer.Option(help="length of training")] = None,
+    set_: SetOption = None,
+) -> None:
+    """Which layers a recipe prunes, when, how sparse, and the memory it takes; changes nothing."""
+    loaded = Recipe.load(recipe, **_overrides(set_))
+    out.print(f"{recipe}: {', '.join(m.name for m in loaded.modifiers)}: reads well")
+    if not model:
+        out.print("give --model to see its layers, the times and the memory")
+        return
+    network = call_model(model)
+    timeline = Timeline(steps_per_epoch, epochs)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    timed = steps_per_epoch is not None
+    context = Context(network, optimizer, timeline, one_shot=not timed)
+    if not timed:
+        out.print("no --steps-per-epoch: shown as a one-shot run")
+    modifiers = [m for m in loaded.modifiers if timed or m.one_shot]
+    for i, modifier in enumerate(modifiers):
+        run = modifier.bind(context)
+        if isinstance(modifier, PruningModifier) and isinstance(run, PruningRun):
+            out.print(_layers(run, f"modifiers[{i}]"), *_memory(run), sep="\n")
+        if timed:
+            plan = _table("after step", "epoch", "what", title=f"modifiers[{i}] {modifier.name}")
+            for step, what in run.plan():
+                plan.add_row(str(step), f"{step / (steps_per_epoch or 1):.2f}", what)
+            out.print(plan)
+
+
+def _layers(run: PruningRun, where: str) -> Table:
+    table = _table(
+        "layer", "kind", "shape", "weights", title=f"{where} prune: {len(run.layers)} layers"
+    )
+    for layer in run.layers:
+        shape = "x".join(map(str, layer.shape))
+        table.add_row(layer.name, layer.kind, shape, f"{layer.weight.numel():,}")
+    return table
+
+
+def _memory(run: PruningRun) -> list[str]:
+    lines = [f"{what}: {nbytes / 2**20:,.1f} MiB" for what, nbytes in run.memory().items()]
+    dense = [f"left dense: {', '.join(run.left_dense)}"] if run.left_dense else []
+    return [*dense, "memory: " + "; ".join(lines)]
+
+
+@app.command()
+def schema(
+    output: Annotated[Path | None, typer.Option(help="file to write; default: the screen")] = None,
+) -> None:
+    """JSON schema of a recipe, for editors."""
+    text = json.dumps(json_schema(), indent=2)
+    if output is None:
+        typer.echo(text)
+    else:
+        output.write_text(text + "\n")
+
+
+@app.command()
+def prune(
+    pruner: Annotated[str, typer.Argument(help="a pruner's name or a recipe file")],
+    model: ModelOption,
+    output: Annotated[Path, typer.Option(help="safetensors file to write")],
+    sparsity: Annotated[float | None, typer.Option(help="share of weights to remove")] = None,
+    pattern: Annotated[str | None, typer.Option(help="unstructured, row, 2:4, 4x1")] = None,
+    layers: Annotated[list[str] | None, typer.Option(help="name, glob, class or re:")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="what to leave out")] = None,
+    allocator: Annotated[str | None, typer.Option(help="global, uniform, erk")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="package.module:function, a Calibration or batches")
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="safetensors file to load into the model first")
+    ] = None,
+    compact: Annotated[bool, typer.Option(help="store sparse tensors packed")] = False,
+    report: Annotated[Path | None, typer.Option(help="folder for report.html")] = None,
+) -> None:
+    """Prune a model at once and save it."""
+    network = call_model(model)
+    if weights is not None:
+        prunus.load(weights, network)
+    data = None if calibration is None else call(calibration)
+    if data is not None and not isinstance(data, Calibration):
+        data = Calibration(data)
+    result = prunus.prune(
+        network,
+        pruner,
+        sparsity=sparsity,
+        pattern=pattern,
+        layers=layers,
+        exclude=exclude or (),
+        allocator=allocator,
+        calibration=data,
+    )
+    out.print(result)
+    prunus.save(network, output, pruning=result, compact=compact)
+    out.print(f"{output}: {output.stat().st_size / 2**20:,.2f} MiB")
+    if report is not None:
+        result.report(report)
+        out.print(f"{report / 'report.html'}")
+
+
+@app.command()
+def report(directory: Annotated[Path, typer.Argument(help="where records.jsonl is")]) -> None:
+    """Make report.html and report.png from the records of a run."""
+    from prunus.report import write_report
+
+    out.print(str(write_report(directory)))

@@ -1,0 +1,153 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import prunus
+from prunus import cli
+
+RECIPE = """
+variables: {sparsity: 0.9}
+modifiers:
+  - prune:
+      sparsity: {from: 0.3, to: "${sparsity}", curve: cubic}
+      window: {from: 1ep, to: 4ep}
+  - learning_rate: {curve: cosine, from: 0.1, to: 0.01}
+"""
+MODULE = """
+import torch
+from oracles import small_mlp
+
+def build():
+    torch.manual_seed(0)
+    return small_mlp()
+
+def batches():
+    return [torch.randn(4, 8)]
+
+def number():
+    return 3
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Run the command line in a folder of its own; returns (exit code, screen, errors)."""
+    (tmp_path / "user_module.py").write_text(MODULE)
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(cli.out, "_width", 100)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["prunus", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+            raise SystemExit(0)
+        screen = capsys.readouterr()
+        return stop.value.code or 0, screen.out, screen.err
+
+    yield call
+    sys.modules.pop("user_module", None)
+
+
+def test_list_names_everything_a_recipe_can(run):
+    code, screen, _ = run("list")
+    assert code == 0
+    for name in ("magnitude", "global", "erk", "learning_rate", "hard", "2:4", "inverse_cubic"):
+        assert name in screen
+
+
+@pytest.mark.parametrize("name", ["magnitude", "table", "prune", "learning_rate", "hard"])
+def test_show_prints_the_docstring(run, name):
+    code, screen, _ = run("show", name)
+    assert code == 0
+    assert name in screen
+
+
+def test_show_prints_settings_with_their_meaning(run):
+    _, screen, _ = run("show", "learning_rate")
+    assert "start the curve anew" in screen
+    assert "value at its end" in screen
+
+
+def test_check_prints_layers_times_and_memory(run):
+    code, screen, _ = run("check", "r.yaml", "--model", "user_module:build", "--steps-per-epoch",
+                          "10", "--epochs", "5")
+    assert code == 0
+    for text in ("2 layers", "32x8", "0.3000", "0.9000", "40", "left dense: 4", "memory: masks"):
+        assert text in screen
+
+
+def test_check_reads_variables(run):
+    _, screen, _ = run("check", "r.yaml", "--model", "user_module:build", "--steps-per-epoch", "10",
+                       "--epochs", "5", "--set", "sparsity=0.5")
+    assert "0.5000" in screen
+    assert "0.9000" not in screen
+
+
+def test_schema_is_json(run):
+    _, screen, _ = run("schema")
+    assert json.loads(screen)["title"] == "prunus recipe"
+    run("schema", "--output", "schema.json")
+    with open("schema.json") as file:
+        assert json.load(file) == json.loads(screen)
+
+
+def test_prune_saves_and_reports(run, tmp_path):
+    code, screen, _ = run("prune", "magnitude", "--model", "user_module:build", "--sparsity", "0.8",
+                          "--layers", "2", "--output", "out.safetensors", "--compact",
+                          "--report", "runs/x")
+    assert code == 0
+    assert "0.8008" in screen or "0.7988" in screen or "0.8000" in screen
+    assert (tmp_path / "runs/x/report.html").is_file()
+    loaded = prunus.load(tmp_path / "out.safetensors")
+    assert list(loaded.masks) == ["2.weight"]
+    code, screen, _ = run("prune", "r.yaml", "--model", "user_module:build", "--weights",
+                          "out.safetensors", "--output", "again.safetensors")
+    assert code == 0
+    again = prunus.load(tmp_path / "again.safetensors")
+    assert (again.masks["2.weight"] & ~loaded.masks["2.weight"]).sum() == 0
+
+
+def test_a_calibration_function_serves_methods_that_need_data(run, tmp_path):
+    import toy_pruner  # noqa: F401 (registers the pruner)
+
+    code, _, _ = run("prune", "toy", "--model", "user_module:build", "--sparsity", "0.5",
+                     "--calibration", "user_module:batches", "--output", "o.safetensors")
+    assert code == 0
+
+
+def test_report_makes_the_page(run, tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
+    prunus.prune(model, "magnitude", sparsity=0.5, output_dir="runs/y")
+    code, _, _ = run("report", "runs/y")
+    assert code == 0
+    assert (tmp_path / "runs/y/report.html").is_file()
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["show", "magnitud"], "did you mean 'magnitude'?"),
+    (["check", "nothing.yaml"], "no recipe file 'nothing.yaml'"),
+    (["check", "r.yaml", "--set", "sparsity"], "must be written name=value"),
+    (["check", "r.yaml", "--model", "user_module"], "must be written package.module:function"),
+    (["check", "r.yaml", "--model", "user_modul:build"], "cannot import 'user_modul'"),
+    (["check", "r.yaml", "--model", "user_module:bild"], "did you mean 'build'?"),
+    (["check", "r.yaml", "--model", "user_module:number"], "returned int, not a torch.nn.Module"),
+    (["report", "empty"], "no records.jsonl in 'empty'"),
+    (["prune", "magnitude", "--model", "user_module:build", "--output", "o", "--sparsity", "3"],
+     "sparsity 3.0 is not between 0 and 1"),
+])
+def test_a_mistake_is_one_line_and_no_traceback(run, arguments, message):
+    code, _, errors = run(*arguments)
+    assert code == 2
+    assert message in errors
+    assert len(errors.strip().splitlines()) == 1
+
+
+def test_the_command_is_installed():
+    done = subprocess.run([sys.executable, "-m", "prunus", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "check" in done.stdout

@@ -1,0 +1,78 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import global_keep, nm_keep
+
+from prunus import solvers
+
+# few distinct values, so that ties are everywhere
+VALUES = st.sampled_from([-math.inf, -1.5, -0.0, 0.0, 1e-30, 0.25, 0.5, 1.0, 3e38, math.inf])
+DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
+
+
+@st.composite
+def score_lists(draw):
+    lists = draw(st.lists(st.lists(VALUES, max_size=12), min_size=1, max_size=4))
+    dtype = draw(DTYPES)
+    return [torch.tensor(values, dtype=dtype) for values in lists]
+
+
+@given(score_lists(), st.data())
+@settings(deadline=None)
+def test_kth_lowest_is_the_kth_of_the_sorted_list(tensors, data):
+    size = sum(t.numel() for t in tensors)
+    k = data.draw(st.integers(1, size)) if size else 0
+    if k:
+        expected = sorted(float(x) for t in tensors for x in t)[k - 1]
+        assert solvers.kth_lowest(tensors, k) == expected
+
+
+@given(score_lists(), st.data())
+@settings(deadline=None)
+def test_count_lowest_gives_ties_to_the_first_tensor(tensors, data):
+    size = sum(t.numel() for t in tensors)
+    k = data.draw(st.integers(0, size))
+    here, everywhere = solvers.count_lowest(tensors, k)
+    expected = [int((~keep).sum()) for keep in global_keep(tensors, k)]
+    assert here == everywhere == expected
+
+
+@given(score_lists(), st.data())
+@settings(deadline=None)
+def test_exactly_k_go_and_of_equal_scores_the_first(tensors, data):
+    scores = tensors[0]
+    k = data.draw(st.integers(0, scores.numel()))
+    assert torch.equal(solvers.keep_all_but_lowest(scores, k), global_keep([scores], k)[0])
+
+
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(2, 8), st.data())
+@settings(deadline=None)
+def test_groups_keep_their_n_highest(rows, groups, m, data):
+    n = data.draw(st.integers(1, m - 1))
+    entries = rows * groups * m
+    values = data.draw(st.lists(VALUES, min_size=entries, max_size=entries))
+    scores = torch.tensor(values).reshape(rows, groups * m)
+    assert torch.equal(solvers.keep_highest_of_groups(scores, n, m), nm_keep(scores, n, m))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_selection_is_exact_across_chunks(dtype):
+    scores = torch.randn(3, solvers.CHUNK // 2 + 7).to(dtype)
+    flat = scores.reshape(-1)
+    for k in (1, 17, flat.numel() // 2, flat.numel() - 1):
+        order = flat.sort(stable=True).indices
+        expected = torch.ones_like(flat, dtype=torch.bool)
+        expected[order[:k]] = False
+        assert torch.equal(solvers.keep_all_but_lowest(scores, k), expected.view_as(scores))
+
+
+def test_non_finite_entries_are_counted():
+    t = torch.zeros(10)
+    assert solvers.count_non_finite(t) == 0
+    t[3], t[4], t[5] = float("nan"), float("inf"), -float("inf")
+    assert solvers.count_non_finite(t) == 3
+    assert solvers.count_non_finite(torch.full((4,), 60000.0, dtype=torch.float16)) == 0
+    assert solvers.count_non_finite(torch.full((4,), 3e38)) == 0  # the sum overflows, they do not
