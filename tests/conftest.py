@@ -1,9 +1,19 @@
 import pytest
 import torch
 
+from ranks import Ranks
+
 torch.set_num_threads(1)  # pytest-xdist runs one process for each core
 
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory):
+    """Two processes that answer calls."""
+    group = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield group
+    group.stop()

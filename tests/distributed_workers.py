@@ -1,12 +1,9 @@
-"""Processes that stay alive over the tests of a file, and what they are asked to do."""
+"""What the ranks of the distributed tests, and the one process beside them, are asked to do."""
 
-import io
-import multiprocessing
-import traceback
-import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -16,80 +13,17 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import prunus
 from prunus.distributed import gather
+from prunus.pruners import Proposal
+from prunus.stats import InputNorm
 
-PATIENCE = 60  # seconds until a rank that does not answer counts as hanging
-
-
-def _serve(rank: int, world_size: int, store: Path, pipe: Any) -> None:
-    warnings.simplefilter("error")
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(str(store), world_size), rank=rank, world_size=world_size
-    )
-    while (task := pipe.recv()) is not None:
-        function, args = task
-        try:
-            answer: Any = function(*args)
-        except Exception:
-            answer = AssertionError(traceback.format_exc())
-        buffer = io.BytesIO()
-        torch.save(answer, buffer)
-        pipe.send_bytes(buffer.getvalue())
-    dist.destroy_process_group()
-
-
-class Ranks:
-    """Calls a function on every rank and returns the answers; begun anew after a failure."""
-
-    def __init__(self, directory: Path, world_size: int = 2) -> None:
-        self.directory, self.world_size = directory, world_size
-        self.processes: list[Any] = []
-        self.pipes: list[Any] = []
-        self.begun = 0
-
-    def _start(self) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        store = self.directory / f"store{self.begun}"
-        self.begun += 1
-        for rank in range(self.world_size):
-            pipe, theirs = spawn.Pipe()
-            args = (rank, self.world_size, store, theirs)
-            process = spawn.Process(target=_serve, args=args, daemon=True)
-            process.start()
-            self.processes.append(process)
-            self.pipes.append(pipe)
-
-    def __call__(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        if not self.processes:
-            self._start()
-        for pipe in self.pipes:
-            pipe.send((function, args))
-        answers = []
-        for rank, pipe in enumerate(self.pipes):
-            if not pipe.poll(PATIENCE):
-                answers.append(AssertionError(f"rank {rank} hangs"))
-            else:
-                answers.append(torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=False))
-        failures = [answer for answer in answers if isinstance(answer, AssertionError)]
-        if failures:
-            self.stop(kill=True)
-            raise AssertionError("\n".join(map(str, failures)))
-        return answers
-
-    def stop(self, kill: bool = False) -> None:
-        for process, pipe in zip(self.processes, self.pipes, strict=True):
-            if kill:
-                process.kill()
-            else:
-                pipe.send(None)
-            process.join()
-            pipe.close()
-        self.processes, self.pipes = [], []
+try:
+    from torch.distributed.fsdp import fully_shard
+except ImportError:  # where torch 2.6 may have it
+    from torch.distributed._composable.fsdp import fully_shard
 
 
 class Net(nn.Module):
@@ -174,17 +108,17 @@ def train(
     model = wrapped(net(), how)
     optimizer = OPTIMIZERS[optimizer_name](model.parameters())
     where = None if output_dir is None else output_dir / f"rank{world()[0]}"
-    session = prunus.attach(model, optimizer, recipe, output_dir=where)
-    if begin_with is not None:
-        model_state, optimizer_state, session_state = begin_with
+    if begin_with is not None:  # before attach, because it steps the optimizer to make its state
         set_state_dict(
             model,
             optimizer,
-            model_state_dict=model_state,
-            optim_state_dict=optimizer_state,
+            model_state_dict=begin_with[0],
+            optim_state_dict=begin_with[1],
             options=FULL,
         )
-        session.load_state_dict(session_state)
+    session = prunus.attach(model, optimizer, recipe, output_dir=where)
+    if begin_with is not None:
+        session.load_state_dict(begin_with[2])
     for x, y in batches(STEPS)[session.step : stop_at]:
         nn.functional.mse_loss(model(x), y).backward()
         optimizer.step()
@@ -225,3 +159,34 @@ def outcome(function: Callable[[], Any]) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
+
+
+RECIPE = """
+modifiers:
+  - prune:
+      pruner: magnitude
+      layers: {layers}
+      allocator: {allocator}
+      pattern: {pattern}
+      sparsity: {{from: 0.2, to: 0.6, curve: cubic}}
+      window: {{from: 1step, to: 6step, every: 2step}}
+"""
+
+
+def recipe(allocator="global", pattern="unstructured", layers='["*"]') -> str:
+    return RECIPE.format(allocator=allocator, pattern=pattern, layers=layers)
+
+
+@dataclass(frozen=True)
+class InputScaled:
+    """Wanda's score."""
+
+    name: ClassVar[str] = "input_scaled"
+    patterns: ClassVar[tuple[str, ...]] = ("unstructured", "row", "N:M", "block")
+    allocator: ClassVar[str] = "uniform"
+
+    def statistic(self, layer):
+        return InputNorm(layer.matrix_shape()[1])
+
+    def propose(self, w, stat, pattern):
+        return Proposal(w.abs() * stat.norm, lambda mask: w)

@@ -172,16 +172,15 @@ def _candidate(method: Method, layer: Layer, stat: Statistic | None) -> Candidat
             f"pruner {method.pruner.name!r} gave scores of shape {tuple(scores.shape)} for "
             f"{layer.name}, which is {tuple(w.shape)}"
         )
+    if int(w.count_nonzero()) == w.numel():
+        units = method.pattern.pool(scores)
+        return Candidate(layer, rebuild, units, 0, solvers.total(units))
     alive = w != 0
-    if not bool(alive.all()):
-        scores = scores.masked_fill(~alive, 0)
-    units = method.pattern.pool(scores)
+    units = method.pattern.pool(scores.masked_fill(~alive, 0))
     total = solvers.total(units)
-    dead = method.pattern.pool(alive) == 0
-    pruned = int(dead.count_nonzero())
-    if pruned:
-        units = units.masked_fill(dead, -math.inf)
-    return Candidate(layer, rebuild, units, pruned, total)
+    dead = ~method.pattern.pool(alive)
+    units = units.masked_fill(dead, -math.inf)
+    return Candidate(layer, rebuild, units, int(dead.count_nonzero()), total)
 
 
 @torch.no_grad()
@@ -260,10 +259,10 @@ def choose(
         mask = pattern.mask(candidate.scores, k)
         if candidate.pruned or pattern.kind == "block":
             mask &= candidate.layer.matrix(candidate.layer.local) != 0
-        kept = candidate.scores.masked_fill(pattern.pool(mask) == 0, 0)
+        kept = solvers.total_kept(candidate.scores, pattern.pool(mask))
         zeros = mask.numel() - int(mask.count_nonzero())
         masks.append(mask)
-        counts.append([mask.numel(), zeros, candidate.total, solvers.total(kept)])
+        counts.append([mask.numel(), zeros, candidate.total, kept])
     whole = shards.all_reduce(torch.tensor(counts, dtype=torch.float64)).tolist()
     return [
         Choice(c.layer, c.rebuild, mask, _row(c.layer, pattern, *numbers))

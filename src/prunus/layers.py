@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from prunus.masking import local
@@ -31,12 +30,10 @@ def reshard(model: nn.Module) -> None:
     Else a module shows the copy in place of its parameter, and computes with it whatever is
     written to the parameter.
     """
-    if dist.is_available() and dist.is_initialized():
-        from torch.distributed.fsdp import FSDPModule
-
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+    for module in model.modules():
+        # by name, because the import takes long and has moved between versions of torch
+        if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
+            module.reshard()  # type: ignore[operator]
 
 
 def clean_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -38,7 +38,8 @@ class Hard:
 
     def hide(self, weights: list[Tensor], masks: list[Tensor], progress: float) -> None:
         if weights:
-            torch._foreach_mul_(weights, masks)
+            # the same bytes as integers, because casting from booleans is not vectorized on CPUs
+            torch._foreach_mul_(weights, [mask.view(torch.uint8) for mask in masks])
 
 
 MASKINGS: Registry[Masking] = Registry("masking")
@@ -95,8 +96,10 @@ class Masks(Mapping[str, Tensor]):
         """Set the mask of a weight; ``mask`` has the shape of the weight's local part."""
         shard = local(weight)
         name = self._names.setdefault(shard.data_ptr(), name) if shard.numel() else name
-        # the weight's memory format, so that applying it walks both in the same order
-        self._masks[name] = torch.empty_like(shard, dtype=torch.bool).copy_(mask)
+        if mask.stride() != shard.stride():
+            # the weight's memory format, so that applying it walks both in the same order
+            mask = torch.empty_like(shard, dtype=torch.bool).copy_(mask)
+        self._masks[name] = mask
         self._weights[name] = weight
 
     def parts(self, names: Iterable[str]) -> tuple[list[Tensor], list[Tensor]]:

@@ -22,7 +22,7 @@ from prunus.patterns import parse_pattern
 from prunus.progress import track
 from prunus.pruners import PRUNERS, Pruner
 from prunus.recipe import Recipe
-from prunus.records import Recorder
+from prunus.records import Recorder, number
 from prunus.results import Evaluate, Result, SweepResult
 from prunus.selection import select
 
@@ -195,4 +195,4 @@ def sweep(
 
 def _metrics(value: Any) -> dict[str, float]:
     given = value if isinstance(value, Mapping) else {"value": value}
-    return {str(name): float(number) for name, number in given.items()}
+    return {str(name): number(metric) for name, metric in given.items()}

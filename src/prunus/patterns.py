@@ -16,7 +16,11 @@ import torch
 from torch import Tensor
 
 from prunus.names import did_you_mean
-from prunus.solvers import keep_all_but_lowest, keep_highest_of_groups, lowest_of_rows
+from prunus.solvers import (
+    keep_all_but_lowest,
+    keep_all_but_lowest_of_rows,
+    keep_highest_of_groups,
+)
 
 
 class Pattern(Protocol):
@@ -31,7 +35,7 @@ class Pattern(Protocol):
         ...
 
     def pool(self, scores: Tensor) -> Tensor:
-        """(rows, cols) scores -> the scores of the units."""
+        """(rows, cols) scores -> the scores of the units; booleans -> whether any is set."""
         ...
 
     def mask(self, units: Tensor, drop: int) -> Tensor:
@@ -75,12 +79,8 @@ class Row:
 
     def mask(self, units: Tensor, drop: int) -> Tensor:
         each, more = divmod(drop, max(1, len(units)))
-        keep = torch.ones_like(units, dtype=torch.bool)
-        for part, number in ((slice(None, more), each + 1), (slice(more, None), each)):
-            rows = keep[part]
-            for begin, lowest in lowest_of_rows(units[part], number):
-                rows[begin : begin + len(lowest)].scatter_(1, lowest, False)
-        return keep
+        first = keep_all_but_lowest_of_rows(units[:more], each + 1)
+        return torch.cat([first, keep_all_but_lowest_of_rows(units[more:], each)])
 
     def __str__(self) -> str:
         return "row"
@@ -141,11 +141,15 @@ class Block:
     def pool(self, scores: Tensor) -> Tensor:
         rows, cols = scores.shape
         blocks = scores.reshape(rows // self.rows, self.rows, cols // self.cols, self.cols)
+        if scores.dtype == torch.bool:  # a sum would count in int64
+            return blocks.view(torch.uint8).amax(dim=(1, 3)).bool()
         return blocks.sum(dim=(1, 3))
 
     def mask(self, units: Tensor, drop: int) -> Tensor:
         keep = keep_all_but_lowest(units, drop)
-        return keep.repeat_interleave(self.rows, 0).repeat_interleave(self.cols, 1)
+        blocks = keep[:, None, :, None].expand(-1, self.rows, -1, self.cols)
+        # a view of a single row of blocks would show each entry several times
+        return blocks.reshape(self.rows * keep.shape[0], self.cols * keep.shape[1]).contiguous()
 
     def __str__(self) -> str:
         return f"{self.rows}x{self.cols}"

@@ -54,6 +54,11 @@ def is_main() -> bool:
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
+def number(value: Any) -> float:
+    """A float of what people log: a number, or a tensor of one, with or without gradient."""
+    return float(value.detach() if hasattr(value, "detach") else value)
+
+
 def _numbers(event: Event) -> dict[str, float]:
     """What a chart can show of an event."""
     skip = ("step", "event", "time")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -17,7 +17,7 @@ from prunus.layers import clean_parameters
 from prunus.masking import Masks, pack, unpack
 from prunus.modifiers import Context, PruningRun, Run
 from prunus.recipe import Recipe
-from prunus.records import Event, Recorder, Sink, is_main
+from prunus.records import Event, Recorder, Sink, number, is_main
 from prunus.timing import Timeline
 
 log = logging.getLogger("prunus")
@@ -113,10 +113,29 @@ class Session:
         kept = sum(int(mask.count_nonzero()) for mask in self.masks.values())
         return (size - kept) / size if size else 0.0
 
-    def _before(self, *_: Any) -> None:
+    def _before(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._begin()
         for run in self.runs:
             run.before_step(self.step)
+        at, given = ("closure", kwargs) if "closure" in kwargs else (1, dict(enumerate(args)))
+        closure = given.get(at)
+        if closure is None:
+            self._before_update()
+            return None
+        given = {**given, at: self._then_before_update(closure)}
+        return (args, given) if at == "closure" else (tuple(given.values()), kwargs)
+
+    def _then_before_update(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def closed() -> Any:
+            loss = closure()
+            self._before_update()
+            return loss
+
+        return closed
+
+    def _before_update(self) -> None:
+        for run in self.runs:
+            run.before_update(self.step)
 
     def _after(self, *_: Any) -> None:
         if _was_skipped(self.optimizer):
@@ -144,9 +163,9 @@ class Session:
     def _record(self, event: Event) -> None:
         self.recorder({**event, "time": time.time()})
 
-    def log(self, **metrics: float) -> None:
+    def log(self, **metrics: float | Tensor) -> None:
         """Record numbers at the present step, such as ``loss=`` and ``accuracy=``."""
-        values = {name: float(value) for name, value in metrics.items()}
+        values = {name: number(value) for name, value in metrics.items()}
         self._record({"event": "metrics", "step": self.step, **values})
 
     def project(self, model: nn.Module) -> None:
@@ -177,6 +196,9 @@ class Session:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken: attach as before, load all states, train on.
+
+        States of torch.distributed.checkpoint are loaded into the optimizer before attaching,
+        because `set_optimizer_state_dict` makes an optimizer step, and the session would count it.
 
         Raises ValueError if the state is of another recipe or model; nothing is then changed.
         """

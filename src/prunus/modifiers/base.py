@@ -49,6 +49,9 @@ class Run:
     def before_step(self, step: int) -> None:
         """Before optimizer step number ``step + 1``."""
 
+    def before_update(self, step: int) -> None:
+        """In that step, once gradients are there: a closure computes them (LBFGS, Lightning)."""
+
     def after_step(self, step: int) -> None:
         """After optimizer step number ``step``."""
 
