@@ -76,16 +76,31 @@ def section(name: str, thing: object, level: int = 3) -> list[str]:
 
 
 def page() -> str:
-    lines = ["# Reference", "", "Made from the docstrings by `docs/make_reference.py`.", "",
-             "## Public names", ""]
+    lines = [
+        "# Reference",
+        "",
+        "Made from the docstrings by `docs/make_reference.py`.",
+        "",
+        "## Public names",
+        "",
+    ]
     for name in prunus.__all__:
         lines += section(f"prunus.{name}", getattr(prunus, name))
-    lines += ["## What recipes can name", "", "Keys are the fields below; `prunus show NAME` "
-              "prints the same.", ""]
+    lines += [
+        "## What recipes can name",
+        "",
+        "Keys are the fields below; `prunus show NAME` prints the same.",
+        "",
+    ]
     for kind, registry in (("pruner", PRUNERS), ("allocator", ALLOCATORS), ("modifier", MODIFIERS)):
         for name in registry:
             if registry[name].__module__.startswith("prunus."):
-                lines += [f"### {kind} `{name}`", "", code(inspect.getdoc(registry[name]) or ""), ""]
+                lines += [
+                    f"### {kind} `{name}`",
+                    "",
+                    code(inspect.getdoc(registry[name]) or ""),
+                    "",
+                ]
                 lines += [*fields(registry[name]), ""]
     return "\n".join(lines).replace("\n\n\n", "\n\n").strip() + "\n"
 

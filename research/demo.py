@@ -110,7 +110,9 @@ def main() -> None:
     prunus.save(gradual, args.output / "gradual.safetensors", pruning=session, compact=True)
     sizes = [(args.output / f"{n}.safetensors").stat().st_size for n in ("dense", "gradual")]
     table = Table("model", "sparsity", "accuracy", "file", title="digits", title_justify="left")
-    table.add_row("dense", "0.00", f"{accuracy(dense, test_data):.3f}", f"{sizes[0] / 1024:.0f} KiB")
+    table.add_row(
+        "dense", "0.00", f"{accuracy(dense, test_data):.3f}", f"{sizes[0] / 1024:.0f} KiB"
+    )
     for sparsity, metrics in one_shot.values.items():
         table.add_row("one shot", f"{sparsity:.2f}", f"{metrics['accuracy']:.3f}", "")
     row = f"{session.sparsity:.2f}", f"{accuracy(gradual, test_data):.3f}"

@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import small_cnn, small_mlp
 
 import prunus
+from oracles import small_cnn, small_mlp
 from prunus.allocators import ERK, Global, Problem, Table, Uniform, Unit
 from prunus.allocators.base import fill
 
@@ -30,8 +30,14 @@ def test_the_target_is_met_exactly_and_zeros_stay(units, target, allocator):
     assert all(u.pruned <= d <= u.size for u, d in zip(units, drop, strict=True))
 
 
-@given(st.lists(st.tuples(st.floats(0.01, 10), st.integers(0, 20), st.integers(0, 20)),
-                min_size=1, max_size=6), st.data())
+@given(
+    st.lists(
+        st.tuples(st.floats(0.01, 10), st.integers(0, 20), st.integers(0, 20)),
+        min_size=1,
+        max_size=6,
+    ),
+    st.data(),
+)
 @settings(deadline=None)
 def test_fill_is_proportional_between_its_bounds(rows, data):
     shares = [row[0] for row in rows]
@@ -53,8 +59,11 @@ def test_uniform_is_within_one_unit_in_each_layer():
 
 
 def test_erk_keeps_small_layers_denser_in_the_published_proportion():
-    units = [Unit("a", (100, 100), 10_000, 0), Unit("b", (100, 50, 3, 3), 45_000, 0),
-             Unit("c", (10, 10), 100, 0)]
+    units = [
+        Unit("a", (100, 100), 10_000, 0),
+        Unit("b", (100, 50, 3, 3), 45_000, 0),
+        Unit("c", (10, 10), 100, 0),
+    ]
     allocation = ERK().allocate(Problem(units, 0.9, lambda k: []))
     density = {name: 1 - s for name, s in allocation.sparsity.items()}
     raw = {u.name: sum(u.shape) / torch.Size(u.shape).numel() for u in units}
@@ -106,11 +115,14 @@ def test_an_allocation_saves_to_a_file_that_the_table_reads(tmp_path):
     assert {row.name: row.sparsity for row in result.rows} == pytest.approx(saved)
 
 
-@pytest.mark.parametrize(("table", "message"), [
-    ({"0": 0.5}, "no entry for '2'"),
-    ({"0": 0.5, "2": 0.5, "7": 0.1}, "'7' matches no pruned layer"),
-    ({"0": 1.5}, "is not between 0 and 1"),
-])
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"0": 0.5}, "no entry for '2'"),
+        ({"0": 0.5, "2": 0.5, "7": 0.1}, "'7' matches no pruned layer"),
+        ({"0": 1.5}, "is not between 0 and 1"),
+    ],
+)
 def test_a_table_that_does_not_fit_is_refused(table, message):
     model = small_mlp()
     with pytest.raises(ValueError, match=message):

@@ -4,12 +4,12 @@ import sys
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from oracles import small_cnn, small_mlp
 from torch import nn
 
 import prunus
+from oracles import small_cnn, small_mlp
 from prunus.masking import pack, unpack
 
 
@@ -75,8 +75,10 @@ def test_tied_weights_survive(tmp_path, compact):
     assert size < 6_000 if compact else size > 32_000
 
 
-@pytest.mark.parametrize(("pattern", "sparsity"), [
-    ("unstructured", 0.5), ("unstructured", 0.9), ("2:4", 0.5), ("4x1", 0.75), ("row", 0.75)])
+@pytest.mark.parametrize(
+    ("pattern", "sparsity"),
+    [("unstructured", 0.5), ("unstructured", 0.9), ("2:4", 0.5), ("4x1", 0.75), ("row", 0.75)],
+)
 def test_compact_files_shrink_as_the_docs_say(tmp_path, pattern, sparsity):
     """A bit for each weight and four bytes for each that is left."""
     model = nn.Sequential(nn.Linear(256, 256, bias=False))
@@ -118,7 +120,9 @@ def test_a_full_disk_is_one_clear_oserror_and_the_old_file_stays(tmp_path):
     large = nn.Linear(1000, 1000)
     try:  # the write fails with "file too large" half-way, as it does when the disk is full
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-        with pytest.raises(OSError, match="cannot write '.*m.safetensors' .*what was there is intact"):
+        with pytest.raises(
+            OSError, match="cannot write '.*m.safetensors' .*what was there is intact"
+        ):
             prunus.save(large, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

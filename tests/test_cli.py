@@ -74,16 +74,34 @@ def test_show_prints_settings_with_their_meaning(run):
 
 
 def test_check_prints_layers_times_and_memory(run):
-    code, screen, _ = run("check", "r.yaml", "--model", "user_module:build", "--steps-per-epoch",
-                          "10", "--epochs", "5")
+    code, screen, _ = run(
+        "check",
+        "r.yaml",
+        "--model",
+        "user_module:build",
+        "--steps-per-epoch",
+        "10",
+        "--epochs",
+        "5",
+    )
     assert code == 0
     for text in ("2 layers", "32x8", "0.3000", "0.9000", "40", "left dense: 4", "memory: masks"):
         assert text in screen
 
 
 def test_check_reads_variables(run):
-    _, screen, _ = run("check", "r.yaml", "--model", "user_module:build", "--steps-per-epoch", "10",
-                       "--epochs", "5", "--set", "sparsity=0.5")
+    _, screen, _ = run(
+        "check",
+        "r.yaml",
+        "--model",
+        "user_module:build",
+        "--steps-per-epoch",
+        "10",
+        "--epochs",
+        "5",
+        "--set",
+        "sparsity=0.5",
+    )
     assert "0.5000" in screen
     assert "0.9000" not in screen
 
@@ -97,16 +115,36 @@ def test_schema_is_json(run):
 
 
 def test_prune_saves_and_reports(run, tmp_path):
-    code, screen, _ = run("prune", "magnitude", "--model", "user_module:build", "--sparsity", "0.8",
-                          "--layers", "2", "--output", "out.safetensors", "--compact",
-                          "--report", "runs/x")
+    code, screen, _ = run(
+        "prune",
+        "magnitude",
+        "--model",
+        "user_module:build",
+        "--sparsity",
+        "0.8",
+        "--layers",
+        "2",
+        "--output",
+        "out.safetensors",
+        "--compact",
+        "--report",
+        "runs/x",
+    )
     assert code == 0
     assert "0.8008" in screen or "0.7988" in screen or "0.8000" in screen
     assert (tmp_path / "runs/x/report.html").is_file()
     loaded = prunus.load(tmp_path / "out.safetensors")
     assert list(loaded.masks) == ["2.weight"]
-    code, screen, _ = run("prune", "r.yaml", "--model", "user_module:build", "--weights",
-                          "out.safetensors", "--output", "again.safetensors")
+    code, screen, _ = run(
+        "prune",
+        "r.yaml",
+        "--model",
+        "user_module:build",
+        "--weights",
+        "out.safetensors",
+        "--output",
+        "again.safetensors",
+    )
     assert code == 0
     again = prunus.load(tmp_path / "again.safetensors")
     assert (again.masks["2.weight"] & ~loaded.masks["2.weight"]).sum() == 0
@@ -115,8 +153,18 @@ def test_prune_saves_and_reports(run, tmp_path):
 def test_a_calibration_function_serves_methods_that_need_data(run, tmp_path):
     import toy_pruner  # noqa: F401 (registers the pruner)
 
-    code, _, _ = run("prune", "toy", "--model", "user_module:build", "--sparsity", "0.5",
-                     "--calibration", "user_module:batches", "--output", "o.safetensors")
+    code, _, _ = run(
+        "prune",
+        "toy",
+        "--model",
+        "user_module:build",
+        "--sparsity",
+        "0.5",
+        "--calibration",
+        "user_module:batches",
+        "--output",
+        "o.safetensors",
+    )
     assert code == 0
 
 
@@ -128,18 +176,35 @@ def test_report_makes_the_page(run, tmp_path):
     assert (tmp_path / "runs/y/report.html").is_file()
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["show", "magnitud"], "did you mean 'magnitude'?"),
-    (["check", "nothing.yaml"], "no recipe file 'nothing.yaml'"),
-    (["check", "r.yaml", "--set", "sparsity"], "must be written name=value"),
-    (["check", "r.yaml", "--model", "user_module"], "must be written package.module:function"),
-    (["check", "r.yaml", "--model", "user_modul:build"], "cannot import 'user_modul'"),
-    (["check", "r.yaml", "--model", "user_module:bild"], "did you mean 'build'?"),
-    (["check", "r.yaml", "--model", "user_module:number"], "returned int, not a torch.nn.Module"),
-    (["report", "empty"], "no records.jsonl in 'empty'"),
-    (["prune", "magnitude", "--model", "user_module:build", "--output", "o", "--sparsity", "3"],
-     "sparsity 3.0 is not between 0 and 1"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["show", "magnitud"], "did you mean 'magnitude'?"),
+        (["check", "nothing.yaml"], "no recipe file 'nothing.yaml'"),
+        (["check", "r.yaml", "--set", "sparsity"], "must be written name=value"),
+        (["check", "r.yaml", "--model", "user_module"], "must be written package.module:function"),
+        (["check", "r.yaml", "--model", "user_modul:build"], "cannot import 'user_modul'"),
+        (["check", "r.yaml", "--model", "user_module:bild"], "did you mean 'build'?"),
+        (
+            ["check", "r.yaml", "--model", "user_module:number"],
+            "returned int, not a torch.nn.Module",
+        ),
+        (["report", "empty"], "no records.jsonl in 'empty'"),
+        (
+            [
+                "prune",
+                "magnitude",
+                "--model",
+                "user_module:build",
+                "--output",
+                "o",
+                "--sparsity",
+                "3",
+            ],
+            "sparsity 3.0 is not between 0 and 1",
+        ),
+    ],
+)
 def test_a_mistake_is_one_line_and_no_traceback(run, arguments, message):
     code, _, errors = run(*arguments)
     assert code == 2
@@ -148,6 +213,8 @@ def test_a_mistake_is_one_line_and_no_traceback(run, arguments, message):
 
 
 def test_the_command_is_installed():
-    done = subprocess.run([sys.executable, "-m", "prunus", "--help"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "prunus", "--help"], capture_output=True, text=True
+    )
     assert done.returncode == 0
     assert "check" in done.stdout

@@ -12,14 +12,24 @@ LEVELS = [
     {"names", "patterns", "schedules", "solvers", "masking", "timing"},
     {"layers", "selection", "stats"},
     {"pruners", "allocators"},
-    {"calibration", "engine", "distributed", "progress"},
+    {"calibration", "engine", "method", "distributed", "progress"},
     {"modifiers"},
     {"recipe", "records", "report", "results", "session", "oneshot", "checkpoint"},
     {"cli", "integrations", "__init__", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
-EXTRAS = {"timm", "torchvision", "transformers", "lightning", "pytorch_lightning", "accelerate",
-          "wandb", "tensorboard", "matplotlib", "jinja2"}
+EXTRAS = {
+    "timm",
+    "torchvision",
+    "transformers",
+    "lightning",
+    "pytorch_lightning",
+    "accelerate",
+    "wandb",
+    "tensorboard",
+    "matplotlib",
+    "jinja2",
+}
 FILES = sorted(SRC.rglob("*.py"))
 
 

@@ -3,10 +3,10 @@ import logging
 
 import pytest
 import torch
-from oracles import small_cnn, small_mlp
 from torch import nn
 
 import prunus
+from oracles import small_cnn, small_mlp
 from prunus.layers import all_layers, clean_name, ends
 from prunus.selection import select
 
@@ -54,7 +54,7 @@ def test_a_zero_row_silences_its_output(module, x):
 
 @pytest.mark.parametrize("name", ["conv2d", "conv1d", "linear", "conv3d", "transposed"])
 def test_columns_are_groups_of_input_channels_when_channels_are_inner(name):
-    module, x = SHAPES[name]
+    module, _ = SHAPES[name]
     layer = only(module).with_channels_inner()
     m = layer.matrix(layer.local).clone()
     channels = layer.channels()
@@ -107,11 +107,18 @@ def test_attention_weights_are_layers():
     assert abs(float((model["attn"].in_proj_weight == 0).float().mean()) - 0.5) < 0.2
     split = nn.MultiheadAttention(8, 2, kdim=4, vdim=6)
     assert [layer.name for layer in all_layers(split)] == [
-        "q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj"]
+        "q_proj_weight",
+        "k_proj_weight",
+        "v_proj_weight",
+        "out_proj",
+    ]
 
 
 def test_wrappers_leave_no_trace_in_names():
-    assert clean_name("module._orig_mod.blocks.0._fsdp_wrapped_module.fc.weight") == "blocks.0.fc.weight"
+    assert (
+        clean_name("module._orig_mod.blocks.0._fsdp_wrapped_module.fc.weight")
+        == "blocks.0.fc.weight"
+    )
     compiled = torch.compile(small_mlp(), backend="eager")
     assert [layer.name for layer in all_layers(compiled)] == ["0", "2", "4"]
 
@@ -128,29 +135,34 @@ def test_a_parametrized_weight_is_refused_with_the_reason():
 def test_the_default_spares_the_stem_and_the_head():
     assert [layer.name for layer in ends(small_cnn())] == ["0", "10"]
     assert [layer.name for layer in ends(small_mlp())] == ["4"]
-    blocks = nn.ModuleDict({"embed": nn.Embedding(5, 4),
-                            "layers": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])})
+    blocks = nn.ModuleDict(
+        {"embed": nn.Embedding(5, 4), "layers": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])}
+    )
     assert ends(blocks) == []
 
 
 def test_timm_models_spare_patch_embedding_and_classifier():
     timm = pytest.importorskip("timm")
-    model = timm.models.VisionTransformer(img_size=8, patch_size=4, embed_dim=16, depth=1,
-                                          num_heads=2, num_classes=3)
+    model = timm.models.VisionTransformer(
+        img_size=8, patch_size=4, embed_dim=16, depth=1, num_heads=2, num_classes=3
+    )
     selection = select(model)
     assert selection.left_dense == ["patch_embed.proj", "head"]
     assert len(selection.layers) == 4
 
 
-@pytest.mark.parametrize(("include", "exclude", "expected"), [
-    (["5"], (), ["5"]),
-    (["Conv2d"], (), ["0", "2", "5"]),
-    (["Linear"], ["10"], ["8"]),
-    (["*.weight"], ["Conv2d"], ["8", "10"]),
-    (["re:[25]"], (), ["2", "5"]),
-    (["re:8|10"], (), ["8", "10"]),
-    (["Module"], ["re:.*"], None),
-])
+@pytest.mark.parametrize(
+    ("include", "exclude", "expected"),
+    [
+        (["5"], (), ["5"]),
+        (["Conv2d"], (), ["0", "2", "5"]),
+        (["Linear"], ["10"], ["8"]),
+        (["*.weight"], ["Conv2d"], ["8", "10"]),
+        (["re:[25]"], (), ["2", "5"]),
+        (["re:8|10"], (), ["8", "10"]),
+        (["Module"], ["re:.*"], None),
+    ],
+)
 def test_layers_are_chosen_by_glob_regex_and_class(include, exclude, expected):
     if expected is None:
         with pytest.raises(ValueError, match="'Module' matches nothing"):
@@ -160,9 +172,16 @@ def test_layers_are_chosen_by_glob_regex_and_class(include, exclude, expected):
 
 
 def test_a_pattern_without_a_match_lists_the_nearest_names():
-    model = nn.ModuleDict({"blocks": nn.ModuleList(
-        [nn.ModuleDict({"qkv": nn.Linear(4, 4), "fc1": nn.Linear(4, 4)}) for _ in range(3)])})
-    with pytest.raises(ValueError, match=r"'blocks.\*.qvk' matches nothing; nearest: blocks.\*.qkv"):
+    model = nn.ModuleDict(
+        {
+            "blocks": nn.ModuleList(
+                [nn.ModuleDict({"qkv": nn.Linear(4, 4), "fc1": nn.Linear(4, 4)}) for _ in range(3)]
+            )
+        }
+    )
+    with pytest.raises(
+        ValueError, match=r"'blocks.\*.qvk' matches nothing; nearest: blocks.\*.qkv"
+    ):
         select(model, ["blocks.*.qvk"])
     with pytest.raises(ValueError, match="exclude pattern 'fc' matches nothing"):
         select(model, None, ["fc"])

@@ -2,11 +2,11 @@ import logging
 
 import pytest
 import torch
-from oracles import global_keep, small_cnn, small_mlp
-from toy_pruner import Toy
 
 import prunus
+from oracles import global_keep, small_cnn, small_mlp
 from prunus import engine
+from toy_pruner import Toy
 
 RECIPE = """
 variables: {sparsity: 0.75}
@@ -32,8 +32,10 @@ def test_global_magnitude_is_the_slow_answer(sparsity):
     model = small_mlp(torch.float64)
     scores = [model[0].weight.detach().abs(), model[2].weight.detach().abs()]
     k = round(sparsity * sum(s.numel() for s in scores))
-    expected = [w * keep for w, keep in zip((model[0].weight, model[2].weight),
-                                            global_keep(scores, k), strict=True)]
+    expected = [
+        w * keep
+        for w, keep in zip((model[0].weight, model[2].weight), global_keep(scores, k), strict=True)
+    ]
     expected = [e.detach().clone() for e in expected]
     prunus.prune(model, "magnitude", sparsity=sparsity)
     assert torch.equal(model[0].weight, expected[0])
@@ -74,8 +76,10 @@ def test_a_failing_second_modifier_undoes_the_first():
     with torch.no_grad():
         model[2].weight[0, 0] = float("inf")
     before = snapshot(model)
-    two = "modifiers:\n  - prune: {sparsity: 0.5, layers: ['0']}\n" \
-          "  - prune: {sparsity: 0.5, layers: ['2']}\n"
+    two = (
+        "modifiers:\n  - prune: {sparsity: 0.5, layers: ['0']}\n"
+        "  - prune: {sparsity: 0.5, layers: ['2']}\n"
+    )
     with pytest.raises(ValueError, match=r"2\.weight has 1 NaN or infinite"):
         prunus.prune(model, two)
     assert same(model, before)
@@ -94,8 +98,9 @@ def test_an_interrupt_while_weights_are_written_puts_them_back(monkeypatch):
             raise KeyboardInterrupt
         return original(self, other, *args)
 
-    monkeypatch.setattr(engine, "measure", lambda *a: monkeypatch.setattr(
-        torch.Tensor, "copy_", interrupted) or {})
+    monkeypatch.setattr(
+        engine, "measure", lambda *a: monkeypatch.setattr(torch.Tensor, "copy_", interrupted) or {}
+    )
     with pytest.raises(KeyboardInterrupt):
         prunus.prune(model, "magnitude", sparsity=0.5)
     monkeypatch.undo()
@@ -103,17 +108,31 @@ def test_an_interrupt_while_weights_are_written_puts_them_back(monkeypatch):
     assert same(model, before)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"pruner": "magnitud", "sparsity": 0.5}, "unknown pruner 'magnitud'; did you mean 'magnitude'"),
-    ({"pruner": "magnitude"}, "no sparsity was given"),
-    ({"pruner": "magnitude", "sparsity": 1.2}, "sparsity 1.2 is not between 0 and 1"),
-    ({"pruner": "magnitude", "sparsity": 0.5, "pattern": "3:5"}, "drop 'sparsity', or write that"),
-    ({"pruner": "magnitude", "pattern": "2:5"}, "0: pattern 2:5 does not divide 8 input channels; "
-                                                "use 2:4 or 2:8"),
-    ({"pruner": "magnitude", "sparsity": 0.5, "allocator": "gloabl"}, "did you mean 'global'"),
-    ({"pruner": "magnitude", "sparsity": 0.5, "layers": ["9"]}, "layer pattern '9' matches nothing"),
-    ({"pruner": "missing.yaml"}, "no recipe file 'missing.yaml'"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"pruner": "magnitud", "sparsity": 0.5},
+            "unknown pruner 'magnitud'; did you mean 'magnitude'",
+        ),
+        ({"pruner": "magnitude"}, "no sparsity was given"),
+        ({"pruner": "magnitude", "sparsity": 1.2}, "sparsity 1.2 is not between 0 and 1"),
+        (
+            {"pruner": "magnitude", "sparsity": 0.5, "pattern": "3:5"},
+            "drop 'sparsity', or write that",
+        ),
+        (
+            {"pruner": "magnitude", "pattern": "2:5"},
+            "0: pattern 2:5 does not divide 8 input channels; use 2:4 or 2:8",
+        ),
+        ({"pruner": "magnitude", "sparsity": 0.5, "allocator": "gloabl"}, "did you mean 'global'"),
+        (
+            {"pruner": "magnitude", "sparsity": 0.5, "layers": ["9"]},
+            "layer pattern '9' matches nothing",
+        ),
+        ({"pruner": "missing.yaml"}, "no recipe file 'missing.yaml'"),
+    ],
+)
 def test_bad_arguments_leave_the_model_untouched(arguments, message):
     model = small_mlp()
     before = snapshot(model)
@@ -174,7 +193,9 @@ def test_a_sweep_is_the_separate_runs_and_restores_the_weights(pruner):
         seen.append(snapshot(m))
         return {"mean": m.eval()(x).mean(), "sparsity": float(prunus.sparsity(m))}
 
-    result = prunus.sweep(model, pruner, [0.5, 0.9, 0.75], evaluate, layers=layers, calibration=data)
+    result = prunus.sweep(
+        model, pruner, [0.5, 0.9, 0.75], evaluate, layers=layers, calibration=data
+    )
     assert same(model, before)
     assert list(result.values) == [0.5, 0.9, 0.75]
     assert "mean" in str(result)
@@ -211,11 +232,17 @@ def test_calibration_takes_what_people_have(kind):
     x = torch.randn(4, 8)
     model = small_mlp()
     forward = None
-    batches = {"tensors": [x], "pairs": [(x, torch.zeros(4))], "mappings": [{"input": x}],
-               "forward": [{"anything": x}]}[kind]
+    batches = {
+        "tensors": [x],
+        "pairs": [(x, torch.zeros(4))],
+        "mappings": [{"input": x}],
+        "forward": [{"anything": x}],
+    }[kind]
     if kind == "forward":
+
         def forward(m, batch):
             return m(batch["anything"]).sum()
+
     data = prunus.Calibration(batches, forward=forward)
     result = prunus.prune(model, Toy(), sparsity=0.5, calibration=data)
     assert result.sparsity == 0.5
@@ -246,6 +273,7 @@ def test_only_the_first_batches_are_read_when_asked():
                 read.append(1)
                 yield torch.randn(2, 8)
 
-    prunus.prune(small_mlp(), Toy(), sparsity=0.5,
-                 calibration=prunus.Calibration(Batches(), num_batches=3))
+    prunus.prune(
+        small_mlp(), Toy(), sparsity=0.5, calibration=prunus.Calibration(Batches(), num_batches=3)
+    )
     assert len(read) == 3

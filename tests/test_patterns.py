@@ -2,8 +2,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import global_keep
 
+from oracles import global_keep
 from prunus.patterns import NM, Block, Row, Unstructured, parse_pattern
 
 
@@ -48,22 +48,33 @@ def test_a_table_small_enough_to_check_by_eye():
     assert block.mask(block.pool(scores), 2).int().tolist() == [[0, 0, 1, 1], [0, 0, 1, 1]]
 
 
-@pytest.mark.parametrize(("text", "pattern"), [
-    ("unstructured", Unstructured()), ("row", Row()), ("2:4", NM(2, 4)), ("1:4", NM(1, 4)),
-    ("4x1", Block(4, 1)), ("1x4", Block(1, 4)), ("8x8", Block(8, 8)),
-])
+@pytest.mark.parametrize(
+    ("text", "pattern"),
+    [
+        ("unstructured", Unstructured()),
+        ("row", Row()),
+        ("2:4", NM(2, 4)),
+        ("1:4", NM(1, 4)),
+        ("4x1", Block(4, 1)),
+        ("1x4", Block(1, 4)),
+        ("8x8", Block(8, 8)),
+    ],
+)
 def test_patterns_read_and_print_alike(text, pattern):
     assert parse_pattern(text) == pattern
     assert str(pattern) == text
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("unstructerd", "did you mean 'unstructured'"),
-    ("4:4", "0 < N < M is needed"),
-    ("0:4", "0 < N < M is needed"),
-    ("1x1", "is no block"),
-    ("124", "unknown pattern '124'"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("unstructerd", "did you mean 'unstructured'"),
+        ("4:4", "0 < N < M is needed"),
+        ("0:4", "0 < N < M is needed"),
+        ("1x1", "is no block"),
+        ("124", "unknown pattern '124'"),
+    ],
+)
 def test_bad_patterns_say_what_is_meant(text, message):
     with pytest.raises(ValueError, match=message):
         parse_pattern(text)

@@ -4,17 +4,20 @@ import dataclasses
 
 import pytest
 import torch
-from cases import PRUNERS
-from oracles import small_cnn, small_mlp
 from torch import nn
-from toy_pruner import CASE, Toy
 
 import prunus
+from cases import PRUNERS
+from oracles import small_cnn, small_mlp
 from prunus.patterns import parse_pattern
+from toy_pruner import CASE, Toy
 
 CASES = {**PRUNERS, "toy": CASE}
-ROWS = [pytest.param(case, pattern, id=f"{name}-{pattern}")
-        for name, case in CASES.items() for pattern in case.patterns]
+ROWS = [
+    pytest.param(case, pattern, id=f"{name}-{pattern}")
+    for name, case in CASES.items()
+    for pattern in case.patterns
+]
 EACH = [pytest.param(case, id=name) for name, case in CASES.items()]
 
 
@@ -34,8 +37,13 @@ def middle_conv(model):
 @pytest.mark.parametrize(("case", "pattern"), ROWS)
 def test_the_target_is_met_exactly(case, pattern):
     model = small_mlp()
-    result = prunus.prune(model, case.pruner, sparsity=target(pattern), pattern=pattern,
-                          calibration=data_for(case, (8,)))
+    result = prunus.prune(
+        model,
+        case.pruner,
+        sparsity=target(pattern),
+        pattern=pattern,
+        calibration=data_for(case, (8,)),
+    )
     expected = parse_pattern(pattern).fixed or 0.5
     assert result.sparsity == expected
     assert all(row.size == model.get_submodule(row.name).weight.numel() for row in result.rows)
@@ -44,8 +52,14 @@ def test_the_target_is_met_exactly(case, pattern):
 @pytest.mark.parametrize(("case", "pattern"), ROWS)
 def test_convolutions_are_pruned_along_input_channels(case, pattern):
     model = small_cnn()
-    result = prunus.prune(model, case.pruner, sparsity=target(pattern), pattern=pattern,
-                          layers=["5"], calibration=data_for(case, (3, 8, 8)))
+    result = prunus.prune(
+        model,
+        case.pruner,
+        sparsity=target(pattern),
+        pattern=pattern,
+        layers=["5"],
+        calibration=data_for(case, (3, 8, 8)),
+    )
     zeros = middle_conv(model).weight == 0
     assert zeros.sum() == result.rows[0].zeros
     by_channel = zeros.permute(0, 2, 3, 1)  # out, kh, kw, in
@@ -66,8 +80,13 @@ def test_convolutions_are_pruned_along_input_channels(case, pattern):
 def test_every_dtype_and_memory_format_gives_the_target(case, dtype):
     model = small_cnn(dtype).to(memory_format=torch.channels_last)
     before = middle_conv(model).weight.stride()
-    result = prunus.prune(model, case.pruner, sparsity=0.75, layers=["5", "8"],
-                          calibration=data_for(case, (3, 8, 8), dtype))
+    result = prunus.prune(
+        model,
+        case.pruner,
+        sparsity=0.75,
+        layers=["5", "8"],
+        calibration=data_for(case, (3, 8, 8), dtype),
+    )
     assert abs(result.sparsity - 0.75) < 1e-3
     assert middle_conv(model).weight.dtype == dtype
     assert middle_conv(model).weight.stride() == before
@@ -111,9 +130,15 @@ def test_the_mask_in_the_result_is_where_the_weight_is_not_zero(case):
 
 @pytest.mark.parametrize("case", EACH)
 def test_a_training_run_prunes_in_steps_and_resumes_bit_for_bit(case):
-    recipe = prunus.Recipe((prunus.PruningModifier(
-        case.pruner, prunus.modifiers.prune.Schedule(0.2, 0.8, "cubic"),
-        window=prunus.timing.Window("2step", "10step", "4step")),))
+    recipe = prunus.Recipe(
+        (
+            prunus.PruningModifier(
+                case.pruner,
+                prunus.modifiers.prune.Schedule(0.2, 0.8, "cubic"),
+                window=prunus.timing.Window("2step", "10step", "4step"),
+            ),
+        )
+    )
     calibration = data_for(case, (8,))
     batches = [torch.randn(4, 8) for _ in range(12)]
 

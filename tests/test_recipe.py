@@ -37,8 +37,11 @@ def test_a_recipe_becomes_frozen_modifiers():
     recipe = Recipe.load(FULL)
     assert recipe.modifiers == (
         PruningModifier(
-            Magnitude(), Schedule(0.3, 0.75, "cubic"), ("blocks.*.attn.qkv", "blocks.*.mlp.fc*"),
-            allocator=Global(), window=Window("0ep", "16ep", "2ep"),
+            Magnitude(),
+            Schedule(0.3, 0.75, "cubic"),
+            ("blocks.*.attn.qkv", "blocks.*.mlp.fc*"),
+            allocator=Global(),
+            window=Window("0ep", "16ep", "2ep"),
         ),
         PruningModifier(pattern="2:4", exclude=("head",)),
         LearningRate(5e-4, 1e-7, "cosine", cycle="5ep"),
@@ -66,15 +69,26 @@ SCHEDULES = st.one_of(
     st.builds(Schedule, NUMBERS, NUMBERS, st.sampled_from(["linear", "cubic", "cosine"])),
     st.builds(Schedule, values=st.lists(NUMBERS, min_size=1, max_size=4).map(tuple)),
 )
-WINDOWS = st.builds(Window, st.sampled_from(["0ep", "7step", "10%"]),
-                    st.sampled_from([None, "16ep", "100%"]), st.sampled_from([None, "2ep"]))
+WINDOWS = st.builds(
+    Window,
+    st.sampled_from(["0ep", "7step", "10%"]),
+    st.sampled_from([None, "16ep", "100%"]),
+    st.sampled_from([None, "2ep"]),
+)
 MODIFIERS = st.one_of(
-    st.builds(PruningModifier, st.just(Magnitude()), SCHEDULES,
-              st.one_of(st.none(), st.just(("a.*", "re:b|c"))), st.sampled_from([(), ("d",)]),
-              st.sampled_from(["unstructured", "row", "4x1"]),
-              st.sampled_from([None, ERK(), Uniform(), Table({"*": 0.5})]),
-              st.one_of(st.none(), WINDOWS)),
-    st.builds(LearningRate, NUMBERS, NUMBERS, st.just("linear"), groups=st.sampled_from([None, (0,)])),
+    st.builds(
+        PruningModifier,
+        st.just(Magnitude()),
+        SCHEDULES,
+        st.one_of(st.none(), st.just(("a.*", "re:b|c"))),
+        st.sampled_from([(), ("d",)]),
+        st.sampled_from(["unstructured", "row", "4x1"]),
+        st.sampled_from([None, ERK(), Uniform(), Table({"*": 0.5})]),
+        st.one_of(st.none(), WINDOWS),
+    ),
+    st.builds(
+        LearningRate, NUMBERS, NUMBERS, st.just("linear"), groups=st.sampled_from([None, (0,)])
+    ),
     st.builds(Freeze, st.just(("*",)), st.just(("head.*",)), st.one_of(st.none(), WINDOWS)),
 )
 
@@ -88,11 +102,17 @@ def test_yaml_gives_the_same_recipe_back_and_fits_the_schema(modifiers):
     jsonschema.validate(json.loads(json.dumps(yaml.safe_load(text))), json_schema())
 
 
-@pytest.mark.parametrize("bad", [
-    {"modifiers": [{"prune": {"sparsty": 0.5}}]}, {"modifiers": [{"prun": {}}]},
-    {"modifiers": [{"prune": {"pruner": "magnitud"}}]}, {"modifiers": []}, {"modifier": []},
-    {"modifiers": [{"learning_rate": {"to": "fast"}}]},
-])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"modifiers": [{"prune": {"sparsty": 0.5}}]},
+        {"modifiers": [{"prun": {}}]},
+        {"modifiers": [{"prune": {"pruner": "magnitud"}}]},
+        {"modifiers": []},
+        {"modifier": []},
+        {"modifiers": [{"learning_rate": {"to": "fast"}}]},
+    ],
+)
 def test_the_schema_refuses_what_the_recipe_refuses(bad):
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(bad, json_schema())
@@ -105,28 +125,57 @@ def test_the_schema_is_one_itself():
 
 
 ERRORS = {
-    "a modifier": ("- prun: {}", "modifiers[0].prun: unknown modifier 'prun'; did you mean 'prune'?"),
-    "a key": ("- prune: {sparsty: 1}", "modifiers[0].prune.sparsty: unknown key 'sparsty'; did you "
-              "mean 'sparsity'?"),
-    "a pruner": ("- prune: {pruner: magnitud}", "modifiers[0].prune.pruner: unknown pruner "
-                 "'magnitud'; did you mean 'magnitude'?"),
-    "a pruner's key": ("- prune: {pruner: {name: magnitude, damp: 1}}",
-                       "modifiers[0].prune.pruner.damp: unknown key 'damp'"),
-    "an allocator": ("- prune: {allocator: gobal}", "unknown allocator 'gobal'; did you mean 'global'"),
+    "a modifier": (
+        "- prun: {}",
+        "modifiers[0].prun: unknown modifier 'prun'; did you mean 'prune'?",
+    ),
+    "a key": (
+        "- prune: {sparsty: 1}",
+        "modifiers[0].prune.sparsty: unknown key 'sparsty'; did you mean 'sparsity'?",
+    ),
+    "a pruner": (
+        "- prune: {pruner: magnitud}",
+        "modifiers[0].prune.pruner: unknown pruner 'magnitud'; did you mean 'magnitude'?",
+    ),
+    "a pruner's key": (
+        "- prune: {pruner: {name: magnitude, damp: 1}}",
+        "modifiers[0].prune.pruner.damp: unknown key 'damp'",
+    ),
+    "an allocator": (
+        "- prune: {allocator: gobal}",
+        "unknown allocator 'gobal'; did you mean 'global'",
+    ),
     "a masking": ("- prune: {masking: soft}", "unknown masking 'soft'"),
-    "a pattern": ("- prune: {pattern: unstructred, sparsity: 0.5}", "unknown pattern 'unstructred'"),
-    "a curve": ("- prune: {sparsity: {from: 0, to: 1, curve: cubik}}",
-                "modifiers[0].prune.sparsity: unknown curve 'cubik'; did you mean 'cubic'?"),
-    "a unit": ("- prune: {sparsity: 0.5, window: {from: 3epp}}",
-               "modifiers[0].prune.window: '3epp' is not a duration; write '3ep', '500step' or '40%'"),
-    "no unit": ("- prune: {sparsity: 0.5, window: {from: 3}}",
-                "modifiers[0].prune.window.from: expected text, not 3; durations have a unit"),
-    "a number": ("- prune: {sparsity: lots}", "modifiers[0].prune.sparsity: expected a number or a "
-                 "mapping, not 'lots'"),
+    "a pattern": (
+        "- prune: {pattern: unstructred, sparsity: 0.5}",
+        "unknown pattern 'unstructred'",
+    ),
+    "a curve": (
+        "- prune: {sparsity: {from: 0, to: 1, curve: cubik}}",
+        "modifiers[0].prune.sparsity: unknown curve 'cubik'; did you mean 'cubic'?",
+    ),
+    "a unit": (
+        "- prune: {sparsity: 0.5, window: {from: 3epp}}",
+        "modifiers[0].prune.window: '3epp' is not a duration; write '3ep', '500step' or '40%'",
+    ),
+    "no unit": (
+        "- prune: {sparsity: 0.5, window: {from: 3}}",
+        "modifiers[0].prune.window.from: expected text, not 3; durations have a unit",
+    ),
+    "a number": (
+        "- prune: {sparsity: lots}",
+        "modifiers[0].prune.sparsity: expected a number or a mapping, not 'lots'",
+    ),
     "a truth": ("- prune: {sparsity: true}", "modifiers[0].prune.sparsity: true is no value"),
-    "a range": ("- prune: {sparsity: 75}", "modifiers[0].prune: sparsity 75.0 is not between 0 and 1"),
+    "a range": (
+        "- prune: {sparsity: 75}",
+        "modifiers[0].prune: sparsity 75.0 is not between 0 and 1",
+    ),
     "no sparsity": ("- prune: {pruner: magnitude}", "no sparsity was given"),
-    "N:M and sparsity": ("- prune: {pattern: 2:4, sparsity: 0.7}", "drop 'sparsity', or write that"),
+    "N:M and sparsity": (
+        "- prune: {pattern: 2:4, sparsity: 0.7}",
+        "drop 'sparsity', or write that",
+    ),
     "N:M and allocator": ("- prune: {pattern: 2:4, allocator: erk}", "drop 'allocator'"),
     "a list": ("prune: {}", "modifiers: expected a list of modifiers"),
     "two in one": ("- {prune: {sparsity: 1}, freeze: {}}", "modifiers[0]: expected one modifier"),
@@ -152,11 +201,27 @@ def test_the_line_is_that_of_the_value():
         Recipe.load(FULL.replace("every", "evry"))
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("1e-7", 1e-7), ("1E-7", 1e-7), ("+.5", 0.5), ("1_0", "1_0"), ("2:4", "2:4"), ("1:30:5", "1:30:5"),
-    ("on", "on"), ("no", "no"), ("true", True), ("010", 10), ("0o10", "0o10"), ("~", None),
-    ("2024-01-01", "2024-01-01"), (".inf", float("inf")), ("-3", -3), ("", None),
-])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1e-7", 1e-7),
+        ("1E-7", 1e-7),
+        ("+.5", 0.5),
+        ("1_0", "1_0"),
+        ("2:4", "2:4"),
+        ("1:30:5", "1:30:5"),
+        ("on", "on"),
+        ("no", "no"),
+        ("true", True),
+        ("010", 10),
+        ("0o10", "0o10"),
+        ("~", None),
+        ("2024-01-01", "2024-01-01"),
+        (".inf", float("inf")),
+        ("-3", -3),
+        ("", None),
+    ],
+)
 def test_scalars_mean_what_they_look_like(text, expected):
     from prunus.recipe.yaml import read_yaml
 
@@ -213,7 +278,11 @@ def test_a_missing_file_suggests_its_neighbour(tmp_path):
 
 
 def test_an_unknown_variable_in_the_text_is_an_error():
-    with pytest.raises(RecipeError, match=r"recipe:4: modifiers\[0\].prune.sparsity: unknown "
-                                          r"variable 'sparsty'; did you mean 'sparsity'"):
-        Recipe.load("variables: {sparsity: 0.5}\nmodifiers:\n  - prune:\n"
-                    "      sparsity: ${sparsty}\n")
+    with pytest.raises(
+        RecipeError,
+        match=r"recipe:4: modifiers\[0\].prune.sparsity: unknown "
+        r"variable 'sparsty'; did you mean 'sparsity'",
+    ):
+        Recipe.load(
+            "variables: {sparsity: 0.5}\nmodifiers:\n  - prune:\n      sparsity: ${sparsty}\n"
+        )

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -17,16 +18,26 @@ def test_every_curve_ends_at_one_and_never_falls(name):
     assert name == "constant" or values[0] == pytest.approx(0)
 
 
-@pytest.mark.parametrize(("curve", "half"), [
-    ("linear", 0.5), ("cubic", 1 - 0.5**3), ("inverse_cubic", 1 - 0.5 ** (1 / 3)),
-    ("cosine", 0.5), ("constant", 1.0),
-])
+@pytest.mark.parametrize(
+    ("curve", "half"),
+    [
+        ("linear", 0.5),
+        ("cubic", 1 - 0.5**3),
+        ("inverse_cubic", 1 - 0.5 ** (1 / 3)),
+        ("cosine", 0.5),
+        ("constant", 1.0),
+    ],
+)
 def test_curves_are_those_of_the_papers(curve, half):
     assert Schedule(0.2, 0.7, curve)(0.5) == pytest.approx(0.2 + 0.5 * half)
 
 
-@given(st.floats(0, 1), st.floats(0, 1), st.sampled_from(["linear", "cubic", "cosine"]),
-       st.floats(-1, 2))
+@given(
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.sampled_from(["linear", "cubic", "cosine"]),
+    st.floats(-1, 2),
+)
 def test_a_schedule_stays_between_its_ends_and_ends_exactly(begin, end, curve, progress):
     schedule = Schedule(begin, end, curve)
     assert min(begin, end) - 1e-12 <= schedule(progress) <= max(begin, end) + 1e-12
@@ -36,7 +47,14 @@ def test_a_schedule_stays_between_its_ends_and_ends_exactly(begin, end, curve, p
 def test_steps_take_equal_parts_unless_told():
     even = Schedule(values=(0.5, 0.6, 0.75, 0.9))
     assert [even(t) for t in (0, 0.2, 0.25, 0.5, 0.74, 0.75, 1)] == [
-        0.5, 0.5, 0.6, 0.75, 0.75, 0.9, 0.9]
+        0.5,
+        0.5,
+        0.6,
+        0.75,
+        0.75,
+        0.9,
+        0.9,
+    ]
     told = Schedule(values=(0.5, 0.9), at=(0.0, 0.1))
     assert [told(t) for t in (0, 0.05, 0.1, 1)] == [0.5, 0.5, 0.9, 0.9]
 
@@ -49,27 +67,38 @@ def test_a_cycle_starts_anew():
     assert wave(0.375, 0.5) == pytest.approx((1 + math.cos(0.75 * math.pi)) / 2)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"curve": "cubik", "to": 1.0}, "unknown curve 'cubik'; did you mean 'cubic'"),
-    ({"from_": 0.1}, "needs 'to'"),
-    ({"to": 0.5, "curve": "cubic"}, "needs 'from'"),
-    ({"curve": "steps"}, "needs 'values'"),
-    ({"values": (1.0,), "to": 0.5}, "takes 'values', not"),
-    ({"to": 0.5, "curve": "constant", "values": (0.5,)}, "belong to curve 'steps'"),
-    ({"values": (0.1, 0.2), "at": (0.0,)}, "1 entries for 2 'values'"),
-    ({"values": (0.1, 0.2), "at": (0.5, 0.6)}, "must rise from 0"),
-    ({"from_": 0.1, "to": 0.5, "curve": "cyclic"}, "needs 'cycle'"),
-    ({"from_": 0.1, "to": 0.5, "cycle": "5"}, "not a duration"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"curve": "cubik", "to": 1.0}, "unknown curve 'cubik'; did you mean 'cubic'"),
+        ({"from_": 0.1}, "needs 'to'"),
+        ({"to": 0.5, "curve": "cubic"}, "needs 'from'"),
+        ({"curve": "steps"}, "needs 'values'"),
+        ({"values": (1.0,), "to": 0.5}, "takes 'values', not"),
+        ({"to": 0.5, "curve": "constant", "values": (0.5,)}, "belong to curve 'steps'"),
+        ({"values": (0.1, 0.2), "at": (0.0,)}, "1 entries for 2 'values'"),
+        ({"values": (0.1, 0.2), "at": (0.5, 0.6)}, "must rise from 0"),
+        ({"from_": 0.1, "to": 0.5, "curve": "cyclic"}, "needs 'cycle'"),
+        ({"from_": 0.1, "to": 0.5, "cycle": "5"}, "not a duration"),
+    ],
+)
 def test_bad_schedules_say_what_is_missing(arguments, message):
     with pytest.raises(ValueError, match=message):
         Schedule(**arguments)
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("3ep", (3, "ep")), ("0.5ep", (0.5, "ep")), ("500step", (500, "step")), ("40%", (40, "%")),
-    ("2 epochs", (2, "ep")), ("7steps", (7, "step")), (" 1epoch ", (1, "ep")),
-])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("3ep", (3, "ep")),
+        ("0.5ep", (0.5, "ep")),
+        ("500step", (500, "step")),
+        ("40%", (40, "%")),
+        ("2 epochs", (2, "ep")),
+        ("7steps", (7, "step")),
+        (" 1epoch ", (1, "ep")),
+    ],
+)
 def test_durations_read(text, expected):
     assert parse_duration(text) == expected
 
@@ -96,5 +125,5 @@ def test_ticks_begin_and_end_with_the_window(begin, length, every):
     assert ticks == sorted(set(ticks))
     assert ticks[-1] == end
     assert ticks[0] == begin
-    gaps = [b - a for a, b in zip(ticks, ticks[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(ticks)]
     assert len(ticks) == 2 or all(gap >= every / 2 for gap in gaps)

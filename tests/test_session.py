@@ -6,10 +6,10 @@ import logging
 
 import pytest
 import torch
-from oracles import small_cnn, small_mlp
 from torch import nn
 
 import prunus
+from oracles import small_cnn, small_mlp
 
 AT_ONCE = "modifiers:\n  - prune: {sparsity: 0.75}\n"
 GRADUAL = """
@@ -114,8 +114,9 @@ def test_a_step_that_gradscaler_skips_does_not_count(fused):
     model = small_mlp()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    session = prunus.attach(model, optimizer, "modifiers:\n  - prune: "
-                            "{sparsity: 0.5, window: {from: 2step}}\n")
+    session = prunus.attach(
+        model, optimizer, "modifiers:\n  - prune: {sparsity: 0.5, window: {from: 2step}}\n"
+    )
     counts = []
     for i in range(4):
         loss = model(torch.randn(4, 8)).square().mean()
@@ -133,8 +134,9 @@ def test_gradient_accumulation_counts_optimizer_steps():
     model = small_mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     recipe = "modifiers:\n  - prune: {sparsity: 0.5, window: {from: 1ep}}\n"
-    with prunus.attach(model, optimizer, recipe, steps_per_epoch=6, epochs=2,
-                       gradient_accumulation_steps=3) as session:
+    with prunus.attach(
+        model, optimizer, recipe, steps_per_epoch=6, epochs=2, gradient_accumulation_steps=3
+    ) as session:
         for i in range(1, 7):
             model(torch.randn(4, 8)).sum().backward()
             if i % 3 == 0:
@@ -318,8 +320,11 @@ def test_the_momentum_of_pruned_weights_is_zeroed_with_them(make):
     with prunus.attach(model, optimizer, late) as session:
         train(model, optimizer, 3)
         dropped = ~session.masks["0.weight"]
-        buffers = [v for v in optimizer.state[model[0].weight].values()
-                   if torch.is_tensor(v) and v.shape == dropped.shape]
+        buffers = [
+            v
+            for v in optimizer.state[model[0].weight].values()
+            if torch.is_tensor(v) and v.shape == dropped.shape
+        ]
         assert buffers
         assert all((b[dropped] == 0).all() and (b[~dropped] != 0).any() for b in buffers)
 
@@ -352,9 +357,8 @@ def test_a_window_that_ends_with_training_reaches_its_target():
 def test_closing_early_prunes_to_the_target_and_says_so(caplog):
     model = small_mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with caplog.at_level(logging.WARNING, "prunus"):
-        with prunus.attach(model, optimizer, GRADUAL):
-            train(model, optimizer, 3)
+    with caplog.at_level(logging.WARNING, "prunus"), prunus.attach(model, optimizer, GRADUAL):
+        train(model, optimizer, 3)
     assert abs(zeros(model) - 0.8) < 2e-3
     assert "closed at step 3 of 10" in caplog.text
 
@@ -362,8 +366,10 @@ def test_closing_early_prunes_to_the_target_and_says_so(caplog):
 def test_an_exception_closes_the_session_without_pruning_further():
     model = small_mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with pytest.raises(RuntimeError, match="out of luck"), \
-            prunus.attach(model, optimizer, GRADUAL) as session:
+    with (
+        pytest.raises(RuntimeError, match="out of luck"),
+        prunus.attach(model, optimizer, GRADUAL) as session,
+    ):
         train(model, optimizer, 3)
         raise RuntimeError("out of luck")
     assert session.closed
@@ -387,15 +393,21 @@ def test_close_is_idempotent_and_removes_the_hooks():
 
 @pytest.mark.parametrize("stop", range(12))
 def test_resuming_at_any_step_is_the_uninterrupted_run_bit_for_bit(stop, tmp_path):
-    recipe = GRADUAL + "  - learning_rate: {curve: cosine, from: 0.1, to: 0.001}\n" \
-                       "  - freeze: {parameters: ['0.*'], window: {to: 3step}}\n"
+    recipe = (
+        GRADUAL + "  - learning_rate: {curve: cosine, from: 0.1, to: 0.001}\n"
+        "  - freeze: {parameters: ['0.*'], window: {to: 3step}}\n"
+    )
     batches = [torch.randn(4, 8) for _ in range(12)]
 
     def fresh():
         torch.manual_seed(3)
         model = small_mlp()
         optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-        return model, optimizer, prunus.attach(model, optimizer, recipe, steps_per_epoch=4, epochs=3)
+        return (
+            model,
+            optimizer,
+            prunus.attach(model, optimizer, recipe, steps_per_epoch=4, epochs=3),
+        )
 
     model, optimizer, session = fresh()
     train(model, optimizer, 12, batches)
@@ -409,8 +421,9 @@ def test_resuming_at_any_step_is_the_uninterrupted_run_bit_for_bit(stop, tmp_pat
         part.load_state_dict(state)
     train(*second[:2], 12 - stop, batches[stop:])
     second[2].close()
-    assert all(torch.equal(a, b) for a, b in
-               zip(model.parameters(), second[0].parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), second[0].parameters(), strict=True)
+    )
     assert all(torch.equal(session.masks[n], second[2].masks[n]) for n in session.masks)
 
 
@@ -481,13 +494,18 @@ def test_recipes_that_count_in_epochs_say_what_attach_needs():
     model = small_mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with pytest.raises(ValueError, match="give attach steps_per_epoch="):
-        prunus.attach(model, optimizer, "modifiers:\n  - prune: {sparsity: 0.5, "
-                                        "window: {from: 3ep}}\n")
+        prunus.attach(
+            model, optimizer, "modifiers:\n  - prune: {sparsity: 0.5, window: {from: 3ep}}\n"
+        )
     with pytest.raises(ValueError, match="the window has no end"):
         prunus.attach(model, optimizer, "modifiers:\n  - prune: {sparsity: {from: 0, to: 0.5}}\n")
     with pytest.raises(ValueError, match=r"ends \(step 2\) before it begins \(step 5\)"):
-        prunus.attach(model, optimizer, "modifiers:\n  - prune: {sparsity: {from: 0, to: 0.5}, "
-                                        "window: {from: 5step, to: 2step}}\n")
+        prunus.attach(
+            model,
+            optimizer,
+            "modifiers:\n  - prune: {sparsity: {from: 0, to: 0.5}, "
+            "window: {from: 5step, to: 2step}}\n",
+        )
 
 
 def test_a_pruning_pause_with_data_disturbs_nothing_but_the_pruned_weights():
@@ -498,8 +516,13 @@ def test_a_pruning_pause_with_data_disturbs_nothing_but_the_pruned_weights():
         torch.manual_seed(0)
         model = nn.Sequential(small_cnn(), nn.Dropout(0.5), nn.Linear(4, 4))
         optimizer = torch.optim.SGD(model.parameters(), 0.05)
-        recipe = prunus.Recipe((prunus.PruningModifier(
-            pruner, 0.0, layers=("0.5",), window=prunus.timing.Window("2step")),))
+        recipe = prunus.Recipe(
+            (
+                prunus.PruningModifier(
+                    pruner, 0.0, layers=("0.5",), window=prunus.timing.Window("2step")
+                ),
+            )
+        )
         data = [torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))] * 2
         modes = []
         with prunus.attach(model, optimizer, recipe, calibration=prunus.Calibration(data)):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import global_keep, nm_keep
 
+from oracles import global_keep, nm_keep
 from prunus import solvers
 
 # few distinct values, so that ties are everywhere

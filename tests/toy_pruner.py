@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from cases import Case
 from torch import Tensor
 
 import prunus
+from cases import Case
 from prunus.layers import Layer
 from prunus.patterns import Pattern
 from prunus.pruners import Proposal

@@ -78,7 +78,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40)
     args = parser.parse_args()
     print(hardware(args.device))
-    print(f"{args.model}, {args.batch_size} images of {args.image_size}x{args.image_size}, ", end="")
+    print(
+        f"{args.model}, {args.batch_size} images of {args.image_size}x{args.image_size}, ", end=""
+    )
     print(f"{args.rounds} rounds\n")
 
     steps = variants(args)

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from prunus import solvers
-from prunus.allocators import Allocator, Problem, Unit
+from prunus.allocators import Problem, Unit
 from prunus.calibration import Calibration, measure_inputs
 from prunus.distributed import (
     Shards,
@@ -25,94 +24,21 @@ from prunus.distributed import (
     shards_of,
 )
 from prunus.layers import Layer, reshard
+from prunus.method import Candidate, Change, Choice, LayerRow, Method
 from prunus.patterns import Pattern
 from prunus.progress import track
-from prunus.pruners import Pruner, supports
 from prunus.stats import Statistic
-
-
-@dataclass(frozen=True)
-class Method:
-    """How to prune: by what score, into which shapes, spread how over the layers."""
-
-    pruner: Pruner
-    pattern: Pattern
-    allocator: Allocator
-
-    def fit(self, layers: Sequence[Layer]) -> list[Layer]:
-        """The layers as this method wants to see them.
-
-        Raises ValueError if the pruner or a layer does not go with the pattern.
-        """
-        supports(self.pruner, self.pattern)
-        for layer in layers:
-            _check_shape(layer, self.pattern)
-        grouped = self.pattern.kind in ("N:M", "block")
-        return [layer.with_channels_inner() for layer in layers] if grouped else list(layers)
-
-
-def _check_shape(layer: Layer, pattern: Pattern) -> None:
-    try:
-        pattern.check(*layer.matrix_shape(), layer.channels())
-    except ValueError as error:
-        raise ValueError(f"{layer.name}: {error}") from None
-
-
-@dataclass(frozen=True)
-class LayerRow:
-    """What became of one layer, counted over all ranks."""
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    pattern: str
-    size: int
-    zeros: int
-    score_lost: float
-    """share of the layer's remaining score that went with what was pruned in this step"""
-
-    @property
-    def sparsity(self) -> float:
-        return self.zeros / max(1, self.size)
-
-
-@dataclass
-class Change:
-    """A new weight, not yet written; after `commit`, the old one."""
-
-    layer: Layer
-    weight: Tensor
-    mask: Tensor
-    row: LayerRow
-
-
-@dataclass
-class Candidate:
-    """A layer with the scores of its units, dead ones at minus infinity."""
-
-    layer: Layer
-    rebuild: Callable[[Tensor], Tensor]
-    scores: Tensor
-    pruned: int
-    total: float
-
-
-@dataclass
-class Choice:
-    """A layer with its keep-mask, a (rows, columns) matrix."""
-
-    layer: Layer
-    rebuild: Callable[[Tensor], Tensor]
-    mask: Tensor
-    row: LayerRow
 
 
 def present_sparsity(layers: Sequence[Layer], pattern: Pattern) -> float:
     """The share of the pattern's units that are zero already, over all ranks."""
     counts = torch.zeros(2, dtype=torch.float64)
     for layer in layers:
-        alive = pattern.pool(layer.matrix(layer.local != 0))
-        counts += torch.tensor([alive.numel() - int(alive.count_nonzero()), alive.numel()])
+        w, dead = layer.local, 0
+        if int(w.count_nonzero()) < w.numel():
+            alive = pattern.pool(layer.matrix(w != 0))
+            dead = (alive.numel() - int(alive.count_nonzero())) * w.numel() // alive.numel()
+        counts += torch.tensor([dead, w.numel()])
     zeros, size = shards_of(layers, pattern).all_reduce(counts).tolist()
     return float(zeros / max(1, size))
 

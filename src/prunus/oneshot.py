@@ -15,6 +15,7 @@ from prunus.allocators import ALLOCATORS, Allocator, Table
 from prunus.calibration import Calibration
 from prunus.distributed import shards_of
 from prunus.layers import reshard
+from prunus.method import Method
 from prunus.modifiers import Context, PruningModifier, PruningRun
 from prunus.modifiers.base import log
 from prunus.modifiers.prune import pruning_event
@@ -157,7 +158,7 @@ def sweep(
     Statistics and scores are computed once and serve all sparsities; one copy of the pruned weights
     is kept meanwhile. ``evaluate`` returns a number, or a mapping of names to numbers.
     """
-    method = engine.Method(
+    method = Method(
         as_pruner(pruner),
         parse_pattern(pattern),
         as_allocator(allocator) or ALLOCATORS[as_pruner(pruner).allocator](),

@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, ConsoleOptions, RenderResult
 from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from torch import Tensor, nn
 
-from prunus.engine import LayerRow
 from prunus.layers import all_layers
 from prunus.masking import local
+from prunus.method import LayerRow
 from prunus.records import Recorder, is_main
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from prunus.layers import clean_parameters
 from prunus.masking import Masks, pack, unpack
 from prunus.modifiers import Context, PruningRun, Run
 from prunus.recipe import Recipe
-from prunus.records import Event, Recorder, Sink, number, is_main
+from prunus.records import Event, Recorder, Sink, is_main, number
 from prunus.timing import Timeline
 
 log = logging.getLogger("prunus")

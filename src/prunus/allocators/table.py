@@ -55,10 +55,10 @@ class Table:
             if not hits:
                 raise ValueError(f"allocator table: no entry for {unit.name!r}; add one, or '*'")
             rates.append(hits[0])
-        exact = [round(r * u.size) for r, u in zip(rates, units, strict=True)]
+        exact = [rate * unit.size for rate, unit in zip(rates, units, strict=True)]
         pruned = [unit.pruned for unit in units]
         if problem.target is None:
-            drop = [max(gone, low) for gone, low in zip(exact, pruned, strict=True)]
+            drop = [max(round(gone), low) for gone, low in zip(exact, pruned, strict=True)]
         else:
             sizes = [unit.size for unit in units]
             drop = fill(exact, pruned, sizes, problem.drop)

@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 
 from prunus.allocators import ALLOCATORS, Allocator, Table
 from prunus.distributed import shards_of
-from prunus.engine import Change, LayerRow, Method, check_reachable, prune_step
+from prunus.engine import check_reachable, prune_step
 from prunus.layers import Layer
 from prunus.masking import Hard, Masking, zero_momentum
+from prunus.method import Change, LayerRow, Method
 from prunus.modifiers.base import MODIFIERS, Context, Run
 from prunus.patterns import Pattern, parse_pattern
 from prunus.pruners import Magnitude, Pruner, supports

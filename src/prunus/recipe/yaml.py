@@ -105,8 +105,9 @@ class _Reader:
             key = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else None
             if key is None:
                 raise self.fail(key_node, "keys must be plain words")
-            self.lines[(*path, key)] = key_node.start_mark.line + 1
-            value = self.value(value_node, (*path, key), depth + 1)
+            here = (*path, key)
+            self.lines[here] = key_node.start_mark.line + 1
+            value = self.value(value_node, here, depth + 1)
             if key == "<<":
                 for part in value if isinstance(value, list) else [value]:
                     if not isinstance(part, dict):

@@ -1,0 +1,89 @@
+"""The words of the engine: a method, and a layer on its way from scores to a new weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from prunus.allocators import Allocator
+from prunus.layers import Layer
+from prunus.patterns import Pattern
+from prunus.pruners import Pruner, supports
+
+
+@dataclass(frozen=True)
+class Method:
+    """How to prune: by what score, into which shapes, spread how over the layers."""
+
+    pruner: Pruner
+    pattern: Pattern
+    allocator: Allocator
+
+    def fit(self, layers: Sequence[Layer]) -> list[Layer]:
+        """The layers as this method wants to see them.
+
+        Raises ValueError if the pruner or a layer does not go with the pattern.
+        """
+        supports(self.pruner, self.pattern)
+        for layer in layers:
+            _check_shape(layer, self.pattern)
+        grouped = self.pattern.kind in ("N:M", "block")
+        return [layer.with_channels_inner() for layer in layers] if grouped else list(layers)
+
+
+def _check_shape(layer: Layer, pattern: Pattern) -> None:
+    try:
+        pattern.check(*layer.matrix_shape(), layer.channels())
+    except ValueError as error:
+        raise ValueError(f"{layer.name}: {error}") from None
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """What became of one layer, counted over all ranks."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    pattern: str
+    size: int
+    zeros: int
+    score_lost: float
+    """share of the layer's remaining score that went with what was pruned in this step"""
+
+    @property
+    def sparsity(self) -> float:
+        return self.zeros / max(1, self.size)
+
+
+@dataclass
+class Change:
+    """A new weight, not yet written; after `commit`, the old one."""
+
+    layer: Layer
+    weight: Tensor
+    mask: Tensor
+    row: LayerRow
+
+
+@dataclass
+class Candidate:
+    """A layer with the scores of its units, dead ones at minus infinity."""
+
+    layer: Layer
+    rebuild: Callable[[Tensor], Tensor]
+    scores: Tensor
+    pruned: int
+    total: float
+
+
+@dataclass
+class Choice:
+    """A layer with its keep-mask, a (rows, columns) matrix."""
+
+    layer: Layer
+    rebuild: Callable[[Tensor], Tensor]
+    mask: Tensor
+    row: LayerRow
