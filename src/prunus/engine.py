@@ -102,10 +102,10 @@ def _candidate(method: Method, layer: Layer, stat: Statistic | None) -> Candidat
         units = method.pattern.pool(scores)
         return Candidate(layer, rebuild, units, 0, solvers.total(units))
     alive = w != 0
-    units = method.pattern.pool(scores.masked_fill(~alive, 0))
+    units = method.pattern.pool(torch.where(alive, scores, 0))  # a copy: scores may be w itself
     total = solvers.total(units)
-    dead = ~method.pattern.pool(alive)
-    units = units.masked_fill(dead, -math.inf)
+    dead = method.pattern.pool(alive).logical_not_()
+    units.masked_fill_(dead, -math.inf)
     return Candidate(layer, rebuild, units, int(dead.count_nonzero()), total)
 
 
@@ -200,7 +200,8 @@ def _row(
     layer: Layer, pattern: Pattern, size: float, zeros: float, before: float, after: float
 ) -> LayerRow:
     lost = max(0.0, 1 - after / before) if before else 0.0
-    return LayerRow(layer.name, layer.kind, layer.shape, str(pattern), int(size), int(zeros), lost)
+    counts = int(size), int(zeros), layer.weight.element_size()
+    return LayerRow(layer.name, layer.kind, layer.shape, str(pattern), *counts, lost)
 
 
 def _change(choice: Choice) -> Change:

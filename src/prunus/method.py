@@ -50,12 +50,19 @@ class LayerRow:
     pattern: str
     size: int
     zeros: int
+    itemsize: int
+    """bytes of a weight"""
     score_lost: float
     """share of the layer's remaining score that went with what was pruned in this step"""
 
     @property
     def sparsity(self) -> float:
         return self.zeros / max(1, self.size)
+
+    @property
+    def saved(self) -> int:
+        """Bytes by which a compact file is smaller: the zeros', less a bit for each weight."""
+        return max(0, self.zeros * self.itemsize - -(-self.size // 8))
 
 
 @dataclass

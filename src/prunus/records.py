@@ -66,8 +66,10 @@ def _numbers(event: Event) -> dict[str, float]:
 
 
 def _wandb() -> Sink:
-    import wandb
-
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError(f"{error}; log='wandb' needs: pip install 'prunus[wandb]'") from None
     run = wandb.run or wandb.init(project="prunus")
 
     def sink(event: Event) -> None:
@@ -80,14 +82,18 @@ def _wandb() -> Sink:
 
 
 def _tensorboard(directory: Path) -> Sink:
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(str(directory))  # type: ignore[no-untyped-call]
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        message = f"{error}; log='tensorboard' needs: pip install tensorboard"
+        raise ImportError(message) from None
+    make: Any = SummaryWriter  # torch leaves it untyped
+    writer = make(str(directory))
 
     def sink(event: Event) -> None:
         for key, value in _numbers(event).items():
-            writer.add_scalar(f"prunus/{key}", value, event["step"])  # type: ignore[no-untyped-call]
-        writer.flush()  # type: ignore[no-untyped-call]
+            writer.add_scalar(f"prunus/{key}", value, event["step"])
+        writer.flush()
 
     return sink
 

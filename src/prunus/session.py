@@ -117,13 +117,14 @@ class Session:
         self._begin()
         for run in self.runs:
             run.before_step(self.step)
-        at, given = ("closure", kwargs) if "closure" in kwargs else (1, dict(enumerate(args)))
-        closure = given.get(at)
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._before_update()
             return None
-        given = {**given, at: self._then_before_update(closure)}
-        return (args, given) if at == "closure" else (tuple(given.values()), kwargs)
+        wrapped = self._then_before_update(closure)
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": wrapped}
+        return (args[0], wrapped, *args[2:]), kwargs
 
     def _then_before_update(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         def closed() -> Any:
