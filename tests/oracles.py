@@ -1,7 +1,12 @@
 """Slow and obvious answers."""
 
+import os
+
 import torch
 from torch import nn
+
+# for programs that tests start: two thread pools on two cores wait for each other most of the time
+SINGLE = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def lowest(scores, k):

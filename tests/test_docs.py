@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from oracles import SINGLE
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```python([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -24,7 +26,7 @@ def test_code_blocks_run(page, tmp_path):
     script = tmp_path / "page.py"
     # a main guard, because some pages start worker processes that import the script
     script.write_text("\n".join(blocks(page)))
-    done = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True, env=SINGLE)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 import platform
 import statistics
 import time
@@ -10,27 +12,46 @@ from pathlib import Path
 
 import torch
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
-def hardware(device: str) -> str:
-    """CPU, cores, torch and, with cuda, the GPU."""
+
+def hardware(args: argparse.Namespace) -> str:
+    """CPU, cores, torch and, with cuda, the GPU. Sets the number of threads that was asked for."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
         models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         cpu = models[0].split(":", 1)[1].strip() if models else cpu
-    line = f"{cpu}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    return f"{line}, {torch.cuda.get_device_name()}" if device == "cuda" else line
+    threads = f"{torch.get_num_threads()} of {os.cpu_count()} cores used"
+    gpu = f", {torch.cuda.get_device_name()}" if args.device == "cuda" else ""
+    return f"{cpu}, {threads}, torch {torch.__version__}{gpu}; {args.clock} time"
 
 
-def seconds(run: Callable[[], object], device: str) -> float:
-    """Wall time of one call; what the GPU has been given is waited for on both ends."""
-    if device == "cuda":
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """--device, --threads and --clock."""
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--threads", type=int, help="default: as many as torch takes")
+    parser.add_argument(
+        "--clock",
+        default="wall",
+        choices=CLOCKS,
+        help="cpu counts this process's CPU time, for a machine that is busy with other things; "
+        "use it with --threads 1",
+    )
+
+
+def seconds(run: Callable[[], object], args: argparse.Namespace) -> float:
+    """The time of one call; what the GPU has been given is waited for on both ends."""
+    clock = CLOCKS[args.clock]
+    if args.device == "cuda":
         torch.cuda.synchronize()
-    begin = time.perf_counter()
+    begin = clock()
     run()
-    if device == "cuda":
+    if args.device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - begin
+    return clock() - begin
 
 
 def spread(values: Sequence[float]) -> str:

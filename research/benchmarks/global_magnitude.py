@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import hardware, print_table, seconds
+from common import add_options, hardware, print_table, seconds
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
@@ -77,7 +77,7 @@ def measure_time(args: argparse.Namespace) -> dict[str, float]:
         for name, side in sides.items():
             for layer, w in zip(model, dense, strict=True):
                 layer.weight.detach().copy_(w)
-            times[name].append(seconds(side, args.device))
+            times[name].append(seconds(side, args))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -142,6 +142,7 @@ def measure_memory(args: argparse.Namespace) -> float:
 
 def measure_memory_in_fresh_process(args: argparse.Namespace, name: str) -> float:
     options = ["--device", args.device, "--width", str(args.width), "--layers", str(args.layers)]
+    options += ["--threads", str(torch.get_num_threads())]
     command = [sys.executable, __file__, *options, "--memory-of", name]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(done.stdout)
@@ -149,17 +150,18 @@ def measure_memory_in_fresh_process(args: argparse.Namespace, name: str) -> floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    add_options(parser)
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory-of", help="print the peak memory of one side and stop")
     args = parser.parse_args()
+    machine = hardware(args)
     if args.memory_of:
         print(measure_memory(args))
         return
 
-    print(hardware(args.device))
+    print(machine)
     size = args.layers * args.width**2
     print(f"{args.layers} Linear layers, {size / 1e6:.0f}M weights, {args.rounds} rounds\n")
     rows = []

@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import timm
 import torch
-from common import hardware, print_table, seconds, spread
+from common import add_options, hardware, print_table, seconds, spread
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
@@ -71,13 +71,13 @@ def mask_with_torch(model: nn.Module) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    add_options(parser)
     parser.add_argument("--model", default="vit_tiny_patch16_224")
     parser.add_argument("--image-size", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=40)
     args = parser.parse_args()
-    print(hardware(args.device))
+    print(hardware(args))
     print(
         f"{args.model}, {args.batch_size} images of {args.image_size}x{args.image_size}, ", end=""
     )
@@ -92,7 +92,7 @@ def main() -> None:
     for i in range(args.rounds):
         # each round begins with another variant, so that none always follows the same one
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            times[name].append(seconds(steps[name], args.device))
+            times[name].append(seconds(steps[name], args))
 
     rows = []
     plain = times["plain"]

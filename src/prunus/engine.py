@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -206,7 +206,7 @@ def _row(
 
 def _change(choice: Choice) -> Change:
     layer, shape = choice.layer, tuple(choice.layer.local.shape)
-    new = torch.where(choice.mask, choice.rebuild(choice.mask), 0)
+    new = torch.where(choice.mask, choice.rebuild(choice.mask), 0).to(layer.local.dtype)
     mask = layer.unmatrix(choice.mask, shape)
     return Change(layer, layer.unmatrix(new, shape), mask, choice.row)
 
@@ -225,22 +225,32 @@ def rebuild(method: Method, choices: Sequence[Choice], shards: Shards) -> list[C
     return changes
 
 
+def _pieces(change: Change) -> Iterator[tuple[Tensor, Tensor]]:
+    """The weight in the model beside the one in the change, a few rows at a time."""
+    w = change.layer.local
+    rows = max(1, solvers.CHUNK * len(w) // max(1, w.numel()))
+    yield from zip(torch.split(w, rows), torch.split(change.weight, rows), strict=True)
+
+
 @torch.no_grad()
 def commit(changes: Sequence[Change]) -> None:
     """Write the new weights; each change then holds the old one, so a second commit undoes it.
 
-    All or nothing: an interrupt in the middle puts back what was written.
+    All or nothing: an interrupt in the middle puts back what was written. Swaps piece by piece, so
+    that no second copy of a weight is needed.
     """
-    begun: list[tuple[Change, Tensor]] = []
+    done: list[tuple[Tensor, Tensor]] = []
+    begun: list[tuple[Tensor, Tensor]] = []
     try:
         for change in changes:
-            old = change.layer.local.clone()
-            begun.append((change, old))
-            change.layer.local.copy_(change.weight)
-            change.weight = old
+            for w, other in _pieces(change):
+                begun = [(w, w.clone())]
+                w.copy_(other)
+                other.copy_(begun[0][1])
+                done.append((w, other))
     except BaseException:
-        for change, old in begun:
-            change.layer.local.copy_(old)
+        for w, old in done + begun:
+            w.copy_(old)
         raise
 
 

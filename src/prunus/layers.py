@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,12 +16,12 @@ from prunus.masking import local
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 def clean_name(name: str) -> str:
-    """The name without what DDP, FSDP, torch.compile and checkpoint wrappers put into it."""
+    """The name, in an `unwrap`ped model, without what wrappers inside it put into it."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
@@ -38,7 +39,7 @@ def reshard(model: nn.Module) -> None:
 
 def clean_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     reshard(model)
-    return {clean_name(name): p for name, p in model.named_parameters()}
+    return {clean_name(name): p for name, p in unwrap(model).named_parameters()}
 
 
 def _class_name(module: nn.Module) -> str:
@@ -172,10 +173,13 @@ def _weights_of(module: nn.Module) -> list[str]:
 
 
 def all_layers(model: nn.Module) -> Iterator[Layer]:
-    """Every prunable weight in the order of registration, tied weights once."""
+    """Every prunable weight in the order of registration, tied weights once.
+
+    A weight that is computed (parametrized) is among them as no Parameter; `select` refuses it.
+    """
     reshard(model)
     seen: set[int] = set()
-    for full_name, module in model.named_modules():
+    for full_name, module in unwrap(model).named_modules():
         if "_fsdp_wrapped_module" in module._modules:
             raise ValueError(
                 "FSDP1 (FullyShardedDataParallel) flattens the weights, so masks cannot hold; use "
@@ -183,14 +187,10 @@ def all_layers(model: nn.Module) -> Iterator[Layer]:
             )
         for attribute in _weights_of(module):
             weight = getattr(module, attribute)
-            if not isinstance(weight, nn.Parameter):
-                raise ValueError(
-                    f"{clean_name(full_name)}.{attribute} is computed, not stored (is it "
-                    "parametrized or pruned by torch.nn.utils?); remove that first"
-                )
-            if id(weight) in seen:
-                continue
-            seen.add(id(weight))
+            if isinstance(weight, nn.Parameter):
+                if id(weight) in seen:
+                    continue
+                seen.add(id(weight))
             name = clean_name(full_name)
             parameter = f"{name}.{attribute}" if name else attribute
             yield Layer(name if attribute == "weight" else parameter, parameter, module, weight)
@@ -205,12 +205,25 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def _is_head(model: nn.Module, last: Layer) -> bool:
-    in_blocks = any(
+def _heads(model: nn.Module) -> list[Any] | None:
+    """The modules that the model itself calls its output head; None if it does not say.
+
+    A backbone of timm says that it has none (an Identity); a distilled one names two.
+    """
+    if callable(getattr(model, "get_classifier", None)):
+        named = model.get_classifier()  # type: ignore[operator]
+        return list(named) if isinstance(named, tuple | list) else [named]
+    if callable(getattr(model, "get_output_embeddings", None)):
+        named = model.get_output_embeddings()  # type: ignore[operator]
+        return None if named is None else [named]
+    return None
+
+
+def _in_blocks(model: nn.Module, last: Layer) -> bool:
+    return any(
         isinstance(module, nn.ModuleList) and last.name.startswith(clean_name(name) + ".")
         for name, module in model.named_modules()
     )
-    return not in_blocks
 
 
 def ends(model: nn.Module) -> list[Layer]:
@@ -225,12 +238,10 @@ def ends(model: nn.Module) -> list[Layer]:
         return []
     stem = [layers[0]] if isinstance(layers[0].module, _CONVS) else []
     inner = unwrap(model)
-    heads = [
-        getattr(inner, getter)()
-        for getter in ("get_classifier", "get_output_embeddings")
-        if callable(getattr(inner, getter, None))
-    ]
-    named = [layer for layer in layers if any(layer.module is head for head in heads)]
-    if not named and _is_head(model, layers[-1]):
-        named = [layers[-1]]
+    heads = _heads(inner)
+    if heads is None:
+        named = [] if _in_blocks(inner, layers[-1]) else [layers[-1]]
+    else:
+        inside = {m for head in heads if isinstance(head, nn.Module) for m in head.modules()}
+        named = [layer for layer in layers if layer.module in inside]
     return stem + [layer for layer in named if layer not in stem]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -23,7 +22,7 @@ from prunus.patterns import parse_pattern
 from prunus.progress import track
 from prunus.pruners import PRUNERS, Pruner
 from prunus.recipe import Recipe
-from prunus.records import Recorder, number
+from prunus.records import Recorder, number, start_event
 from prunus.results import Evaluate, Result, SweepResult
 from prunus.selection import select
 
@@ -108,16 +107,7 @@ def prune(
         raise ValueError("the recipe has no 'prune' entry; nothing to do at once")
     recorder = Recorder(output_dir)
     context = Context(model, None, calibration=calibration, one_shot=True, record=recorder)
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    recorder(
-        {
-            "event": "start",
-            "step": 0,
-            "bytes": size,
-            "recipe": recipe.to_yaml(),
-            "time": time.time(),
-        }
-    )
+    recorder(start_event(model, 0, recipe=recipe.to_yaml()))
     runs: list[PruningRun] = []
     try:
         for modifier in modifiers:
@@ -176,6 +166,7 @@ def sweep(
     )
     saved = [(layer.local, layer.local.clone()) for layer in fitted]
     recorder, values = Recorder(), {}
+    recorder(start_event(model, 0))
     try:
         for sparsity in track(sparsities, "sweep"):
             choices = engine.choose(method, candidates, sparsity, shards)
@@ -187,7 +178,7 @@ def sweep(
             metrics = _metrics(evaluate(model))
             values[sparsity] = metrics
             event = pruning_event(modifier, rows, 0, sparsity)
-            recorder({**event, "event": "sweep", **metrics, "time": time.time()})
+            recorder({**event, "event": "sweep", "values": metrics})
             _restore(model, saved)
     finally:
         _restore(model, saved)

@@ -1,16 +1,28 @@
-"""Events of a run: kept in memory, streamed to ``records.jsonl``, passed on to loggers."""
+"""Events of a run: kept in memory, streamed to ``records.jsonl``, passed on to loggers.
+
+Each is a mapping with ``event``, ``step`` (optimizer steps done) and ``time``:
+
+- ``start``: ``bytes`` and ``parameters`` of the whole model, ``recipe``
+- ``prune``: ``pruner``, ``pattern``, ``target``, ``sparsity`` of its layers together, and three
+  mappings of their names: ``layers`` to sparsity, ``sizes`` to weights, ``saved`` to bytes
+- ``sweep``: the same, and ``values``, what the evaluation said
+- ``metrics``: what `Session.log` was given
+- ``end``: ``sparsity``
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch.distributed as dist
+from torch import nn
 
 from prunus.names import did_you_mean
 
@@ -43,11 +55,38 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def read_records(directory: str | os.PathLike[str]) -> list[Event]:
-    """The events of a run. Raises FileNotFoundError if the directory has none."""
+    """The events of a run; a last line that a crash cut short is not among them.
+
+    Raises FileNotFoundError if the directory has none, ValueError for what is not a record.
+    """
     path = Path(directory) / FILE
     if not path.is_file():
         raise FileNotFoundError(f"no {FILE} in '{directory}'; is it the directory of a run?")
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    *lines, last = path.read_text(encoding="utf-8").split("\n")
+    events = [_parse(line, path, i) for i, line in enumerate(lines, 1) if line.strip()]
+    with suppress(json.JSONDecodeError):
+        events.append(json.loads(last))
+    return events
+
+
+def _parse(line: str, path: Path, number: int) -> Event:
+    try:
+        event: Event = json.loads(line)
+    except json.JSONDecodeError:
+        raise ValueError(f"{path}:{number}: this line is not a record") from None
+    return event
+
+
+def start_event(model: nn.Module, step: int, **more: Any) -> Event:
+    """What records and reports know of a model before it is pruned."""
+    weights = list(model.parameters())
+    return {
+        "event": "start",
+        "step": step,
+        "bytes": sum(w.numel() * w.element_size() for w in weights),
+        "parameters": sum(w.numel() for w in weights),
+        **more,
+    }
 
 
 def is_main() -> bool:
@@ -65,41 +104,69 @@ def _numbers(event: Event) -> dict[str, float]:
     return {k: v for k, v in event.items() if k not in skip and isinstance(v, (int, float))}
 
 
-def _wandb() -> Sink:
-    try:
-        import wandb
-    except ImportError as error:
-        raise ImportError(f"{error}; log='wandb' needs: pip install 'prunus[wandb]'") from None
-    run = wandb.run or wandb.init(project="prunus")
+class _Wandb:
+    """Logs to the run that is open, or to one of its own, which ends with the session."""
 
-    def sink(event: Event) -> None:
+    def __init__(self, _: Path | None) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ImportError(f"{error}; log='wandb' needs: pip install 'prunus[wandb]'") from None
+        self.wandb: Any = wandb
+        self.run: Any = None
+        self.own = False
+
+    def __call__(self, event: Event) -> None:
         values = {f"prunus/{key}": value for key, value in _numbers(event).items()}
-        if values:
-            # the loop may log steps of its own, so ours is a value beside them
-            run.log({**values, "prunus/step": event["step"]})
+        if not values:
+            return
+        if self.run is None:  # not before the first event: attaching may fail
+            self.own = self.wandb.run is None
+            self.run = self.wandb.run or self.wandb.init(project="prunus")
+            self.run.define_metric("prunus/*", step_metric="prunus/step")
+        # the loop may log steps of its own, so ours is a value beside them
+        self.run.log({**values, "prunus/step": event["step"]})
 
-    return sink
+    def close(self) -> None:
+        if self.own:
+            self.run.finish()
 
 
-def _tensorboard(directory: Path) -> Sink:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        message = f"{error}; log='tensorboard' needs: pip install tensorboard"
-        raise ImportError(message) from None
-    make: Any = SummaryWriter  # torch leaves it untyped
-    writer = make(str(directory))
+class _TensorBoard:
+    """Logs to event files in the directory of the run, or in ``runs``."""
 
-    def sink(event: Event) -> None:
+    def __init__(self, directory: Path | None) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            message = f"{error}; log='tensorboard' needs: pip install tensorboard"
+            raise ImportError(message) from None
+        self.directory = directory or Path("runs")
+        self.make: Any = SummaryWriter  # torch leaves it untyped
+        self.writer: Any = None
+
+    def __call__(self, event: Event) -> None:
+        if self.writer is None:
+            # hides what an interrupted or former run in this directory said of later steps
+            self.writer = self.make(str(self.directory), purge_step=event["step"])
         for key, value in _numbers(event).items():
-            writer.add_scalar(f"prunus/{key}", value, event["step"])
-        writer.flush()
+            self.writer.add_scalar(f"prunus/{key}", value, event["step"])
+        self.writer.flush()
 
-    return sink
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+LOGGERS: dict[str, Callable[[Path | None], Sink]] = {"wandb": _Wandb, "tensorboard": _TensorBoard}
 
 
 class Recorder:
-    """Takes events; only the first of several ranks writes or logs."""
+    """Takes events; only the first of several ranks writes or logs.
+
+    After `close` events are still recorded and a function still receives them, but Weights & Biases
+    and TensorBoard do not.
+    """
 
     def __init__(
         self,
@@ -108,48 +175,54 @@ class Recorder:
     ) -> None:
         self.events: list[Event] = []
         self.directory = Path(directory) if directory is not None else None
-        self._file: IO[str] | None = None
         self._sink = self._find_sink(log) if is_main() else None
+        self._current = False
+        """whether the file holds all of `events` but what is yet to be appended"""
 
     def _find_sink(self, log: str | Sink | None) -> Sink | None:
         if log is None or callable(log):
             return log
-        if log == "wandb":
-            return _wandb()
-        if log == "tensorboard":
-            return _tensorboard(self.directory or Path("runs"))
-        options = ["wandb", "tensorboard"]
-        raise ValueError(f"log={log!r} is not known{did_you_mean(log, options)}, or a function")
+        if log not in LOGGERS:
+            raise ValueError(f"log={log!r} is not known{did_you_mean(log, LOGGERS)}, or a function")
+        return LOGGERS[log](self.directory)
 
     def __call__(self, event: Event) -> None:
+        event = {**event, "time": time.time()}
         self.events.append(event)
         if self.directory is not None and is_main():
-            if self._file is None:
-                self.directory.mkdir(parents=True, exist_ok=True)
-                self._file = (self.directory / FILE).open("w")
-                self._file.writelines(json.dumps(e) + "\n" for e in self.events[:-1])
-            self._file.write(json.dumps(event) + "\n")
-            self._file.flush()
+            self._write(event, self.directory)
         if self._sink is not None:
             self._sink(event)
 
+    def _write(self, event: Event, directory: Path) -> None:
+        if self._current:
+            with (directory / FILE).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(event) + "\n")
+        else:
+            self.save(directory)
+            self._current = True
+
     def rewind(self, step: int) -> None:
-        """Forget what came after `step`: training goes on from there."""
-        unread = self.directory if self._file is None and is_main() else None
-        if unread is not None and (unread / FILE).is_file():
-            self.events = read_records(unread) + self.events
-        self.events = [event for event in self.events if event["step"] <= step]
+        """Forget what came after `step`: training goes on from there.
+
+        A new process that has recorded nothing begins with what the file of the former one says.
+        """
+        if not self.events and self.directory is not None and (self.directory / FILE).is_file():
+            self.events = read_records(self.directory)
+        # training is not over yet, and one that begins anew says so again
+        stale = {"end"} if step else {"end", "start"}
+        self.events = [e for e in self.events if e["step"] <= step and e["event"] not in stale]
+        self._current = False
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write all events to ``directory/records.jsonl``."""
         if is_main():
             with atomic_write(Path(directory) / FILE) as draft:
-                draft.write_text("".join(json.dumps(event) + "\n" for event in self.events))
+                lines = (json.dumps(event) + "\n" for event in self.events)
+                draft.write_text("".join(lines), encoding="utf-8")
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-            # a later event must append to what is there, not begin anew
-            self.save(self.directory or ".")
-            self.directory = None
+        """End the loggers that were asked for by name."""
+        if isinstance(self._sink, _Wandb | _TensorBoard):
+            self._sink.close()
+            self._sink = None

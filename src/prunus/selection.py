@@ -10,11 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from prunus.layers import Layer, all_layers, ends
 
 log = logging.getLogger("prunus")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 T = TypeVar("T")
 
 
@@ -98,6 +100,22 @@ def _layer_names(layer: Layer) -> list[str]:
     return [layer.name, layer.parameter_name, *classes[:-1]]
 
 
+def _check(layer: Layer) -> None:
+    weight, why = layer.weight, ""
+    if nn.parameter.is_lazy(weight):
+        why = "has no shape yet; run a batch through the model first"
+    elif not isinstance(weight, nn.Parameter):
+        why = (
+            "is computed, not stored (is it parametrized or pruned by torch.nn.utils?); "
+            "remove that first, or exclude it"
+        )
+    elif weight.dtype not in FLOATS:
+        kind = str(weight.dtype).removeprefix("torch.")
+        why = f"is {kind}, and only floating-point weights of 16 bits or more are pruned; exclude it"
+    if why:
+        raise ValueError(f"{layer.parameter_name} {why}")
+
+
 def select(
     model: nn.Module, include: Sequence[str] | None = None, exclude: Sequence[str] = ()
 ) -> Selection:
@@ -106,7 +124,8 @@ def select(
     A pattern is a glob (``*`` crosses dots), a class name (``Linear``) or ``re:`` and a regular
     expression for the whole name. Default: every Linear and convolution but `layers.ends`.
 
-    Raises ValueError for a pattern that matches nothing and when no layer is left.
+    Raises ValueError for a pattern that matches nothing, for a chosen weight that cannot be pruned,
+    and when no layer is left.
     """
     candidates = list(all_layers(model))
     if not candidates:
@@ -125,6 +144,8 @@ def select(
     if not layers:
         names = ", ".join(layer.name for layer in candidates[:5])
         raise ValueError(f"no layer is left to prune; name some with layers=, such as: {names}")
+    for layer in layers:
+        _check(layer)
     return Selection(layers, left_dense)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ from prunus.layers import clean_parameters
 from prunus.masking import Masks, pack, unpack
 from prunus.modifiers import Context, PruningRun, Run
 from prunus.recipe import Recipe
-from prunus.records import Event, Recorder, Sink, is_main, number
+from prunus.records import Recorder, Sink, is_main, number, start_event
 from prunus.timing import Timeline
 
 log = logging.getLogger("prunus")
@@ -94,7 +93,7 @@ class Session:
         """optimizer steps done, skipped ones not counted"""
         self.closed = False
         self._fresh = True
-        self._context = Context(model, self.optimizer, timeline, calibration, Masks(), self._record)
+        self._context = Context(model, self.optimizer, timeline, calibration, Masks(), recorder)
         self.runs: list[Run] = [modifier.bind(self._context) for modifier in recipe.modifiers]
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before),
@@ -147,27 +146,22 @@ class Session:
                 run.after_step(self.step)
 
     def _begin(self) -> None:
-        if self._fresh:
+        if not self._fresh:
+            return
+        if self.step == 0:
             for run in self.runs:
                 run.start()
-            self._fresh = False
-            size = sum(p.numel() * p.element_size() for p in self.model.parameters())
-            self._record(
-                {
-                    "event": "start",
-                    "step": self.step,
-                    "bytes": size,
-                    "recipe": self.recipe.to_yaml(),
-                }
-            )
-
-    def _record(self, event: Event) -> None:
-        self.recorder({**event, "time": time.time()})
+        self._fresh = False
+        if not any(event["event"] == "start" for event in self.recorder.events):
+            self.recorder(start_event(self.model, self.step, recipe=self.recipe.to_yaml()))
 
     def log(self, **metrics: float | Tensor) -> None:
-        """Record numbers at the present step, such as ``loss=`` and ``accuracy=``."""
+        """Record numbers at the present step, such as ``loss=`` and ``accuracy=``.
+
+        ``step``, ``event`` and ``time`` are the session's own; given here, they are left out.
+        """
         values = {name: number(value) for name, value in metrics.items()}
-        self._record({"event": "metrics", "step": self.step, **values})
+        self.recorder({**values, "event": "metrics", "step": self.step})
 
     def project(self, model: nn.Module) -> None:
         """Zero in another model (an EMA copy, say) what is pruned in this one.
@@ -204,7 +198,7 @@ class Session:
         Raises ValueError if the state is of another recipe or model; nothing is then changed.
         """
         masks, parameters = self._check_state(state), clean_parameters(self.model)
-        self.step, self._fresh = int(state["step"]), int(state["step"]) == 0
+        self.step, self._fresh = int(state["step"]), True
         for name, mask in masks.items():
             self.masks.put(name, parameters[name], scatter(mask, parameters[name]))
         for run, part in zip(self.runs, state["runs"], strict=True):
@@ -265,7 +259,7 @@ class Session:
         for run in self.runs:
             run.finish(self.step)
         sparsity = whole_sparsity(self.masks)
-        self._record({"event": "end", "step": self.step, "sparsity": sparsity})
+        self.recorder({"event": "end", "step": self.step, "sparsity": sparsity})
 
     def __enter__(self) -> Session:
         return self

@@ -55,10 +55,11 @@ class PrunusCallback(pl.Callback):  # type: ignore[misc]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach, and load the state if the Trainer has resumed."""
+        optimizer = _choose(trainer.optimizers, self.index)
         steps_per_epoch, epochs = _length(trainer)
         self.session = attach(
             pl_module,
-            _choose(trainer.optimizers, self.index),
+            optimizer,
             self.recipe,
             steps_per_epoch=steps_per_epoch,
             epochs=epochs,
@@ -110,11 +111,12 @@ def _choose(optimizers: list[torch.optim.Optimizer], index: int | None) -> torch
 
 def _length(trainer: pl.Trainer) -> tuple[int | None, float | None]:
     """Optimizer steps in an epoch, and epochs; None for what the Trainer does not know."""
-    batches, total = trainer.num_training_batches, trainer.estimated_stepping_batches
-    if trainer.max_steps == total:  # limited by max_steps, which counts all optimizers' steps
-        total = total // max(1, len(trainer.optimizers))
-    known = 0 < total < float("inf")  # -1 or infinite if only the data or a clock will end it
+    batches, limits = trainer.num_training_batches, []
+    if trainer.max_steps != -1:  # it counts the steps of all optimizers together
+        limits.append(trainer.max_steps // len(trainer.optimizers))
     if batches == float("inf"):  # an iterable data set: one epoch is all of training
-        return (int(total), 1.0) if known else (None, None)
+        return (limits[0], 1.0) if limits else (None, None)
     steps_per_epoch = max(1, -(-int(batches) // int(trainer.accumulate_grad_batches)))
-    return steps_per_epoch, total / steps_per_epoch if known else None
+    if trainer.max_epochs != -1:
+        limits.append(steps_per_epoch * trainer.max_epochs)
+    return steps_per_epoch, min(limits) / steps_per_epoch if limits else None

@@ -44,10 +44,13 @@ class FreezeRun(Run):
         self.begin = window.begin(timeline)
         self.end = None if window.to is None else window.span(timeline)[1]
 
-    def before_update(self, step: int) -> None:
+    def before_step(self, step: int) -> None:
         if self.begin <= step and (self.end is None or step < self.end):
             for parameter in self.frozen.values():
                 parameter.grad = None
+
+    def before_update(self, step: int) -> None:
+        self.before_step(step)  # a closure has made new ones
 
     def plan(self) -> list[tuple[int, str]]:
         return [(self.begin, f"freeze {len(self.frozen)} parameters")]

@@ -194,6 +194,7 @@ def pruning_event(
         "target": target,
         "sparsity": zeros / max(1, size),
         "layers": {row.name: row.sparsity for row in rows},
+        "sizes": {row.name: row.size for row in rows},
         "saved": {row.name: row.saved for row in rows},
     }
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import io
 import os
-from datetime import datetime
 from pathlib import Path
-from typing import Any
 
-from prunus.records import FILE, Event, atomic_write, read_records
-from prunus.report.figure import draw
-from prunus.report.summary import Summary
+from prunus.records import FILE, atomic_write, read_records
+from prunus.report.figure import STYLE, draw
+from prunus.report.summary import MOST_BARS, Summary
 
 TEMPLATE = Path(__file__).with_name("template.html")
 
@@ -26,30 +24,34 @@ def write_report(directory: str | os.PathLike[str]) -> Path:
         raise ValueError(f"{FILE} in '{directory}' is empty; nothing has happened in this run yet")
     summary = Summary(events)
     try:
-        figure = draw(summary)
-        page = _render(summary, _svg(figure), events)
+        picture, svg = _draw(summary)
+        page = _render(summary, svg)
     except ImportError as error:
         raise ImportError(f"{error}; reports need: pip install 'prunus[report]'") from None
     with atomic_write(Path(directory) / "report.png") as draft:
-        figure.savefig(draft, format="png", dpi=150)
+        draft.write_bytes(picture)
     target = Path(directory) / "report.html"
     with atomic_write(target) as draft:
         draft.write_text(page, encoding="utf-8")
     return target
 
 
-def _svg(figure: Any) -> str:
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]
+def _draw(summary: Summary) -> tuple[bytes, str]:
+    """The picture as PNG and as SVG; the latter is empty if there is nothing to draw."""
+    import matplotlib
+
+    png, svg = io.BytesIO(), io.StringIO()
+    with matplotlib.rc_context(STYLE):
+        figure = draw(summary)
+        figure.savefig(png, format="png", dpi=150)
+        figure.savefig(svg, format="svg", metadata={"Date": None})
+    text = svg.getvalue()
+    return png.getvalue(), text[text.index("<svg") :] if figure.axes else ""
 
 
-def _render(summary: Summary, svg: str, events: list[Event]) -> str:
+def _render(summary: Summary, svg: str) -> str:
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    stamp = max((float(event.get("time", 0)) for event in events), default=0.0)
-    day = datetime.fromtimestamp(stamp).strftime("%Y-%m-%d %H:%M") if stamp else ""
-    values: dict[str, Any] = {"s": summary, "svg": svg, "day": day}
-    return template.render(values)
+    return template.render(s=summary, svg=svg, many=len(summary.rows) > MOST_BARS)

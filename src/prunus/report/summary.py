@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timezone
 from functools import cached_property
+from typing import NamedTuple
 
 from prunus.records import Event
 
+MOST_BARS = 60
 _NOT_METRICS = ("event", "step", "time")
-_NOT_SWEPT = (*_NOT_METRICS, "pruner", "pattern", "target", "sparsity", "layers", "saved")
+Points = list[tuple[float, float]]
+
+
+class Bar(NamedTuple):
+    """A layer, or the span of several."""
+
+    label: str
+    sparsity: float
+    low: float
+    high: float
+
+
+class Row(NamedTuple):
+    """A layer at the end."""
+
+    name: str
+    pruner: str
+    pattern: str
+    size: int
+    sparsity: float
 
 
 class Summary:
@@ -20,71 +44,159 @@ class Summary:
         self.sweep = sorted((e for e in events if e["event"] == "sweep"), key=_sparsity)
         self.start: Event = next((e for e in events if e["event"] == "start"), {})
         self.steps = max((int(e["step"]) for e in events), default=0)
+        self.times = [float(e["time"]) for e in events if "time" in e]
 
     @cached_property
-    def layers(self) -> dict[str, float]:
-        """Layer -> sparsity after its last pruning step."""
-        return {name: s for event in self.prunes for name, s in event["layers"].items()}
-
-    @cached_property
-    def layer_rows(self) -> list[tuple[str, str, str, float]]:
-        """(layer, pruner, pattern, sparsity) at the end."""
-        last = {name: event for event in self.prunes for name in event["layers"]}
-        return [(n, e["pruner"], e["pattern"], e["layers"][n]) for n, e in last.items()]
+    def rows(self) -> list[Row]:
+        """Each layer after its last pruning step; of a sweep alone, at its highest sparsity."""
+        last = {name: e for e in self.prunes or self.sweep[-1:] for name in e["layers"]}
+        return [
+            Row(name, e["pruner"], e["pattern"], e["sizes"][name], e["layers"][name])
+            for name, e in last.items()
+        ]
 
     @property
     def sparsity(self) -> float | None:
-        return float(self.prunes[-1]["sparsity"]) if self.prunes else None
+        """Share of the rows' weights that are pruned."""
+        return self._pooled({row.name: row.sparsity for row in self.rows}) if self.rows else None
+
+    def _pooled(self, layers: Mapping[str, float]) -> float:
+        pruned = sum(row.size * layers.get(row.name, 0.0) for row in self.rows)
+        return float(pruned / max(1, sum(row.size for row in self.rows)))
+
+    def progress(self) -> Points:
+        """(step, sparsity of all layers that the run prunes) after each pruning step."""
+        layers: dict[str, float] = {}
+        points = {}
+        for event in self.prunes:
+            layers.update(event["layers"])
+            points[float(event["step"])] = self._pooled(layers)
+        return list(points.items())
+
+    def parts(self) -> list[list[Event]]:
+        """The pruning steps by the layers they prune, such as those of two recipe entries."""
+        result: dict[frozenset[str], list[Event]] = {}
+        for event in self.prunes:
+            result.setdefault(frozenset(event["layers"]), []).append(event)
+        return list(result.values())
 
     @property
     def size(self) -> tuple[int, int] | None:
         """Bytes of the model before, and as a compact file after."""
         if "bytes" not in self.start:
             return None
-        saved = {n: b for event in self.prunes for n, b in event.get("saved", {}).items()}
+        events = self.prunes or self.sweep[-1:]
+        saved = {name: nbytes for event in events for name, nbytes in event["saved"].items()}
         return int(self.start["bytes"]), int(self.start["bytes"] - sum(saved.values()))
 
-    def series(self) -> dict[str, list[tuple[int, float]]]:
+    def series(self) -> dict[str, Points]:
         """Metric -> (step, value) pairs, in the order in which they were first logged."""
-        result: dict[str, list[tuple[int, float]]] = {}
+        result: dict[str, Points] = {}
         for event in self.metrics:
             for name, value in event.items():
                 if name not in _NOT_METRICS:
-                    result.setdefault(name, []).append((int(event["step"]), float(value)))
+                    result.setdefault(name, []).append((float(event["step"]), float(value)))
         return result
 
-    def swept(self) -> dict[str, list[tuple[float, float]]]:
+    def swept(self) -> dict[str, Points]:
         """Metric -> (sparsity, value) pairs of the one-shot sweep."""
-        result: dict[str, list[tuple[float, float]]] = {}
+        result: dict[str, Points] = {}
         for event in self.sweep:
-            for name, value in event.items():
-                if name not in _NOT_SWEPT:
-                    result.setdefault(name, []).append((_sparsity(event), float(value)))
+            for name, value in event["values"].items():
+                result.setdefault(name, []).append((_sparsity(event), float(value)))
         return result
+
+    def bars(self) -> list[Bar]:
+        """A bar for each layer; of many layers, for each kind: ``blocks.*.mlp.fc1``."""
+        if len(self.rows) <= MOST_BARS:
+            return [_bar(_short(row.name), [row]) for row in self.rows]
+        for kind in (_without_indices, _without_digits):
+            groups: dict[str, list[Row]] = {}
+            for row in self.rows:
+                groups.setdefault(kind(row.name), []).append(row)
+            if 3 <= len(groups) <= MOST_BARS:
+                return [
+                    _bar(f"{_short(name)}  ×{len(rows)}", rows) for name, rows in groups.items()
+                ]
+        each = -(-len(self.rows) // MOST_BARS)
+        chunks = [self.rows[i : i + each] for i in range(0, len(self.rows), each)]
+        return [_bar(f"{_short(rows[0].name)}  ×{len(rows)}", rows) for rows in chunks]
+
+    @property
+    def methods(self) -> str:
+        """Such as ``magnitude, unstructured``."""
+        events = self.prunes or self.sweep
+        return "; ".join(dict.fromkeys(f"{e['pruner']}, {e['pattern']}" for e in events))
+
+    @property
+    def day(self) -> str:
+        if not self.times:
+            return ""
+        return datetime.fromtimestamp(max(self.times), timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
     @property
     def tiles(self) -> list[tuple[str, str]]:
         """Headline numbers: (label, value)."""
         tiles = []
         if self.sparsity is not None:
-            tiles.append(("sparsity", f"{100 * self.sparsity:.1f} %"))
-            tiles.append(("layers pruned", str(len(self.layers))))
-        if self.size is not None and self.prunes:
+            few, at = len(self.rows), "highest " if not self.prunes else ""
+            of = f"{at}sparsity of {few} layer{'s' if few > 1 else ''}"
+            tiles.append((of, f"{100 * self.sparsity:.1f} %"))
+            if "parameters" in self.start:
+                share = sum(r.size * r.sparsity for r in self.rows) / max(
+                    1, self.start["parameters"]
+                )
+                tiles.append(("of the whole model", f"{100 * share:.1f} %"))
+        if self.size is not None and self.rows:
             tiles.append(("size, compact", f"{in_units(self.size[0])} → {in_units(self.size[1])}"))
         tiles += [(f"final {n}", f"{values[-1][1]:.4g}") for n, values in self.series().items()][:3]
         if self.steps:
             tiles.append(("optimizer steps", f"{self.steps:,}"))
         return tiles
 
+    def metric_rows(self) -> list[tuple[str, list[str]]]:
+        """Metric -> first, lowest, highest and last value."""
+        rows = []
+        for name, points in self.series().items():
+            values = [value for _, value in points]
+            known = [value for value in values if math.isfinite(value)] or values
+            four = values[0], min(known), max(known), values[-1]
+            rows.append((name, [f"{value:.4g}" for value in four]))
+        return rows
+
 
 def _sparsity(event: Event) -> float:
     return float(event["sparsity"])
 
 
+def _bar(label: str, rows: Sequence[Row]) -> Bar:
+    pruned = sum(row.size * row.sparsity for row in rows)
+    each = [row.sparsity for row in rows]
+    return Bar(label, pruned / max(1, sum(row.size for row in rows)), min(each), max(each))
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 34 else f"…{name[-33:]}"
+
+
+def kinds(names: Iterable[str]) -> str:
+    """A few words for some layers: ``blocks.*.mlp.fc1, +1``."""
+    first, *more = dict.fromkeys(_without_indices(name) for name in names)
+    return f"{_short(first)}, +{len(more)}" if more else _short(first)
+
+
+def _without_indices(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _without_digits(name: str) -> str:
+    return re.sub(r"\d+", "*", name)
+
+
 def in_units(nbytes: float) -> str:
     """Bytes for people: ``3.2 MiB``."""
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if nbytes < 1024 or unit == "GiB":
+        if nbytes < 1000 or unit == "GiB":
             return f"{nbytes:.3g} {unit}" if nbytes < 1000 else f"{nbytes:.0f} {unit}"
         nbytes /= 1024
     raise AssertionError
