@@ -115,12 +115,24 @@ def test_attention_weights_are_layers():
 
 
 def test_wrappers_leave_no_trace_in_names():
-    assert (
-        clean_name("module._orig_mod.blocks.0._fsdp_wrapped_module.fc.weight")
-        == "blocks.0.fc.weight"
-    )
+    assert clean_name("_orig_mod.blocks.0._fsdp_wrapped_module.fc.weight") == "blocks.0.fc.weight"
     compiled = torch.compile(small_mlp(), backend="eager")
     assert [layer.name for layer in all_layers(compiled)] == ["0", "2", "4"]
+    assert [layer.name for layer in all_layers(nn.DataParallel(compiled))] == ["0", "2", "4"]
+
+
+def test_a_module_that_is_called_module_keeps_its_name():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module, self.out = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    layers = list(all_layers(nn.Sequential(Residual(), nn.Linear(8, 2))))
+    assert [layer.parameter_name for layer in layers] == [
+        "0.module.weight",
+        "0.out.weight",
+        "1.weight",
+    ]
 
 
 def test_a_parametrized_weight_is_refused_with_the_reason():
@@ -130,6 +142,22 @@ def test_a_parametrized_weight_is_refused_with_the_reason():
     torch_prune.l1_unstructured(model[2], "weight", 0.5)
     with pytest.raises(ValueError, match=r"2\.weight is computed, not stored"):
         prunus.prune(model, "magnitude", sparsity=0.5)
+    prunus.prune(model, "magnitude", sparsity=0.5, exclude=["2"])
+    assert (model[0].weight == 0).any()
+    assert prunus.sparsity(model)["2"] == 0.5
+
+
+def test_weights_that_cannot_be_pruned_are_refused_by_name():
+    model = small_mlp()
+    model[2].weight = nn.Parameter(torch.ones(16, 32, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"2\.weight is torch\.uint8; only floats"):
+        prunus.prune(model, "magnitude", sparsity=0.5)
+    with pytest.raises(ValueError, match=r"0\.weight has no shape yet; run a batch"):
+        prunus.prune(nn.Sequential(nn.LazyLinear(4)), "magnitude", sparsity=0.5, layers=["0"])
+    with pytest.raises(ValueError, match=r"0\.weight is on the meta device; load the weights"):
+        prunus.prune(small_mlp().to("meta"), "magnitude", sparsity=0.5)
+    with pytest.raises(ValueError, match="is on the meta device"):
+        prunus.sweep(small_mlp().to("meta"), "magnitude", [0.5], lambda m: 0.0)
 
 
 def test_the_default_spares_the_stem_and_the_head():
@@ -149,6 +177,23 @@ def test_timm_models_spare_patch_embedding_and_classifier():
     selection = select(model)
     assert selection.left_dense == ["patch_embed.proj", "head"]
     assert len(selection.layers) == 4
+
+
+def test_a_backbone_has_no_head_and_a_distilled_model_has_two():
+    class Timm(nn.Module):
+        def __init__(self, head):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 4, 3)
+            self.blocks = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+            self.heads = head
+
+        def get_classifier(self):
+            return tuple(self.heads) if isinstance(self.heads, nn.ModuleList) else self.heads
+
+    normed = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2))  # as in LeViT
+    two = nn.ModuleList([nn.Linear(4, 2), normed])
+    assert [layer.name for layer in ends(Timm(nn.Identity()))] == ["stem"]
+    assert [layer.name for layer in ends(Timm(two))] == ["stem", "heads.0", "heads.1.1"]
 
 
 @pytest.mark.parametrize(

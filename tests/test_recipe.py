@@ -2,6 +2,7 @@ import json
 import time
 
 import jsonschema
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -66,8 +67,15 @@ def test_an_unknown_override_is_an_error():
 NUMBERS = st.floats(0, 1, allow_nan=False)
 SCHEDULES = st.one_of(
     NUMBERS,
-    st.builds(Schedule, NUMBERS, NUMBERS, st.sampled_from(["linear", "cubic", "cosine"])),
-    st.builds(Schedule, values=st.lists(NUMBERS, min_size=1, max_size=4).map(tuple)),
+    st.builds(
+        lambda ends, curve: Schedule(min(ends), max(ends), curve),
+        st.tuples(NUMBERS, NUMBERS),
+        st.sampled_from(["linear", "cubic", "cosine"]),
+    ),
+    st.builds(
+        lambda values: Schedule(values=tuple(sorted(values))),
+        st.lists(NUMBERS, min_size=1, max_size=4),
+    ),
 )
 WINDOWS = st.builds(
     Window,
@@ -120,6 +128,22 @@ def test_the_schema_refuses_what_the_recipe_refuses(bad):
         Recipe.from_yaml(yaml.safe_dump(bad))
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        'prune: {sparsity: "${s}", pruner: "${p}"}',
+        'prune: {sparsity: {from: 0.1, to: "${s}"}, window: {to: "${s}ep"}}',
+        'prune: {sparsity: {values: [0.1, "${s}"]}, layers: ["${p}"]}',
+        'prune: {allocator: {"blocks.*": 0.5, "*": "${s}"}}',
+        'learning_rate: {to: "${s}", groups: [0]}',
+    ],
+)
+def test_the_schema_takes_what_the_recipe_takes(entry):
+    text = f"variables: {{s: 0.75, p: magnitude}}\nmodifiers:\n  - {entry}\n"
+    Recipe.from_yaml(text)
+    jsonschema.validate(yaml.safe_load(text), json_schema())
+
+
 def test_the_schema_is_one_itself():
     jsonschema.Draft202012Validator.check_schema(json_schema())
 
@@ -170,6 +194,18 @@ ERRORS = {
     "a range": (
         "- prune: {sparsity: 75}",
         "modifiers[0].prune: sparsity 75.0 is not between 0 and 1",
+    ),
+    "a fall": (
+        "- prune: {sparsity: {from: 0.9, to: 0.5}}",
+        "modifiers[0].prune: sparsity falls to 0.5, but pruned weights do not come back",
+    ),
+    "a cycle of nothing": (
+        "- learning_rate: {from: 1, to: 0, cycle: 0ep}",
+        "cycle='0ep' never moves on",
+    ),
+    "a cycle of a constant": (
+        "- learning_rate: {to: 1, cycle: 1ep}",
+        "'cycle' means nothing to curve 'constant'",
     ),
     "no sparsity": ("- prune: {pruner: magnitude}", "no sparsity was given"),
     "N:M and sparsity": (
@@ -275,6 +311,49 @@ def test_a_missing_file_suggests_its_neighbour(tmp_path):
     (tmp_path / "magnitude-90.yaml").write_text(FULL)
     with pytest.raises(FileNotFoundError, match=r"did you mean '.*magnitude-90.yaml'"):
         Recipe.load(tmp_path / "magnitude-9.yaml")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("9" * 5_000, "cannot be read as int"),
+        ("!!int abc", "'abc' cannot be read as int"),
+        ("!!bool maybe", "'maybe' cannot be read as bool"),
+        ("!!timestamp noon", "'noon' cannot be read as timestamp"),
+        ("0.5\x07", "special characters are not allowed"),
+    ],
+)
+def test_scalars_that_cannot_be_read_are_refused_with_their_line(value, message):
+    with pytest.raises(RecipeError, match=rf"^recipe:2: .*{message}"):
+        Recipe.from_yaml(f"modifiers:\n  - prune: {{sparsity: {value}}}\n")
+
+
+def test_a_file_that_is_no_text_is_refused_by_name(tmp_path):
+    path = tmp_path / "latin.yaml"
+    path.write_bytes("# é\nmodifiers: []\n".encode("latin-1"))
+    with pytest.raises(RecipeError, match=r"latin\.yaml: not UTF-8 text"):
+        Recipe.load(path)
+
+
+def test_a_recipe_of_one_line_is_text_and_no_path():
+    recipe = Recipe.load("modifiers: [{prune: {sparsity: 0.5}}]")
+    assert recipe.modifiers == (PruningModifier(sparsity=0.5),)
+
+
+def test_numbers_of_numpy_travel_in_a_recipe():
+    recipe = Recipe((PruningModifier(sparsity=np.float32(0.5)), LearningRate(to=np.float64(1e-7))))
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+
+
+@pytest.mark.parametrize("name", ["recipe", "text", "name"])
+def test_a_variable_may_have_any_name(name):
+    text = f'variables: {{{name}: 0.5}}\nmodifiers:\n  - prune: {{sparsity: "${{{name}}}"}}\n'
+    assert Recipe.load(text, **{name: 0.75}).modifiers[0].sparsity == 0.75
+
+
+def test_a_variable_that_refers_to_another_is_an_error():
+    with pytest.raises(RecipeError, match=r"^recipe:1: variables\.s: variables cannot refer to"):
+        Recipe.from_yaml('variables: {a: 0.5, s: "${a}"}\nmodifiers:\n  - prune: {sparsity: 1}\n')
 
 
 def test_an_unknown_variable_in_the_text_is_an_error():

@@ -1,5 +1,6 @@
 """Attaching: the loop stays the user's own."""
 
+import collections
 import copy
 import gc
 import logging
@@ -225,6 +226,55 @@ def test_lbfgs_counts_one_step_however_often_it_calls_its_closure():
     assert abs(zeros(model) - 0.75) < 2e-3
 
 
+def test_an_optimizer_that_wraps_another_counts_its_first_step_and_masks_its_last_word():
+    class Lookahead(torch.optim.Optimizer):
+        """As timm has it: no `Optimizer.__init__`, and the weights change after the inner step."""
+
+        def __init__(self, base):
+            self._optimizer_step_pre_hooks = collections.OrderedDict()
+            self._optimizer_step_post_hooks = collections.OrderedDict()
+            self.base, self.param_groups, self.state = base, base.param_groups, {}
+            self.slow = [p.detach().clone() for p in self.param_groups[0]["params"]]
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            self.base.step(closure)
+            for p, slow in zip(self.param_groups[0]["params"], self.slow, strict=True):
+                p.copy_(slow.lerp_(p, 0.5))
+
+    model = small_mlp()
+    optimizer = Lookahead(torch.optim.SGD(model.parameters(), 0.1))
+    with prunus.attach(model, optimizer, AT_ONCE) as session:
+        for i in range(3):
+            model.zero_grad()
+            model(torch.randn(4, 8)).square().mean().backward()
+            optimizer.step()
+            assert session.step == i + 1
+            assert abs(zeros(model) - 0.75) < 2e-3
+
+
+def test_a_compiled_step_prunes_as_an_eager_one():
+    def run(compiled):
+        torch.manual_seed(0)
+        model = small_mlp()
+        optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+        with prunus.attach(model, optimizer, GRADUAL):
+
+            def step():
+                optimizer.step()
+
+            step = torch.compile(step, backend="eager") if compiled else step
+            for _ in range(11):
+                model(torch.randn(4, 8)).square().mean().backward()
+                step()
+                optimizer.zero_grad()
+        return model
+
+    plain, compiled = run(False), run(True)
+    pairs = zip(plain.parameters(), compiled.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
 def test_tied_weights_are_one_entry():
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 2))
     model[2].weight = model[0].weight
@@ -442,6 +492,57 @@ def test_a_state_from_another_recipe_is_refused_and_nothing_changes():
     assert other.step == 0
     assert not other.masks
     other.close()
+
+
+def test_a_state_of_another_version_is_refused():
+    model = small_mlp()
+    with prunus.attach(model, torch.optim.SGD(model.parameters(), 0.1), AT_ONCE) as session:
+        with pytest.raises(ValueError, match="the state has version 2; this prunus reads 1"):
+            session.load_state_dict({**session.state_dict(), "version": 2})
+
+
+def test_resuming_with_epochs_of_another_length_is_said(caplog):
+    recipe = "modifiers:\n  - prune: {sparsity: {from: 0.1, to: 0.5}, window: {to: 4ep}}\n"
+
+    def attached(steps_per_epoch):
+        model = small_mlp()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        return prunus.attach(model, optimizer, recipe, steps_per_epoch=steps_per_epoch)
+
+    state = attached(2).state_dict()
+    attached(2).load_state_dict(state)
+    assert not caplog.text
+    attached(3).load_state_dict(state)
+    assert "are steps_per_epoch and epochs the same?" in caplog.text
+
+
+def test_a_table_is_checked_when_attaching_and_not_in_the_middle_of_training(tmp_path):
+    model = small_mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    late = "modifiers:\n  - prune: {{allocator: {}, window: {{from: 100step}}}}\n"
+    with pytest.raises(ValueError, match="'7' matches no pruned layer"):
+        prunus.attach(model, optimizer, late.format('{"7": 0.5, "*": 0.1}'))
+    with pytest.raises(ValueError, match="no entry for '2'"):
+        prunus.attach(model, optimizer, late.format('{"0": 0.5}'))
+    file = tmp_path / "table.json"
+    named = late.format(f"{{name: table, file: {file}}}")
+    with pytest.raises(FileNotFoundError, match=r"table\.json"):
+        prunus.attach(model, optimizer, named)
+    for text, message in [
+        ('{"*": 1.5}', "sparsity 1.5 of '\\*' is not between"),
+        ("[1]", "expected a mapping"),
+        ("{", "Expecting property name"),
+    ]:
+        file.write_text(text)
+        with pytest.raises(ValueError, match=rf"allocator table: '.*table\.json': {message}"):
+            prunus.attach(model, optimizer, named)
+
+
+def test_a_setting_that_the_optimizer_has_not_is_refused():
+    model = small_mlp()
+    optimizer = torch.optim.Rprop(model.parameters())
+    with pytest.raises(ValueError, match="weight_decay: Rprop has no 'weight_decay' to set"):
+        prunus.attach(model, optimizer, "modifiers:\n  - weight_decay: {to: 0.1}\n")
 
 
 def test_a_state_from_another_model_is_refused():

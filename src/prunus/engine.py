@@ -43,8 +43,14 @@ def present_sparsity(layers: Sequence[Layer], pattern: Pattern) -> float:
     return float(zeros / max(1, size))
 
 
+def _check_loaded(layers: Sequence[Layer]) -> None:
+    if absent := [layer.parameter_name for layer in layers if layer.weight.is_meta]:
+        raise ValueError(f"{absent[0]} is on the meta device; load the weights first")
+
+
 def check_reachable(layers: Sequence[Layer], pattern: Pattern, target: float) -> None:
     """Raises ValueError if more is pruned already than the target asks for."""
+    _check_loaded(layers)
     present = present_sparsity(layers, pattern)
     size = sum(layer.weight.numel() for layer in layers)
     if present * size > target * size + 1:
@@ -117,6 +123,7 @@ def propose(
 
     Raises ValueError for weights or scores that are NaN or infinite.
     """
+    _check_loaded(layers)
     names = [layer.parameter_name for layer in layers]
     bad = [solvers.count_non_finite(layer.local) for layer in layers]
     _refuse(bad, names, shards, "weights")

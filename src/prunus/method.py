@@ -27,17 +27,22 @@ class Method:
         Raises ValueError if the pruner or a layer does not go with the pattern.
         """
         supports(self.pruner, self.pattern)
-        for layer in layers:
-            _check_shape(layer, self.pattern)
+        _check_shapes(layers, self.pattern)
         grouped = self.pattern.kind in ("N:M", "block")
         return [layer.with_channels_inner() for layer in layers] if grouped else list(layers)
 
 
-def _check_shape(layer: Layer, pattern: Pattern) -> None:
-    try:
-        pattern.check(*layer.matrix_shape(), layer.channels())
-    except ValueError as error:
-        raise ValueError(f"{layer.name}: {error}") from None
+def _check_shapes(layers: Sequence[Layer], pattern: Pattern) -> None:
+    errors: dict[str, str] = {}
+    for layer in layers:
+        try:
+            pattern.check(*layer.matrix_shape(), layer.channels())
+        except ValueError as error:
+            errors[layer.name] = str(error)
+    if errors:
+        (first, said), *others = errors.items()
+        more = f"; likewise {', '.join(name for name, _ in others)}" if others else ""
+        raise ValueError(f"{first}: {said}{more}")
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,17 @@ T = TypeVar("T")
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:
-    """A closing clause for an error: ``; did you mean 'cap'?`` or ``; one of: cap, obs``."""
+    """A closing clause for an error: ``; did you mean 'cap'?`` or ``; one of: cap, obs``.
+
+    Of more than ten options only the first are listed.
+    """
     options = list(options)
     folded = {option.casefold(): option for option in options}
     near = difflib.get_close_matches(str(word).casefold(), folded, n=1, cutoff=0.6)
     if near:
         return f"; did you mean {folded[near[0]]!r}?"
-    return f"; one of: {', '.join(sorted(options))}" if options else ""
+    more = f" and {len(options) - 10} more" if len(options) > 10 else ""
+    return f"; one of: {', '.join(sorted(options)[:10])}{more}" if options else ""
 
 
 class Registry(Mapping[str, type[T]], Generic[T]):

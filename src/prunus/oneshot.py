@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -15,13 +15,14 @@ from prunus.calibration import Calibration
 from prunus.distributed import shards_of
 from prunus.layers import reshard
 from prunus.method import Method
-from prunus.modifiers import Context, PruningModifier, PruningRun
+from prunus.modifiers import Context, PruningModifier
 from prunus.modifiers.base import log
 from prunus.modifiers.prune import pruning_event
 from prunus.patterns import parse_pattern
 from prunus.progress import track
 from prunus.pruners import PRUNERS, Pruner
 from prunus.recipe import Recipe
+from prunus.recipe.native import is_text
 from prunus.records import Recorder, number, start_event
 from prunus.results import Evaluate, Result, SweepResult
 from prunus.selection import select
@@ -31,8 +32,15 @@ RECIPE_ENDINGS = (".yaml", ".yml")
 
 
 def as_pruner(pruner: str | Pruner) -> Pruner:
-    """A pruner by name with its defaults, or itself."""
-    return PRUNERS[pruner]() if isinstance(pruner, str) else pruner
+    """A pruner by name with its defaults, or itself. Raises ValueError for anything else."""
+    if isinstance(pruner, str):
+        return PRUNERS[pruner]()
+    if isinstance(pruner, type) or not isinstance(pruner, Pruner):
+        raise ValueError(
+            f"{pruner!r} is no pruner; give a name ({', '.join(PRUNERS)}), "
+            "an object such as prunus.Magnitude(), or a recipe"
+        )
+    return pruner
 
 
 def as_allocator(allocator: AllocatorLike) -> Allocator | None:
@@ -41,6 +49,8 @@ def as_allocator(allocator: AllocatorLike) -> Allocator | None:
         return ALLOCATORS[allocator]()
     if isinstance(allocator, Mapping):
         return Table(allocator)
+    if isinstance(allocator, type) or not (allocator is None or isinstance(allocator, Allocator)):
+        raise ValueError(f"{allocator!r} is no allocator; one of: {', '.join(ALLOCATORS)}")
     return allocator
 
 
@@ -54,7 +64,7 @@ def as_recipe(
 ) -> Recipe:
     """The recipe that a call of `prune` stands for."""
     name = os.fspath(pruner) if isinstance(pruner, str | os.PathLike) else ""
-    if isinstance(pruner, Recipe | os.PathLike) or name.endswith(RECIPE_ENDINGS) or "\n" in name:
+    if isinstance(pruner, Recipe | os.PathLike) or name.endswith(RECIPE_ENDINGS) or is_text(name):
         given = {"pattern": pattern, "layers": layers, "exclude": exclude, "allocator": allocator}
         if clash := [key for key, value in given.items() if value]:
             raise ValueError(f"{', '.join(clash)} belong in the recipe, which was given as well")
@@ -62,7 +72,7 @@ def as_recipe(
         return Recipe.load(cast("str | Recipe", pruner), **overrides)
     modifier = PruningModifier(
         pruner=as_pruner(pruner),
-        sparsity=sparsity,
+        sparsity=None if sparsity is None else float(sparsity),  # of numpy, maybe
         layers=_names(layers) if layers is not None else None,
         exclude=_names(exclude),
         pattern=pattern or "unstructured",
@@ -71,8 +81,11 @@ def as_recipe(
     return Recipe((modifier,))
 
 
-def _names(patterns: Sequence[str] | str) -> tuple[str, ...]:
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+def _names(patterns: Sequence[str] | str | None) -> tuple[str, ...]:
+    names = (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
+    if bad := [name for name in names if not isinstance(name, str)]:
+        raise ValueError(f"layers and exclude take names of layers and classes, not {bad[0]!r}")
+    return names
 
 
 def prune(
@@ -96,7 +109,7 @@ def prune(
     ``allocator`` is a name, an object, or a table of layer names to sparsities.
 
     Raises ValueError with the remedy if anything does not fit; the model is then untouched, as it
-    is after an interrupt.
+    is after an interrupt, and ``output_dir`` too.
     """
     recipe = as_recipe(pruner, sparsity, pattern, layers, exclude, allocator)
     modifiers = [m for m in recipe.modifiers if isinstance(m, PruningModifier)]
@@ -105,20 +118,20 @@ def prune(
             log.info("%s needs training; left out of a one-shot run", modifier.name)
     if not modifiers:
         raise ValueError("the recipe has no 'prune' entry; nothing to do at once")
-    recorder = Recorder(output_dir)
+    recorder = Recorder()
     context = Context(model, None, calibration=calibration, one_shot=True, record=recorder)
+    runs = [modifier.bind(context) for modifier in modifiers]
     recorder(start_event(model, 0, recipe=recipe.to_yaml()))
-    runs: list[PruningRun] = []
     try:
-        for modifier in modifiers:
-            runs.append(modifier.bind(context))
-            runs[-1].start()
-            runs[-1].finish(0)
+        for run in runs:
+            run.start()
+            run.finish(0)
     except BaseException:
         for run in reversed(runs):
             engine.commit(run.changes)  # each holds the weight it replaced
         raise
-    recorder.close()
+    if output_dir is not None:
+        recorder.save(output_dir)
     rows = {row.name: row for run in runs for row in run.rows}
     left_dense = [name for name in runs[0].left_dense if name not in rows]
     return Result(list(rows.values()), dict(context.masks), recipe, left_dense, recorder)
@@ -134,7 +147,7 @@ def _restore(model: nn.Module, saved: Sequence[tuple[Tensor, Tensor]]) -> None:
 def sweep(
     model: nn.Module,
     pruner: str | Pruner,
-    sparsities: Sequence[float],
+    sparsities: Iterable[float],
     evaluate: Evaluate,
     *,
     pattern: str = "unstructured",
@@ -148,13 +161,16 @@ def sweep(
     Statistics and scores are computed once and serve all sparsities; one copy of the pruned weights
     is kept meanwhile. ``evaluate`` returns a number, or a mapping of names to numbers.
     """
+    sparsities = [float(sparsity) for sparsity in sparsities]
+    if not sparsities:
+        raise ValueError("no sparsities were given; give at least one, such as [0.5, 0.75]")
     method = Method(
         as_pruner(pruner),
         parse_pattern(pattern),
         as_allocator(allocator) or ALLOCATORS[as_pruner(pruner).allocator](),
     )
     if bad := [s for s in sparsities if not 0 <= s <= 1]:
-        raise ValueError(f"sparsity {bad[0]} is not between 0 and 1")
+        raise ValueError(f"sparsity {bad[0]:g} is not between 0 and 1")
     if method.pattern.fixed is not None:
         raise ValueError(f"pattern '{pattern}' has one sparsity only; use prune instead of sweep")
     chosen = select(model, None if layers is None else _names(layers), _names(exclude))

@@ -143,7 +143,8 @@ class Block:
         blocks = scores.reshape(rows // self.rows, self.rows, cols // self.cols, self.cols)
         if scores.dtype == torch.bool:  # a sum would count in int64
             return blocks.view(torch.uint8).amax(dim=(1, 3)).bool()
-        return blocks.sum(dim=(1, 3))
+        half = scores.dtype in (torch.float16, torch.bfloat16)  # would overflow, and tie
+        return blocks.sum(dim=(1, 3), dtype=torch.float32 if half else None)
 
     def mask(self, units: Tensor, drop: int) -> Tensor:
         keep = keep_all_but_lowest(units, drop)

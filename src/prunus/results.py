@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from prunus.layers import all_layers
 from prunus.masking import local
 from prunus.method import LayerRow
+from prunus.names import did_you_mean
 from prunus.records import Recorder, is_main
 
 if TYPE_CHECKING:
@@ -142,8 +143,14 @@ class SparsityTable(Printable):
         return self.total
 
     def __getitem__(self, name: str) -> float:
-        """Sparsity of one layer."""
-        return next(zeros / max(1, size) for n, _, _, size, zeros in self.rows if n == name)
+        """Sparsity of one layer. Raises KeyError with the nearest name."""
+        shares = {n: zeros / max(1, size) for n, _, _, size, zeros in self.rows}
+        if name not in shares:
+            raise KeyError(f"no layer {name!r}{did_you_mean(name, shares)}")
+        return shares[name]
+
+    def __format__(self, spec: str) -> str:
+        return format(self.total, spec) if spec else str(self)
 
     def header(self) -> Sequence[str]:
         return "layer", "kind", "shape", "sparsity", "zeros"

@@ -92,8 +92,10 @@ class Schedule:
             raise ValueError("a schedule needs 'to', its value at the end")
         elif self.from_ is None and self.kind != "constant":
             raise ValueError(f"curve {self.kind!r} needs 'from', its value at the beginning")
-        if self.cycle is not None:
-            parse_duration(self.cycle)
+        if self.cycle is not None and parse_duration(self.cycle)[0] == 0:
+            raise ValueError(f"cycle={self.cycle!r} never moves on; give a positive duration")
+        if self.cycle is not None and self.kind in ("constant", "steps"):
+            raise ValueError(f"'cycle' means nothing to curve {self.kind!r}; drop it")
         if self.kind == "cyclic" and self.cycle is None:
             raise ValueError("curve 'cyclic' needs 'cycle', such as '5ep'")
 

@@ -110,8 +110,7 @@ def _check(layer: Layer) -> None:
             "remove that first, or exclude it"
         )
     elif weight.dtype not in FLOATS:
-        kind = str(weight.dtype).removeprefix("torch.")
-        why = f"is {kind}, and only floating-point weights of 16 bits or more are pruned; exclude it"
+        why = f"is {weight.dtype}; only floats of 16 bits or more can be pruned; exclude it"
     if why:
         raise ValueError(f"{layer.parameter_name} {why}")
 

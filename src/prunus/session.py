@@ -62,6 +62,8 @@ def innermost(optimizer: Any) -> torch.optim.Optimizer:
     if not isinstance(optimizer, torch.optim.Optimizer):
         kind = type(optimizer).__name__
         raise ValueError(f"attach needs a torch.optim.Optimizer to hook, not {kind}")
+    # without Optimizer.__init__ (timm's Lookahead) nobody has, and hooks are never called
+    optimizer._patch_step_function()
     return optimizer
 
 
@@ -96,8 +98,9 @@ class Session:
         self._context = Context(model, self.optimizer, timeline, calibration, Masks(), recorder)
         self.runs: list[Run] = [modifier.bind(self._context) for modifier in recipe.modifiers]
         self._handles = [
-            self.optimizer.register_step_pre_hook(self._before),
-            self.optimizer.register_step_post_hook(self._after),
+            # a compiled step breaks its graph here; what hooks do is not for compilers
+            self.optimizer.register_step_pre_hook(torch.compiler.disable(self._before)),
+            self.optimizer.register_step_post_hook(torch.compiler.disable(self._after)),
         ]
 
     @property
@@ -208,6 +211,8 @@ class Session:
     def _check_state(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
         if missing := {"version", "recipe", "step", "masks", "runs"} - set(state):
             raise ValueError(f"this is not the state of a session: it lacks {sorted(missing)}")
+        if state["version"] != 1:
+            raise ValueError(f"the state has version {state['version']}; this prunus reads 1")
         mine = self.recipe.to_yaml()
         if state["recipe"] != mine:
             raise ValueError(

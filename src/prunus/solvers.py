@@ -123,7 +123,8 @@ def keep_all_but_lowest(scores: Tensor, k: int) -> Tensor:
         return torch.ones_like(scores, dtype=torch.bool)
     if k == scores.numel():
         return torch.zeros_like(scores, dtype=torch.bool)
-    threshold = kth_lowest([scores], k)
+    few = scores.numel() <= CHUNK  # for which histograms of 65,536 counts cost more than sorting
+    threshold = float(scores.reshape(-1).kthvalue(k).values) if few else kth_lowest([scores], k)
     keep = scores > threshold
     surplus = keep.numel() - int(torch.count_nonzero(keep)) - k  # ties that must stay
     if surplus:

@@ -21,7 +21,7 @@ class ERK:
 
     def allocate(self, problem: Problem) -> Allocation:
         units = problem.units
-        shares = [unit.size * sum(unit.shape) / math.prod(unit.shape) for unit in units]
+        shares = [unit.size * sum(unit.shape) / max(1, math.prod(unit.shape)) for unit in units]
         alive = [unit.size - unit.pruned for unit in units]
         kept = fill(shares, [0] * len(units), alive, problem.size - problem.drop)
         return Allocation(units, [u.size - k for u, k in zip(units, kept, strict=True)])

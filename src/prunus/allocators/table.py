@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -30,31 +30,39 @@ class Table:
     def __post_init__(self) -> None:
         if bool(self.sparsities) == (self.file is not None):
             raise ValueError("allocator 'table' needs either 'sparsities' or 'file'")
-        for name, sparsity in self.sparsities.items():
-            if not 0 <= sparsity <= 1:
-                raise ValueError(f"sparsity {sparsity} of {name!r} is not between 0 and 1")
+        _check_entries(self.sparsities)
 
     def _entries(self) -> Mapping[str, float]:
         if self.file is None:
             return self.sparsities
-        entries: dict[str, float] = json.loads(Path(self.file).read_text())
+        try:
+            entries: dict[str, float] = json.loads(Path(self.file).read_text())
+            _check_entries(entries)
+        except ValueError as error:
+            raise ValueError(f"allocator table: '{self.file}': {error}") from None
         return entries
 
-    def allocate(self, problem: Problem) -> Allocation:
-        entries, units = self._entries(), problem.units
-        names = [unit.name for unit in units]
+    def rates(self, names: Sequence[str]) -> list[float]:
+        """The sparsity written for each layer.
+
+        Raises ValueError for a layer without an entry, an entry without a layer, and a bad file.
+        """
+        entries = self._entries()
         for pattern in entries:
             if not fnmatch.filter(names, pattern):
                 hint = did_you_mean(pattern, names)
                 raise ValueError(f"allocator table: {pattern!r} matches no pruned layer{hint}")
         rates = []
-        for unit in units:
-            hits = [
-                rate for pattern, rate in entries.items() if fnmatch.fnmatchcase(unit.name, pattern)
-            ]
+        for name in names:
+            hits = [rate for pattern, rate in entries.items() if fnmatch.fnmatchcase(name, pattern)]
             if not hits:
-                raise ValueError(f"allocator table: no entry for {unit.name!r}; add one, or '*'")
+                raise ValueError(f"allocator table: no entry for {name!r}; add one, or '*'")
             rates.append(hits[0])
+        return rates
+
+    def allocate(self, problem: Problem) -> Allocation:
+        units = problem.units
+        rates = self.rates([unit.name for unit in units])
         exact = [rate * unit.size for rate, unit in zip(rates, units, strict=True)]
         pruned = [unit.pruned for unit in units]
         if problem.target is None:
@@ -63,6 +71,14 @@ class Table:
             sizes = [unit.size for unit in units]
             drop = fill(exact, pruned, sizes, problem.drop)
         return Allocation(units, drop)
+
+
+def _check_entries(entries: Mapping[str, float]) -> None:
+    if not isinstance(entries, Mapping):
+        raise ValueError("expected a mapping of layer names to sparsities")
+    for name, sparsity in entries.items():
+        if isinstance(sparsity, str) or not 0 <= sparsity <= 1:
+            raise ValueError(f"sparsity {sparsity!r} of {name!r} is not between 0 and 1")
 
 
 ALLOCATORS.add(Table.name, Table)

@@ -11,7 +11,7 @@ from prunus.engine import check_reachable, prune_step
 from prunus.layers import Layer
 from prunus.masking import Hard, Masking, zero_momentum
 from prunus.method import Change, LayerRow, Method
-from prunus.modifiers.base import MODIFIERS, Context, Run
+from prunus.modifiers.base import MODIFIERS, Context, Run, log
 from prunus.patterns import Pattern, parse_pattern
 from prunus.pruners import Magnitude, Pruner, supports
 from prunus.schedules import Schedule
@@ -49,6 +49,10 @@ class PruningModifier:
         for value in self.schedule.extremes if self.schedule else ():
             if not 0 <= value <= 1:
                 raise ValueError(f"sparsity {value} is not between 0 and 1")
+        if self.schedule and self.schedule.final < max(self.schedule.extremes):
+            raise ValueError(
+                f"sparsity falls to {self.schedule.final:g}, but pruned weights do not come back"
+            )
         if pattern.fixed is not None:
             self._check_fixed(pattern.fixed)
         elif self.sparsity is None and not isinstance(self.allocator, Table):
@@ -95,6 +99,8 @@ class PruningRun(Run):
         if context.optimizer is not None:
             check_held(context.optimizer, self.layers)
         shards_of(self.layers, self.method.pattern)  # raises for what no step could prune
+        if isinstance(self.method.allocator, Table):  # now, not in the middle of training
+            self.method.allocator.rates([layer.name for layer in self.layers])
         self.ticks = [0] if context.one_shot else self._ticks()
         self.next = 0
         self.rows: list[LayerRow] = []
@@ -173,9 +179,16 @@ class PruningRun(Run):
 
     def state_dict(self) -> dict[str, Any]:
         owned = [name for name in self.names if self.context.owners.get(name) is self]
-        return {"next": self.next, "owned": owned}
+        return {"next": self.next, "owned": owned, "ticks": self.ticks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["ticks"] != self.ticks:
+            log.warning(
+                "resuming with pruning after steps %s; it was after %s: are steps_per_epoch and "
+                "epochs the same?",
+                self.ticks,
+                state["ticks"],
+            )
         self.next = int(state["next"])
         for name in state["owned"]:
             self.context.owners[name] = self

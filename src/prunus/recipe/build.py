@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import numbers
 import types
 import typing
 from collections.abc import Mapping
@@ -137,7 +138,8 @@ def _wish(message: str) -> str:
     wish = message.removeprefix("Input should be ").split(",")[0]
     if "instance of" in wish:
         return "a mapping"
-    return "text" if wish == "a valid string" else wish.replace("a valid ", "a ")
+    words = {"a valid string": "text", "a valid tuple": "a list", "a valid integer": "an integer"}
+    return words.get(wish, wish.replace("a valid ", "a "))
 
 
 def dump(value: Any) -> Any:
@@ -146,6 +148,8 @@ def dump(value: Any) -> Any:
         return [dump(item) for item in value]
     if isinstance(value, Mapping):
         return {key: dump(item) for key, item in value.items()}
+    if isinstance(value, numbers.Real) and type(value) not in (bool, int, float):  # of numpy
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return value
     result: dict[str, Any] = {}
@@ -207,6 +211,23 @@ def _in_words(schema: Any) -> Any:
     return result
 
 
+def _or_variable(schema: Any) -> Any:
+    """The schema, in which ``"${name}"`` may stand for any value but a name."""
+    if isinstance(schema, list):
+        return [_or_variable(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    result = {key: _or_variable(value) for key, value in schema.items()}
+    slots = [(result, key) for key in ("items", "additionalProperties")]
+    slots += [(result["properties"], key) for key in result.get("properties", {})]
+    for holder, key in slots:
+        value = holder.get(key)
+        if isinstance(value, dict) and "const" not in value:
+            said = {word: value.pop(word) for word in ("title", "description") if word in value}
+            holder[key] = {"anyOf": [value, {"$ref": "#/$defs/Variable"}], **said}
+    return result
+
+
 def json_schema() -> dict[str, Any]:
     """JSON schema of a whole recipe, for editors."""
     defs: dict[str, Any] = {}
@@ -224,8 +245,13 @@ def json_schema() -> dict[str, Any]:
             form = define(registry[name])
             form["properties"] = {"name": {"const": name}, **form.get("properties", {})}
             forms.append({**form, "required": ["name", *form.get("required", [])]})
+        if protocol is Allocator:  # a table may be written without its name
+            table = define(Table)["properties"]["sparsities"]
+            forms.append({**table, "not": {"required": ["name"]}})
         defs[protocol.__name__] = {"anyOf": forms}
-    entries = {name: define(MODIFIERS[name]) for name in MODIFIERS}
+    entries = {name: _or_variable(define(MODIFIERS[name])) for name in MODIFIERS}
+    defs = {name: _or_variable(form) for name, form in defs.items()}
+    defs["Variable"] = {"type": "string", "pattern": r"\$\{.*\}"}
     entry = {
         "type": "object",
         "properties": entries,

@@ -26,6 +26,11 @@ from prunus.recipe.errors import RecipeError, Source
 from prunus.recipe.yaml import read_yaml, substitute
 
 
+def is_text(recipe: str) -> bool:
+    """Whether this is the text of a recipe, not the path of one."""
+    return "\n" in recipe or "modifiers:" in recipe
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What to do to a model and when. Equal recipes have equal modifiers."""
@@ -37,8 +42,8 @@ class Recipe:
             raise ValueError("a recipe needs at least one modifier")
 
     @classmethod
-    def load(cls, recipe: str | os.PathLike[str] | Recipe, **overrides: Any) -> Recipe:
-        """From a file, or from YAML text (anything of more than one line).
+    def load(cls, recipe: str | os.PathLike[str] | Recipe, /, **overrides: Any) -> Recipe:
+        """From a file, or from YAML text (anything of more lines or with ``modifiers:`` in it).
 
         ``overrides`` replace the recipe's ``variables``. Raises RecipeError, naming file, line
         and path, for whatever is wrong; FileNotFoundError with near names for a missing file.
@@ -47,7 +52,7 @@ class Recipe:
             if overrides:
                 raise ValueError("overrides go with a file or text, not with a built Recipe")
             return recipe
-        if isinstance(recipe, str) and "\n" in recipe:
+        if isinstance(recipe, str) and is_text(recipe):
             return cls.from_yaml(recipe, **overrides)
         path = Path(recipe)
         if not path.is_file():
@@ -55,10 +60,14 @@ class Recipe:
             near = difflib.get_close_matches(path.name, beside, n=1)
             hint = f"; did you mean '{path.parent / near[0]}'?" if near else ""
             raise FileNotFoundError(f"no recipe file '{path}'{hint}")
-        return cls.from_yaml(path.read_text(encoding="utf-8"), str(path), **overrides)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"{path}: not UTF-8 text: {error.reason}") from None
+        return cls.from_yaml(text, str(path), **overrides)
 
     @classmethod
-    def from_yaml(cls, text: str, name: str = "recipe", **overrides: Any) -> Recipe:
+    def from_yaml(cls, text: str, name: str = "recipe", /, **overrides: Any) -> Recipe:
         """From YAML text; ``name`` stands for the file in errors."""
         data, source = read_yaml(text, name)
         if not isinstance(data, Mapping):
@@ -100,6 +109,9 @@ def _variables(declared: Any, overrides: dict[str, Any], source: Source) -> dict
         if name not in declared:
             hint = did_you_mean(name, declared) or "; the recipe declares no variables"
             raise RecipeError(f"{source.name}: unknown variable {name!r}{hint}")
+    for name, value in declared.items():
+        if isinstance(value, str) and "${" in value and name not in overrides:
+            raise source.error(("variables", name), "variables cannot refer to other variables")
     return {**declared, **overrides}
 
 

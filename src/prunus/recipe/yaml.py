@@ -54,7 +54,11 @@ def read_yaml(text: str, name: str) -> tuple[Any, Source]:
     that are too large or too deep to be a recipe.
     """
     _check_size(text, name)
-    loader = Loader(text)
+    try:
+        loader = Loader(text)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise RecipeError(f"{name}:{line}: not YAML: {error.reason}") from None
     try:
         node = loader.get_single_node()
         if node is None:
@@ -94,7 +98,11 @@ class _Reader:
             return self.mapping(node, path, depth)
         if not node.tag.startswith("tag:yaml.org,2002:"):
             raise self.fail(node, f"unknown tag {node.tag}; native recipes use no tags")
-        return self.loader.construct_object(node)
+        try:
+            return self.loader.construct_object(node)
+        except (ValueError, LookupError, AttributeError):  # what PyYAML's constructors let through
+            kind = node.tag.removeprefix("tag:yaml.org,2002:")
+            raise self.fail(node, f"{node.value[:40]!r} cannot be read as {kind}") from None
 
     def mapping(self, node: yaml.MappingNode, path: Path, depth: int) -> dict[str, Any]:
         if not node.tag.startswith("tag:yaml.org,2002:"):
