@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prunus
-from oracles import small_cnn, small_mlp
 from prunus.allocators import ERK, Global, Problem, Table, Uniform, Unit
 from prunus.allocators.base import fill
+
+from oracles import small_cnn, small_mlp
 
 
 @st.composite

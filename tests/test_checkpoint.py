@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import prunus
-from oracles import small_cnn, small_mlp
 from prunus.masking import pack, unpack
+
+from oracles import small_cnn, small_mlp
 
 
 @given(st.lists(st.booleans(), max_size=40))
@@ -139,6 +140,54 @@ def test_a_file_that_does_not_fit_leaves_the_model_untouched(tmp_path):
     with pytest.raises(ValueError, match="has no '5.weight'"):
         prunus.load(tmp_path / "m.safetensors", nn.Sequential(*small_mlp(), nn.Linear(4, 4)))
     assert torch.equal(other[0].weight, before)
+
+
+def test_weights_load_where_the_pruner_of_their_recipe_is_unknown(tmp_path):
+    model = small_mlp()
+    result = prunus.prune(model, "magnitude", sparsity=0.5)
+    prunus.save(model, tmp_path / "m.safetensors", pruning=result)
+    blob = (tmp_path / "m.safetensors").read_bytes()
+    (tmp_path / "m.safetensors").write_bytes(blob.replace(b"- prune:", b"- prone:"))
+    loaded = prunus.load(tmp_path / "m.safetensors", small_mlp())
+    assert torch.equal(loaded.masks["2.weight"], result.masks["2.weight"])
+    with pytest.raises(ValueError, match="unknown modifier 'prone'"):
+        _ = loaded.recipe
+
+
+def test_what_is_no_safetensors_file_is_refused_by_name(tmp_path):
+    path = tmp_path / "junk.safetensors"
+    for junk in (b"", b"PK" * 100):
+        path.write_bytes(junk)
+        with pytest.raises(ValueError, match=r"junk\.safetensors' is no safetensors file"):
+            prunus.load(path, small_mlp())
+
+
+def test_a_state_that_a_file_cannot_hold_is_refused_by_name(tmp_path):
+    class Extra(nn.Linear):
+        def get_extra_state(self):
+            return {"scale": 1}
+
+    with pytest.raises(ValueError, match="'0._extra_state' is no tensor"):
+        prunus.save(nn.Sequential(Extra(4, 4)), tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match="'0.weight' is on the meta device"):
+        prunus.save(small_mlp().to("meta"), tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_module_that_is_called_module_keeps_its_keys(tmp_path, compact):
+    def build():
+        inner = nn.ModuleDict({"module": nn.Linear(8, 8), "out": nn.Linear(8, 8)})
+        return nn.ModuleDict({"a": inner, "out": nn.Linear(8, 2)})
+
+    model, other = build(), build()
+    result = prunus.prune(model, "magnitude", sparsity=0.5)
+    prunus.save(model, tmp_path / "m.safetensors", pruning=result, compact=compact)
+    prunus.load(tmp_path / "m.safetensors", other)
+    assert torch.equal(other["a"]["module"].weight, model["a"]["module"].weight)
+    if not compact:
+        plain = safetensors.torch.load_file(tmp_path / "m.safetensors")
+        build().load_state_dict(plain, strict=True)
 
 
 def test_any_safetensors_file_loads(tmp_path):

@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-import distributed_workers as workers
 import prunus
+from prunus.pruners import PRUNERS
+from prunus.records import read_records
+
+import distributed_workers as workers
 from distributed_workers import (
     InputScaled,
     batches,
@@ -18,8 +21,6 @@ from distributed_workers import (
     whole_state,
     wrapped,
 )
-from prunus.pruners import PRUNERS
-from prunus.records import read_records
 
 FIXED = """
 modifiers:

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-import distributed_workers as workers
 import prunus
+from prunus.pruners import Proposal
+
+import distributed_workers as workers
 from distributed_workers import (
     InputScaled,
     batches,
@@ -18,7 +20,6 @@ from distributed_workers import (
     whole_state,
     wrapped,
 )
-from prunus.pruners import Proposal
 
 # failures
 

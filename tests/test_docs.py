@@ -26,7 +26,9 @@ def test_code_blocks_run(page, tmp_path):
     script = tmp_path / "page.py"
     # a main guard, because some pages start worker processes that import the script
     script.write_text("\n".join(blocks(page)))
-    done = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True, env=SINGLE)
+    done = subprocess.run(
+        [sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True, env=SINGLE
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import prunus
+
 import toy_pruner  # noqa: F401 (registers a pruner that needs data)
 
 pytest.importorskip("lightning")

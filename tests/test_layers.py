@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 import prunus
-from oracles import small_cnn, small_mlp
 from prunus.layers import all_layers, clean_name, ends
 from prunus.selection import select
+
+from oracles import small_cnn, small_mlp
 
 SHAPES = {
     "linear": (nn.Linear(6, 4), torch.randn(5, 6)),

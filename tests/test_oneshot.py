@@ -1,11 +1,14 @@
 import logging
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
 import prunus
-from oracles import global_keep, small_cnn, small_mlp
 from prunus import engine
+
+from oracles import global_keep, small_cnn, small_mlp
 from toy_pruner import Toy
 
 RECIPE = """
@@ -277,3 +280,79 @@ def test_only_the_first_batches_are_read_when_asked():
         small_mlp(), Toy(), sparsity=0.5, calibration=prunus.Calibration(Batches(), num_batches=3)
     )
     assert len(read) == 3
+
+
+@pytest.mark.parametrize("number", [np.float64(0.5), np.float32(0.5), torch.tensor(0.5)])
+def test_a_sparsity_may_be_a_number_of_numpy_or_torch(number):
+    assert prunus.prune(small_mlp(), "magnitude", sparsity=number).sparsity == 0.5
+
+
+def test_the_sparsities_of_a_sweep_may_come_from_a_generator():
+    result = prunus.sweep(small_mlp(), "magnitude", (s / 4 for s in (2, 3)), lambda m: 0.0)
+    assert list(result.values) == [0.5, 0.75]
+    with pytest.raises(ValueError, match="no sparsities were given"):
+        prunus.sweep(small_mlp(), "magnitude", [], lambda m: 0.0)
+
+
+def test_what_is_no_pruner_or_allocator_is_refused_with_what_is():
+    model = small_mlp()
+    with pytest.raises(ValueError, match=r"is no pruner; give a name \(magnitude"):
+        prunus.prune(model, prunus.Magnitude, sparsity=0.5)
+    with pytest.raises(ValueError, match="is no allocator; one of: erk, global"):
+        prunus.prune(model, "magnitude", sparsity=0.5, allocator=prunus.allocators.ERK)
+    with pytest.raises(ValueError, match="take names of layers and classes, not <class"):
+        prunus.prune(model, "magnitude", sparsity=0.5, layers=[torch.nn.Linear])
+    assert float(prunus.sparsity(model)) == 0
+
+
+def test_a_failed_run_leaves_the_records_of_the_last_one(tmp_path):
+    model = small_mlp()
+    prunus.prune(model, "magnitude", sparsity=0.5, output_dir=tmp_path)
+    before = (tmp_path / "records.jsonl").read_text()
+    assert '"event": "prune"' in before
+    for wrong in ({"sparsity": 0.1}, {"sparsity": 0.9, "layers": ["9"]}):
+        with pytest.raises(ValueError):
+            prunus.prune(model, "magnitude", output_dir=tmp_path, **wrong)
+    assert (tmp_path / "records.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "row"])
+@pytest.mark.parametrize("allocator", ["global", "uniform", "erk"])
+def test_empty_layers_and_layers_of_one_weight_take_part(pattern, allocator):
+    empty = torch.nn.Linear(4, 4)
+    empty.weight = torch.nn.Parameter(torch.empty(0, 4))
+    model = torch.nn.Sequential(empty, torch.nn.Linear(4, 4), torch.nn.Linear(1, 1))
+    arguments = {"layers": ["*"], "pattern": pattern, "allocator": allocator}
+    result = prunus.prune(model, "magnitude", sparsity=0.5, **arguments)
+    assert sum(row.zeros for row in result.rows) == round(0.5 * 17)
+
+
+def test_every_layer_that_a_pattern_does_not_fit_is_named_at_once():
+    with pytest.raises(ValueError, match=r"2: pattern 3:6 does not .*; nor does it fit 5, 8"):
+        prunus.prune(small_cnn(), "magnitude", pattern="3:6")
+
+
+def test_the_score_of_a_block_of_fp16_neither_overflows_nor_ties():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 2, dtype=torch.float16))
+    w = torch.tensor([[6e4, 6e4, 2.048e3, 0.5], [6e4, 6e4, 0.5, 0.5]], dtype=torch.float16)
+    with torch.no_grad():
+        model[0].weight.copy_(w)
+    prunus.prune(model, "magnitude", sparsity=0.5, layers=["0"], pattern="2x2")
+    assert torch.equal(model[0].weight != 0, torch.tensor([[1, 1, 0, 0]] * 2, dtype=torch.bool))
+
+
+def test_a_table_of_sparsities_formats_as_a_number_and_knows_its_layers():
+    table = prunus.sparsity(small_mlp())
+    assert f"{table:.1%}" == "0.0%"
+    assert f"{table}" == str(table)
+    with pytest.raises(KeyError, match="no layer '3'; one of: 0, 2, 4"):
+        _ = table["3"]
+
+
+def test_named_tuples_are_batches():
+    class Batch(NamedTuple):
+        inputs: torch.Tensor
+        targets: torch.Tensor
+
+    data = prunus.Calibration([Batch(torch.randn(2, 8), torch.zeros(2))])
+    assert prunus.prune(small_mlp(), Toy(), sparsity=0.5, calibration=data).sparsity == 0.5

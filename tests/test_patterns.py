@@ -3,8 +3,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oracles import global_keep
 from prunus.patterns import NM, Block, Row, Unstructured, parse_pattern
+
+from oracles import global_keep
 
 
 @given(st.integers(1, 6), st.integers(1, 8), st.data())

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 import prunus
+from prunus.patterns import parse_pattern
+
 from cases import PRUNERS
 from oracles import small_cnn, small_mlp
-from prunus.patterns import parse_pattern
 from toy_pruner import CASE, Toy
 
 CASES = {**PRUNERS, "toy": CASE}

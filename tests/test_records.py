@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import prunus
-from oracles import small_mlp
 from prunus.records import FILE, Recorder, atomic_write, read_records
+
+from oracles import small_mlp
 
 RECIPE = """
 modifiers:

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import prunus
-from oracles import small_mlp
 from prunus.records import FILE
 from prunus.report import write_report
 from prunus.report.summary import Summary, in_units
+
+from oracles import small_mlp
 
 GRADUAL = """
 modifiers:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import prunus
+
 from oracles import small_cnn, small_mlp
 
 AT_ONCE = "modifiers:\n  - prune: {sparsity: 0.75}\n"
@@ -285,6 +286,52 @@ def test_tied_weights_are_one_entry():
     assert (model[2].weight == 0).sum() == 48
 
 
+def test_parameters_that_share_memory_are_one_entry():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 2))
+    model[2].weight = nn.Parameter(model[0].weight.data)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with prunus.attach(model, optimizer, AT_ONCE) as session:
+        train(model, optimizer, 2)
+    assert list(session.masks) == ["0.weight"]
+    assert (model[2].weight == 0).sum() == 48
+
+
+def test_a_head_tied_to_its_embedding_resumes_and_projects():
+    def build():
+        model = nn.ModuleDict({"embed": nn.Embedding(8, 8), "head": nn.Linear(8, 8, bias=False)})
+        model["head"].weight = model["embed"].weight
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        recipe = "modifiers:\n  - prune: {sparsity: 0.75, layers: [head]}\n"
+        return model, optimizer, prunus.attach(model, optimizer, recipe)
+
+    model, optimizer, session = build()
+    model["head"](model["embed"](torch.arange(8))).sum().backward()
+    optimizer.step()
+    other, _, resumed = build()
+    resumed.load_state_dict(session.state_dict())
+    resumed.project(other)
+    assert int((other["embed"].weight == 0).sum()) == 48
+
+
+def test_weights_may_move_in_memory_between_pruning_steps():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    recipe = """
+modifiers:
+  - prune: {sparsity: 0.5, layers: ["0"]}
+  - prune: {sparsity: 0.75, layers: ["1"], window: {from: 2step}}
+"""
+    with prunus.attach(model, optimizer, recipe) as session:
+        train(model, optimizer, 1)
+        first, second = model[0].weight.data, model[1].weight.data
+        model[0].weight.data = first.clone()
+        model[1].weight.data = first.copy_(second)  # an allocator may give out the same address
+        train(model, optimizer, 2)
+    assert list(session.masks) == ["0.weight", "1.weight"]
+    assert zeros(model, ["0.weight"]) == 0.5
+    assert zeros(model, ["1.weight"]) == 0.75
+
+
 def test_channels_last_convolutions_keep_their_strides():
     model = small_cnn().to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
@@ -404,6 +451,16 @@ def test_a_window_that_ends_with_training_reaches_its_target():
     assert abs(zeros(model) - 0.9) < 2e-3
 
 
+def test_a_window_that_ends_after_training_is_said_when_attaching(caplog):
+    model = small_mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    recipe = "modifiers:\n  - prune: {sparsity: {from: 0.1, to: 0.5}, window: {to: 3ep}}\n"
+    prunus.attach(model, optimizer, recipe, steps_per_epoch=5, epochs=3)
+    assert not caplog.text
+    prunus.attach(model, optimizer, recipe, steps_per_epoch=5, epochs=2)
+    assert "last pruned after step 15, but training ends after step 10" in caplog.text
+
+
 def test_closing_early_prunes_to_the_target_and_says_so(caplog):
     model = small_mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -496,9 +553,9 @@ def test_a_state_from_another_recipe_is_refused_and_nothing_changes():
 
 def test_a_state_of_another_version_is_refused():
     model = small_mlp()
-    with prunus.attach(model, torch.optim.SGD(model.parameters(), 0.1), AT_ONCE) as session:
-        with pytest.raises(ValueError, match="the state has version 2; this prunus reads 1"):
-            session.load_state_dict({**session.state_dict(), "version": 2})
+    session = prunus.attach(model, torch.optim.SGD(model.parameters(), 0.1), AT_ONCE)
+    with pytest.raises(ValueError, match="the state has version 2; this prunus reads 1"):
+        session.load_state_dict({**session.state_dict(), "version": 2})
 
 
 def test_resuming_with_epochs_of_another_length_is_said(caplog):
@@ -541,7 +598,7 @@ def test_a_table_is_checked_when_attaching_and_not_in_the_middle_of_training(tmp
 def test_a_setting_that_the_optimizer_has_not_is_refused():
     model = small_mlp()
     optimizer = torch.optim.Rprop(model.parameters())
-    with pytest.raises(ValueError, match="weight_decay: Rprop has no 'weight_decay' to set"):
+    with pytest.raises(ValueError, match="Rprop has no 'weight_decay' to set; drop"):
         prunus.attach(model, optimizer, "modifiers:\n  - weight_decay: {to: 0.1}\n")
 
 

@@ -9,6 +9,7 @@ import torch
 from timm.models import VisionTransformer
 
 import prunus
+
 from oracles import SINGLE
 
 ROOT = Path(__file__).parent.parent

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oracles import global_keep, nm_keep
 from prunus import solvers
+
+from oracles import global_keep, nm_keep
 
 # few distinct values, so that ties are everywhere
 VALUES = st.sampled_from([-math.inf, -1.5, -0.0, 0.0, 1e-30, 0.25, 0.5, 1.0, 3e38, math.inf])

@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import global_keep
 
 from prunus import solvers
+
+from oracles import global_keep
 
 VALUES = [-math.inf, -1.5, -0.0, 0.0, 0.25, 0.5, 1.0, math.inf]  # few, so that ties are everywhere
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -6,11 +6,12 @@ from typing import ClassVar
 from torch import Tensor
 
 import prunus
-from cases import Case
 from prunus.layers import Layer
 from prunus.patterns import Pattern
 from prunus.pruners import Proposal
 from prunus.stats import InputNorm
+
+from cases import Case
 
 
 @prunus.register_pruner

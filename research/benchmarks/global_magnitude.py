@@ -23,11 +23,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import add_options, hardware, print_table, seconds
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 import prunus
+
+from common import add_options, hardware, print_table, seconds
 
 SPARSITY = 0.75
 PATTERNS = ("row", "2:4", "4x1", "1x4")

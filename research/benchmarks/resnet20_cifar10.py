@@ -20,13 +20,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import add_options, hardware, print_table
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import prunus
+
+from common import add_options, hardware, print_table
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

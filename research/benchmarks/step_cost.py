@@ -17,11 +17,12 @@ from collections.abc import Callable
 
 import timm
 import torch
-from common import add_options, hardware, print_table, seconds, spread
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 import prunus
+
+from common import add_options, hardware, print_table, seconds, spread
 
 SPARSITY = 0.75
 RECIPE = "modifiers: [prune: {{sparsity: {sparsity}, window: {{from: {begin}}}}}]\n"

@@ -38,7 +38,12 @@ class Checkpoint:
     state_dict: dict[str, Tensor]
     masks: dict[str, Tensor]
     """parameter name -> keep-mask, True means kept"""
-    recipe: Recipe | None
+    recipe_yaml: str | None
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """What the model was pruned with. Raises RecipeError where its pruner is not registered."""
+        return None if self.recipe_yaml is None else Recipe.load(self.recipe_yaml)
 
 
 def save(
@@ -55,9 +60,14 @@ def save(
     the sparsity; only `load` reads it. Sharded weights are gathered: every rank must call this,
     and the first writes.
 
-    Raises OSError if the disk is full or the path not writable; the old file is then intact.
+    Raises OSError if the disk is full or the path not writable, and ValueError for a model whose
+    state is not all tensors with data; the old file is then intact.
     """
     parts = {clean_name(name): t for name, t in unwrap(model).state_dict().items()}
+    for name, t in parts.items():
+        if not isinstance(t, Tensor) or t.is_meta:
+            what = "is on the meta device" if isinstance(t, Tensor) else "is no tensor"
+            raise ValueError(f"{name!r} {what}; safetensors files hold tensors with data only")
     cuts = (ranks_of(t) for t in parts.values() if hasattr(t, "to_local"))
     shards = next(cuts, Shards())
     state = _gathered(parts, parts)
@@ -149,19 +159,22 @@ def _compact(
 def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Checkpoint:
     """Read what `save` wrote, and any other safetensors file; into ``model`` too where given.
 
-    Raises ValueError if the file does not fit the model, which is then untouched.
+    Raises ValueError if it is no safetensors file, or does not fit the model, which is then
+    untouched.
     """
-    with safetensors.safe_open(path, framework="pt") as file:
-        header = json.loads((file.metadata() or {}).get(KEY, "{}"))
-        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(KEY, "{}"))
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"'{path}' is no safetensors file, or a broken one: {error}") from None
     state = _expand(stored, header)
     masks = {}
     for name, zeros in header.get("masks", {}).items():
         mask = state[name] != 0
         mask.view(-1)[torch.tensor(zeros, dtype=torch.int64)] = True
         masks[name] = mask
-    recipe = header.get("recipe")
-    checkpoint = Checkpoint(state, masks, Recipe.from_yaml(recipe, str(path)) if recipe else None)
+    checkpoint = Checkpoint(state, masks, header.get("recipe"))
     if model is not None:
         _load_into(model, state, path)
     return checkpoint

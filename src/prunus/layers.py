@@ -38,8 +38,10 @@ def reshard(model: nn.Module) -> None:
 
 
 def clean_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by clean name, tied ones under each of their names."""
     reshard(model)
-    return {clean_name(name): p for name, p in unwrap(model).named_parameters()}
+    named = unwrap(model).named_parameters(remove_duplicate=False)
+    return {clean_name(name): p for name, p in named}
 
 
 def _class_name(module: nn.Module) -> str:
@@ -172,13 +174,19 @@ def _weights_of(module: nn.Module) -> list[str]:
     return []
 
 
+def _storage(weight: nn.Parameter) -> tuple[int, ...]:
+    """What tied weights have in common, be they one Parameter or two that share memory."""
+    pointer = 0 if nn.parameter.is_lazy(weight) else local(weight.detach()).data_ptr()
+    return (pointer, *weight.shape) if pointer else (id(weight),)  # meta and empty: no memory
+
+
 def all_layers(model: nn.Module) -> Iterator[Layer]:
     """Every prunable weight in the order of registration, tied weights once.
 
     A weight that is computed (parametrized) is among them as no Parameter; `select` refuses it.
     """
     reshard(model)
-    seen: set[int] = set()
+    seen: set[tuple[int, ...]] = set()
     for full_name, module in unwrap(model).named_modules():
         if "_fsdp_wrapped_module" in module._modules:
             raise ValueError(
@@ -188,9 +196,9 @@ def all_layers(model: nn.Module) -> Iterator[Layer]:
         for attribute in _weights_of(module):
             weight = getattr(module, attribute)
             if isinstance(weight, nn.Parameter):
-                if id(weight) in seen:
+                if _storage(weight) in seen:
                     continue
-                seen.add(id(weight))
+                seen.add(_storage(weight))
             name = clean_name(full_name)
             parameter = f"{name}.{attribute}" if name else attribute
             yield Layer(name if attribute == "weight" else parameter, parameter, module, weight)

@@ -74,7 +74,6 @@ class Masks(Mapping[str, Tensor]):
     def __init__(self) -> None:
         self._weights: dict[str, Tensor] = {}
         self._masks: dict[str, Tensor] = {}
-        self._names: dict[int, str] = {}  # storage -> the name of the entry, for tied weights
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._masks:
@@ -95,7 +94,6 @@ class Masks(Mapping[str, Tensor]):
     def put(self, name: str, weight: Tensor, mask: Tensor) -> None:
         """Set the mask of a weight; ``mask`` has the shape of the weight's local part."""
         shard = local(weight)
-        name = self._names.setdefault(shard.data_ptr(), name) if shard.numel() else name
         if mask.stride() != shard.stride():
             # the weight's memory format, so that applying it walks both in the same order
             mask = torch.empty_like(shard, dtype=torch.bool).copy_(mask)

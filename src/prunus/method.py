@@ -33,16 +33,19 @@ class Method:
 
 
 def _check_shapes(layers: Sequence[Layer], pattern: Pattern) -> None:
-    errors: dict[str, str] = {}
-    for layer in layers:
-        try:
-            pattern.check(*layer.matrix_shape(), layer.channels())
-        except ValueError as error:
-            errors[layer.name] = str(error)
-    if errors:
-        (first, said), *others = errors.items()
-        more = f"; likewise {', '.join(name for name, _ in others)}" if others else ""
-        raise ValueError(f"{first}: {said}{more}")
+    misfits = {layer.name: said for layer in layers if (said := _misfit(layer, pattern))}
+    if misfits:
+        first, *others = misfits
+        more = f"; nor does it fit {', '.join(others)}" if others else ""
+        raise ValueError(f"{first}: {misfits[first]}{more}")
+
+
+def _misfit(layer: Layer, pattern: Pattern) -> str:
+    try:
+        pattern.check(*layer.matrix_shape(), layer.channels())
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 @dataclass(frozen=True)

@@ -97,10 +97,10 @@ class Session:
         self._fresh = True
         self._context = Context(model, self.optimizer, timeline, calibration, Masks(), recorder)
         self.runs: list[Run] = [modifier.bind(self._context) for modifier in recipe.modifiers]
+        plain: Any = torch.compiler.disable  # a compiled step leaves its graph for our hooks
         self._handles = [
-            # a compiled step breaks its graph here; what hooks do is not for compilers
-            self.optimizer.register_step_pre_hook(torch.compiler.disable(self._before)),
-            self.optimizer.register_step_post_hook(torch.compiler.disable(self._after)),
+            self.optimizer.register_step_pre_hook(plain(self._before)),
+            self.optimizer.register_step_post_hook(plain(self._after)),
         ]
 
     @property

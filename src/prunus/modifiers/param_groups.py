@@ -66,7 +66,7 @@ class GroupRun(Run):
                 raise ValueError(f"groups: the optimizer has {len(groups)}, there is no {index}")
         if any(modifier.setting not in groups[i] for i in chosen):
             kind = type(self.optimizer).__name__
-            raise ValueError(f"{modifier.name}: {kind} has no {modifier.setting!r} to set")
+            raise ValueError(f"{kind} has no {modifier.setting!r} to set; drop this modifier")
         # a group of weight decay 0 (biases, norms) was made so that it stays 0
         spared = modifier.setting == "weight_decay" and modifier.groups is None
         self.indices = [i for i in chosen if not (spared and groups[i]["weight_decay"] == 0)]

@@ -102,6 +102,14 @@ class PruningRun(Run):
         if isinstance(self.method.allocator, Table):  # now, not in the middle of training
             self.method.allocator.rates([layer.name for layer in self.layers])
         self.ticks = [0] if context.one_shot else self._ticks()
+        total = context.timeline.total
+        if total is not None and self.ticks[-1] > total:
+            log.warning(
+                "last pruned after step %d, but training ends after step %d: "
+                "closing the session then prunes to the target at once",
+                self.ticks[-1],
+                total,
+            )
         self.next = 0
         self.rows: list[LayerRow] = []
         self.changes: list[Change] = []

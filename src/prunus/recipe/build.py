@@ -148,7 +148,7 @@ def dump(value: Any) -> Any:
         return [dump(item) for item in value]
     if isinstance(value, Mapping):
         return {key: dump(item) for key, item in value.items()}
-    if isinstance(value, numbers.Real) and type(value) not in (bool, int, float):  # of numpy
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):  # numpy's, too
         return int(value) if isinstance(value, numbers.Integral) else float(value)
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return value
