@@ -208,6 +208,12 @@ def test_a_pruner_from_outside_is_known_by_name_to_recipes():
     assert "toy" in prunus.list_pruners()
 
 
+@pytest.mark.parametrize("pruner", ["magnitude", prunus.Magnitude])
+def test_a_modifier_in_python_needs_a_pruner_object(pruner):
+    with pytest.raises(ValueError, match="is no pruner; give one"):
+        prunus.PruningModifier(pruner, 0.5)
+
+
 def test_registering_half_a_pruner_names_what_is_missing():
     @dataclasses.dataclass(frozen=True)
     class Half:

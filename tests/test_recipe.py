@@ -83,17 +83,25 @@ WINDOWS = st.builds(
     st.sampled_from([None, "16ep", "100%"]),
     st.sampled_from([None, "2ep"]),
 )
+
+
+@st.composite
+def pruning_modifiers(draw):
+    sparsity = draw(SCHEDULES)
+    begins = st.sampled_from([None, Window(), Window("7step")])
+    return PruningModifier(
+        Magnitude(),
+        sparsity,
+        draw(st.one_of(st.none(), st.just(("a.*", "re:b|c")))),
+        draw(st.sampled_from([(), ("d",)])),
+        draw(st.sampled_from(["unstructured", "row", "4x1"])),
+        draw(st.sampled_from([None, ERK(), Uniform(), Table({"*": 0.5})])),
+        draw(begins if isinstance(sparsity, float) else st.one_of(st.none(), WINDOWS)),
+    )
+
+
 MODIFIERS = st.one_of(
-    st.builds(
-        PruningModifier,
-        st.just(Magnitude()),
-        SCHEDULES,
-        st.one_of(st.none(), st.just(("a.*", "re:b|c"))),
-        st.sampled_from([(), ("d",)]),
-        st.sampled_from(["unstructured", "row", "4x1"]),
-        st.sampled_from([None, ERK(), Uniform(), Table({"*": 0.5})]),
-        st.one_of(st.none(), WINDOWS),
-    ),
+    pruning_modifiers(),
     st.builds(
         LearningRate, NUMBERS, NUMBERS, st.just("linear"), groups=st.sampled_from([None, (0,)])
     ),
@@ -217,6 +225,10 @@ ERRORS = {
     "two in one": ("- {prune: {sparsity: 1}, freeze: {}}", "modifiers[0]: expected one modifier"),
     "every": ("- learning_rate: {to: 1, window: {every: 1ep}}", "'every' means nothing here"),
     "zero every": ("- prune: {sparsity: 1, window: {every: 0ep}}", "never moves on"),
+    "a constant over a window": (
+        "- prune: {sparsity: 0.5, window: {from: 1ep, to: 5ep}}",
+        "modifiers[0].prune: a constant sparsity is pruned at once",
+    ),
 }
 
 

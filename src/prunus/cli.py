@@ -76,6 +76,10 @@ def call(name: str) -> Any:
     if not callable(getattr(module, function, None)):
         hint = did_you_mean(function, [n for n, v in vars(module).items() if inspect.isfunction(v)])
         raise ValueError(f"'{module_name}' has no function '{function}'{hint}")
+    try:
+        inspect.signature(getattr(module, function)).bind()
+    except (TypeError, ValueError):
+        raise ValueError(f"'{name}' cannot be called without arguments; wrap it") from None
     return getattr(module, function)()
 
 

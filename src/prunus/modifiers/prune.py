@@ -44,8 +44,17 @@ class PruningModifier:
     """how masked weights are treated between pruning steps"""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.pruner, Pruner) or isinstance(self.pruner, type):
+            raise ValueError(
+                f"pruner={self.pruner!r} is no pruner; give one, as prunus.Magnitude()"
+            )
         pattern = parse_pattern(self.pattern)
         supports(self.pruner, pattern)
+        if self.at_once and self.window and (self.window.to or self.window.every):
+            raise ValueError(
+                "a constant sparsity is pruned at once, when the window begins; drop the window's "
+                "'to' and 'every', or give a schedule such as sparsity: {from: 0.3, to: 0.75}"
+            )
         for value in self.schedule.extremes if self.schedule else ():
             if not 0 <= value <= 1:
                 raise ValueError(f"sparsity {value} is not between 0 and 1")
@@ -73,6 +82,11 @@ class PruningModifier:
         if self.sparsity is None or isinstance(self.sparsity, Schedule):
             return self.sparsity
         return Schedule(to=self.sparsity)
+
+    @property
+    def at_once(self) -> bool:
+        """Whether there is a single pruning step."""
+        return self.schedule is None or self.schedule.kind == "constant"
 
     @property
     def method(self) -> Method:
@@ -115,11 +129,8 @@ class PruningRun(Run):
         self.changes: list[Change] = []
 
     def _ticks(self) -> list[int]:
-        window, timeline = self.modifier.window, self.context.timeline
-        schedule = self.modifier.schedule
-        if schedule is None or schedule.kind == "constant":
-            return [(window or Window()).begin(timeline)]
-        return (window or Window()).ticks(timeline)
+        window, timeline = self.modifier.window or Window(), self.context.timeline
+        return [window.begin(timeline)] if self.modifier.at_once else window.ticks(timeline)
 
     def start(self) -> None:
         schedule, pattern = self.modifier.schedule, self.method.pattern
