@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 18  # scores looked at in one go: 1 MiB of fp32 stays in a core's cache
+CHUNK = 1 << 20  # scores looked at in one go: few enough for the cache, many enough to share
+FEW = 1 << 18  # up to here, histograms of 65,536 counts cost more than a partial sort
 
 AllReduce = Callable[[Tensor], Tensor]
 
@@ -123,7 +124,7 @@ def keep_all_but_lowest(scores: Tensor, k: int) -> Tensor:
         return torch.ones_like(scores, dtype=torch.bool)
     if k == scores.numel():
         return torch.zeros_like(scores, dtype=torch.bool)
-    few = scores.numel() <= CHUNK  # for which histograms of 65,536 counts cost more than sorting
+    few = scores.numel() <= FEW
     threshold = float(scores.reshape(-1).kthvalue(k).values) if few else kth_lowest([scores], k)
     keep = scores > threshold
     surplus = keep.numel() - int(torch.count_nonzero(keep)) - k  # ties that must stay
