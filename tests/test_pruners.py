@@ -185,7 +185,7 @@ def test_nan_weights_are_refused_and_nothing_is_changed(case):
 
 @pytest.mark.parametrize("case", EACH)
 def test_hyperparameters_are_documented_and_round_trip(case):
-    from prunus.recipe.build import class_schema
+    from prunus.recipe.schema import class_schema
 
     properties = class_schema(type(case.pruner)).get("properties", {})
     assert set(properties) == {f.name for f in dataclasses.fields(case.pruner)}

@@ -29,7 +29,7 @@ from prunus.modifiers import MODIFIERS, Context, PruningModifier, PruningRun
 from prunus.names import Registry, did_you_mean
 from prunus.pruners import PRUNERS
 from prunus.recipe import Recipe, json_schema
-from prunus.recipe.build import class_schema
+from prunus.recipe.schema import class_schema
 from prunus.schedules import CURVES
 from prunus.timing import Timeline
 

@@ -43,11 +43,9 @@ class Pattern(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Unstructured:
-    """Any weight may go."""
+class _SingleWeights:
+    """What patterns share whose units are single weights of any layer."""
 
-    kind = "unstructured"
     fixed = None
 
     def check(self, rows: int, cols: int, channels: int) -> None:
@@ -55,6 +53,13 @@ class Unstructured:
 
     def pool(self, scores: Tensor) -> Tensor:
         return scores
+
+
+@dataclass(frozen=True)
+class Unstructured(_SingleWeights):
+    """Any weight may go."""
+
+    kind = "unstructured"
 
     def mask(self, units: Tensor, drop: int) -> Tensor:
         return keep_all_but_lowest(units, drop)
@@ -64,18 +69,11 @@ class Unstructured:
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(_SingleWeights):
     """Every output keeps the same number of inputs; where that does not divide, the first
     outputs lose one more."""
 
     kind = "row"
-    fixed = None
-
-    def check(self, rows: int, cols: int, channels: int) -> None:
-        pass
-
-    def pool(self, scores: Tensor) -> Tensor:
-        return scores
 
     def mask(self, units: Tensor, drop: int) -> Tensor:
         each, more = divmod(drop, max(1, len(units)))

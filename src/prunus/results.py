@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import html
 import io
 import os
@@ -24,16 +25,18 @@ if TYPE_CHECKING:
     from prunus.recipe import Recipe
 
 
-class Printable:
+class Printable(abc.ABC):
     """Shows its table: ``print(x)``, rich, and HTML in a notebook."""
 
     title = ""
 
+    @abc.abstractmethod
     def header(self) -> Sequence[str]:
-        raise NotImplementedError
+        """The columns' names."""
 
+    @abc.abstractmethod
     def cells(self) -> Iterable[Sequence[str]]:
-        raise NotImplementedError
+        """The rows."""
 
     def notes(self) -> Sequence[str]:
         return ()
@@ -48,10 +51,9 @@ class Printable:
         yield from self.notes()
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=100, color_system=None)
-        console.print(self)
-        text: str = console.file.getvalue()  # type: ignore[attr-defined]
-        return text.rstrip("\n")
+        text = io.StringIO()
+        Console(file=text, width=100, color_system=None).print(self)
+        return text.getvalue().rstrip("\n")
 
     def _repr_html_(self) -> str:
         def line(tag: str, cells: Iterable[str]) -> str:
@@ -66,8 +68,22 @@ class Printable:
         )
 
 
+class Recorded(Printable):
+    """A result with the events that led to it."""
+
+    recorder: Recorder
+
+    def report(self, directory: str | os.PathLike[str]) -> None:
+        """Write ``records.jsonl``, ``report.html`` and ``report.png`` there."""
+        from prunus.report import write_report
+
+        self.recorder.save(directory)
+        if is_main():
+            write_report(directory)
+
+
 @dataclass
-class Result(Printable):
+class Result(Recorded):
     """What a one-shot run did, layer by layer."""
 
     rows: list[LayerRow]
@@ -98,17 +114,9 @@ class Result(Printable):
     def notes(self) -> Sequence[str]:
         return [f"left dense: {', '.join(self.left_dense)}"] if self.left_dense else []
 
-    def report(self, directory: str | os.PathLike[str]) -> None:
-        """Write ``records.jsonl``, ``report.html`` and ``report.png`` there."""
-        from prunus.report import write_report
-
-        self.recorder.save(directory)
-        if is_main():
-            write_report(directory)
-
 
 @dataclass
-class SweepResult(Printable):
+class SweepResult(Recorded):
     """What an evaluation said at each sparsity."""
 
     values: dict[float, dict[str, float]]
@@ -122,10 +130,6 @@ class SweepResult(Printable):
     def cells(self) -> Iterable[Sequence[str]]:
         for sparsity, metrics in self.values.items():
             yield f"{sparsity:.4f}", *(f"{value:.4f}" for value in metrics.values())
-
-    def report(self, directory: str | os.PathLike[str]) -> None:
-        """Write ``records.jsonl``, ``report.html`` and ``report.png`` there."""
-        Result.report(self, directory)  # type: ignore[arg-type]
 
 
 @dataclass
