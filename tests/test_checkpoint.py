@@ -33,6 +33,7 @@ def test_a_saved_model_loads_with_masks_and_recipe(tmp_path, compact, dtype):
         assert torch.equal(loaded.state_dict[name], a)
     assert loaded.recipe == result.recipe
     assert loaded.masks.keys() == result.masks.keys()
+    assert repr(loaded) == f"Checkpoint(15 tensors, 3 masks, sparsity {result.sparsity:.4f})"
     assert all(torch.equal(loaded.masks[n], result.masks[n]) for n in result.masks)
 
 

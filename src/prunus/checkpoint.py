@@ -45,6 +45,12 @@ class Checkpoint:
         """What the model was pruned with. Raises RecipeError where its pruner is not registered."""
         return None if self.recipe_yaml is None else Recipe.load(self.recipe_yaml)
 
+    def __repr__(self) -> str:
+        pruned = sum(int((~mask).sum()) for mask in self.masks.values())
+        size = sum(mask.numel() for mask in self.masks.values())
+        share = f"{len(self.masks)} masks, sparsity {pruned / max(1, size):.4f}"
+        return f"Checkpoint({len(self.state_dict)} tensors, {share})"
+
 
 def save(
     model: nn.Module,

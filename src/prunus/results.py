@@ -129,7 +129,7 @@ class SweepResult(Recorded):
 
     def cells(self) -> Iterable[Sequence[str]]:
         for sparsity, metrics in self.values.items():
-            yield f"{sparsity:.4f}", *(f"{value:.4f}" for value in metrics.values())
+            yield f"{sparsity:.4f}", *(f"{value:.4g}" for value in metrics.values())
 
 
 @dataclass
