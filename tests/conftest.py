@@ -14,6 +14,8 @@ def _seed():
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory):
     """Two processes that answer calls."""
+    if not hasattr(torch.cpu.Stream, "record_event"):
+        pytest.skip("this torch shards models on GPUs only")
     group = Ranks(tmp_path_factory.mktemp("ranks"))
     yield group
     group.stop()

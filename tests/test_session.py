@@ -272,8 +272,9 @@ def test_a_compiled_step_prunes_as_an_eager_one():
         return model
 
     plain, compiled = run(False), run(True)
-    pairs = zip(plain.parameters(), compiled.parameters(), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
+    for a, b in zip(plain.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(a, b)  # older compilers reorder the update's arithmetic
+        assert torch.equal(a == 0, b == 0)
 
 
 def test_tied_weights_are_one_entry():
