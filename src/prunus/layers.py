@@ -112,9 +112,8 @@ class Layer:
 
     def matrix(self, t: Tensor) -> Tensor:
         """A tensor of the weight's (local) shape as (rows, columns); a view where it can be."""
-        if (
-            self._inputs_first
-        ):  # (groups * in, out, ...) -> (groups, out, in, ...) -> (out, in, ...)
+        if self._inputs_first:
+            # (groups * in, out, ...) -> (groups, in, out, ...) -> (groups * out, in, ...)
             parts = t.reshape(self._groups, t.shape[0] // self._groups, *t.shape[1:])
             t = parts.transpose(1, 2).flatten(0, 1)
         if self.channels_inner and t.dim() > 2:
