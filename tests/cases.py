@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from prunus import Magnitude
+from prunus import CAP, OBS, FastCAP, Magnitude
 from prunus.pruners import Pruner
 
 
@@ -14,4 +14,7 @@ class Case(NamedTuple):
 
 PRUNERS = {
     "magnitude": Case(Magnitude(), False, ("unstructured", "row", "2:4", "1:4", "4x1", "1x4")),
+    "obs": Case(OBS(block_size=8), True, ("unstructured", "row", "2:4", "1:4", "4x1", "1x4")),
+    "cap": Case(CAP(block_size=8, damp=1e-6), True, ("unstructured", "row", "2:4", "1:4")),
+    "fastcap": Case(FastCAP(), True, ("unstructured", "2:4", "1:4")),
 }

@@ -17,7 +17,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import prunus
 from prunus.distributed import gather
-from prunus.pruners import Proposal
 from prunus.stats import InputNorm
 
 try:
@@ -188,5 +187,8 @@ class InputScaled:
     def statistic(self, layer):
         return InputNorm(layer.matrix_shape()[1])
 
-    def propose(self, w, stat, pattern):
-        return Proposal(w.abs() * stat.norm, lambda mask: w)
+    def scores(self, w, stat, pattern):
+        return w.abs() * stat.norm
+
+    def rebuild(self, w, stat, mask):
+        return w

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 import prunus
-from prunus.pruners import Proposal
 
 import distributed_workers as workers
 from distributed_workers import (
@@ -62,17 +61,15 @@ def test_a_nan_on_one_rank_is_the_same_error_on_all_and_changes_nothing(ranks, c
 class FailsOnOneRank(prunus.Magnitude):
     where: ClassVar[str] = ""
 
-    def propose(self, w, stat, pattern):
-        scores, rebuild = super().propose(w, stat, pattern)
+    def scores(self, w, stat, pattern):
         if workers.world()[0] == 1 and self.where == "scores":
             raise ArithmeticError("no inverse")
+        return super().scores(w, stat, pattern)
 
-        def failing(mask):
-            if workers.world()[0] == 1:
-                raise ArithmeticError("no inverse")
-            return rebuild(mask)
-
-        return Proposal(scores, failing)
+    def rebuild(self, w, stat, mask):
+        if workers.world()[0] == 1:
+            raise ArithmeticError("no inverse")
+        return super().rebuild(w, stat, mask)
 
 
 def _failing_pruner(where):

@@ -9,10 +9,12 @@ import pytest
 
 SRC = Path(__file__).parent.parent / "src" / "prunus"
 LEVELS = [
-    {"names", "patterns", "schedules", "solvers", "masking", "timing"},
+    {"names", "patterns", "schedules", "solvers", "masking", "timing"}
+    | {"linalg", "elimination", "column_sweep"},
     {"layers", "selection", "stats"},
     {"pruners", "allocators"},
-    {"calibration", "engine", "method", "distributed", "progress"},
+    {"calibration", "engine", "method", "distributed", "progress"}
+    | {"memory", "gradients", "gradient_pass", "measuring", "shares"},
     {"modifiers"},
     {"recipe", "records", "report", "results", "session", "oneshot", "checkpoint"},
     {"cli", "integrations", "__init__", "__main__"},

@@ -101,9 +101,13 @@ def test_an_interrupt_while_weights_are_written_puts_them_back(monkeypatch):
             raise KeyboardInterrupt
         return original(self, other, *args)
 
-    monkeypatch.setattr(
-        engine, "measure", lambda *a: monkeypatch.setattr(torch.Tensor, "copy_", interrupted) or {}
-    )
+    commit = engine.commit
+
+    def watched(changes):
+        monkeypatch.setattr(torch.Tensor, "copy_", interrupted)
+        commit(changes)
+
+    monkeypatch.setattr(engine, "commit", watched)
     with pytest.raises(KeyboardInterrupt):
         prunus.prune(model, "magnitude", sparsity=0.5)
     monkeypatch.undo()
@@ -296,7 +300,7 @@ def test_the_sparsities_of_a_sweep_may_come_from_a_generator():
 
 def test_what_is_no_pruner_or_allocator_is_refused_with_what_is():
     model = small_mlp()
-    with pytest.raises(ValueError, match=r"is no pruner; give a name \(magnitude"):
+    with pytest.raises(ValueError, match=r"is no pruner; give a name \(cap, fastcap, magnitude"):
         prunus.prune(model, prunus.Magnitude, sparsity=0.5)
     with pytest.raises(ValueError, match="is no allocator; one of: erk, global"):
         prunus.prune(model, "magnitude", sparsity=0.5, allocator=prunus.allocators.ERK)

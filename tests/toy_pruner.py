@@ -8,7 +8,6 @@ from torch import Tensor
 import prunus
 from prunus.layers import Layer
 from prunus.patterns import Pattern
-from prunus.pruners import Proposal
 from prunus.stats import InputNorm
 
 from cases import Case
@@ -31,9 +30,11 @@ class Toy:
     def statistic(self, layer: Layer) -> InputNorm:
         return InputNorm(layer.matrix_shape()[1])
 
-    def propose(self, w: Tensor, stat: InputNorm, pattern: Pattern) -> Proposal:
-        scores = w.abs() ** self.power * stat.norm.to(w)
-        return Proposal(scores, lambda mask: w * self.scale)
+    def scores(self, w: Tensor, stat: InputNorm, pattern: Pattern) -> Tensor:
+        return w.abs() ** self.power * stat.norm.to(w)
+
+    def rebuild(self, w: Tensor, stat: InputNorm, mask: Tensor) -> Tensor:
+        return w * self.scale
 
 
 CASE = Case(Toy(), True, ("unstructured", "row", "2:4", "1:4", "4x1", "1x4"))

@@ -4,14 +4,17 @@ from prunus.calibration import Calibration
 from prunus.checkpoint import load, save
 from prunus.modifiers import PruningModifier
 from prunus.oneshot import prune, sweep
-from prunus.pruners import Magnitude, list_pruners, register_pruner
+from prunus.pruners import CAP, OBS, FastCAP, Magnitude, list_pruners, register_pruner
 from prunus.recipe import Recipe
 from prunus.results import sparsity
 from prunus.session import Session, attach
 
 __version__ = "0.1.0"
 __all__ = [
+    "CAP",
+    "OBS",
     "Calibration",
+    "FastCAP",
     "Magnitude",
     "PruningModifier",
     "Recipe",

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from prunus.layers import Layer, reshard
+from prunus.memory import parse_bytes
 from prunus.progress import track
 from prunus.stats import Statistic
 
@@ -29,11 +33,15 @@ class Calibration:
     batches: Iterable[Batch]
     """a DataLoader, a list: anything that can be iterated more than once"""
     loss_fn: Callable[[Any, Any], Tensor] | None = None
-    """``loss_fn(output, targets)`` for pairs; without it, an output's own ``.loss`` is used"""
+    """``loss_fn(output, targets)``, or for mappings ``loss_fn(output, batch)``; the mean over the
+    batch. Without it, an output's own ``.loss`` is used"""
     forward: Callable[[nn.Module, Batch], Any] | None = None
     """``forward(model, batch) -> loss``, instead of all the above"""
     num_batches: int | None = None
     """use only the first so many batches"""
+    memory: str | int | None = None
+    """for statistics, as ``"8GiB"`` or bytes; over it, several passes over the batches are made.
+    Default: four fifths of what is free"""
 
     def __post_init__(self) -> None:
         if isinstance(self.batches, Iterator):
@@ -43,9 +51,39 @@ class Calibration:
             )
         if self.num_batches is not None and self.num_batches < 1:
             raise ValueError(f"num_batches={self.num_batches}; use at least 1")
+        if self.memory is not None:
+            parse_bytes(self.memory)
 
     def __iter__(self) -> Iterator[Batch]:
-        return islice(iter(self.batches), self.num_batches)
+        batches = self.batches
+        if getattr(batches, "persistent_workers", False):
+            # its workers serve one iteration at a time, and the user may be in the middle of his
+            batches = copy.copy(batches)
+            batches._iterator = None  # type: ignore[attr-defined]
+        return islice(iter(batches), self.num_batches)
+
+    def stretch(self, begin: int) -> Iterator[Batch]:
+        """Each batch once, from number `begin` on, and then those from the first one up to it."""
+        count = 0
+        for batch in self:
+            count += 1
+            if count > begin:
+                yield batch
+        if begin >= count > 0:
+            begin %= count
+            yield from islice(self, begin, None)
+        yield from islice(self, begin)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The loss of a forward pass. Raises ValueError if there is none."""
+        loss = self.run(model, batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(
+                f"gradients need a loss of one number, and the calibration gave {what}; pass "
+                "Calibration(batches, loss_fn) with batches of (inputs, targets), or forward="
+            )
+        return loss
 
     def run(self, model: nn.Module, batch: Batch) -> Any:
         """One forward pass: the loss where there is one, else the output."""
@@ -55,7 +93,8 @@ class Calibration:
         batch = to_device(batch, device)
         if isinstance(batch, Mapping):
             output = model(**batch)
-            return getattr(output, "loss", None) if self.loss_fn is None else output
+            own = getattr(output, "loss", None)
+            return own if self.loss_fn is None else self.loss_fn(output, batch)
         if isinstance(batch, (tuple, list)):
             inputs, *targets = batch
             output = model(inputs)
@@ -77,11 +116,24 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return batch
 
 
+def _generators(batches: Any) -> list[torch.Generator]:
+    """A loader's own sources of random order."""
+    holders = (batches, getattr(batches, "sampler", None))
+    found = [getattr(holder, "generator", None) for holder in holders]
+    return [g for g in found if isinstance(g, torch.Generator)]
+
+
 @contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, with training modes and random states put back afterwards."""
+def undisturbed(model: nn.Module, calibration: Calibration) -> Iterator[None]:
+    """Evaluation mode, with training modes and random states put back afterwards.
+
+    So every pass over the calibration data begins in the same random state, and sees the same
+    batches in the same order.
+    """
     modes = [(module, module.training) for module in model.modules()]
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    generators = [(g, g.get_state()) for g in _generators(calibration.batches)]
+    plain, numpys = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices):
         model.eval()
         try:
@@ -90,6 +142,11 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             reshard(model)
             for module, mode in modes:
                 module.training = mode
+            for generator, state in generators:
+                generator.set_state(state)
+            random.setstate(plain)
+            np.random.set_state(numpys)
+            torch.clear_autocast_cache()  # it may hold copies of weights that will be pruned
 
 
 def measure_inputs(
@@ -109,7 +166,7 @@ def measure_inputs(
         return take
 
     count = 0
-    with contextlib.ExitStack() as stack, undisturbed(model), torch.no_grad():
+    with contextlib.ExitStack() as stack, undisturbed(model, calibration), torch.no_grad():
         for layer, stat in stats.items():
             handle = layer.module.register_forward_pre_hook(hook(layer, stat))
             stack.callback(handle.remove)

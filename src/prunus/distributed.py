@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from prunus import solvers
 from prunus.layers import Layer
 from prunus.masking import Masks
 from prunus.patterns import Pattern
@@ -28,12 +29,30 @@ class Shards:
         """The sum over the ranks, in the dtype and on the device of `t`."""
         if self.group is None:
             return t
-        backends = dist.get_backend_config(self.group).split(",")  # "cpu:gloo,cuda:nccl"
-        devices = [backend.split(":")[0] for backend in backends]
-        device = t.device.type if t.device.type in devices else devices[0]
-        moved = t.to(device, copy=True).contiguous()
+        moved = t.to(self._device(t.device), copy=True).contiguous()
         dist.all_reduce(moved, group=self.group)
         return moved.to(t.device)
+
+    def _device(self, device: torch.device) -> torch.device | str:
+        """The device itself, or one that the ranks can talk through."""
+        backends = dist.get_backend_config(self.group).split(",")  # "cpu:gloo,cuda:nccl"
+        devices = [backend.split(":")[0] for backend in backends]
+        return device if device.type in devices else devices[0]
+
+    def all_to_all(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """One vector for each rank, exchanged for those from each that are as long as the own."""
+        sizes = [part.numel() for part in parts]
+        device = self._device(parts[0].device)
+        sent = torch.cat(list(parts)).to(device)
+        got = sent.new_empty(self.world_size * sizes[self.rank])
+        dist.all_to_all_single(got, sent, [sizes[self.rank]] * self.world_size, sizes, self.group)
+        return list(got.to(parts[0].device).chunk(self.world_size))
+
+    def keep_all_but_lowest(self, scores: Tensor, k: int) -> Tensor:
+        """This rank's part of the keep-mask that drops the k lowest scores of all ranks."""
+        if self.group is not None:
+            k = solvers.count_lowest([scores], k, self.all_reduce, self.rank, self.world_size)[0][0]
+        return solvers.keep_all_but_lowest(scores, k)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -55,6 +74,37 @@ class Shards:
                 raise RuntimeError(f"rank {rank} failed with {message}")
         if error is not None:
             raise error
+
+
+def row_cuts(rows: int, world_size: int, unit: int = 1) -> list[tuple[int, int]]:
+    """Consecutive shares of the rows, as equal as multiples of `unit` allow; late ones may be 0."""
+    units = rows // unit
+    ends = [units * (rank + 1) // world_size * unit for rank in range(world_size)]
+    return list(zip([0, *ends], ends, strict=False))
+
+
+def in_step(items: Iterator[Any], shards: Shards, all_needed: bool) -> Iterator[Any]:
+    """The items, as long as any rank has one (None where it has run out), or as long as all have.
+
+    What fails on one rank fails on all.
+    """
+    while shards.group is not None:
+        item, error = None, None
+        try:
+            item = next(items, None)
+        except Exception as caught:
+            error = caught
+        have, failed = shards.all_reduce(
+            torch.tensor([int(item is not None), int(error is not None)])
+        ).tolist()
+        if failed:
+            with shards.together():
+                if error is not None:
+                    raise error
+        if have == 0 or (all_needed and have < shards.world_size):
+            return
+        yield item
+    yield from items
 
 
 def all_ranks() -> Shards:

@@ -1,4 +1,4 @@
-"""One pruning step: statistics -> proposals -> shares -> masks -> new weights -> commit.
+"""One pruning step: statistics -> scores -> shares -> masks -> new weights -> commit.
 
 Everything that can fail happens before the first weight is written, so a model is either pruned or
 untouched.
@@ -7,27 +7,29 @@ untouched.
 from __future__ import annotations
 
 import functools
+import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from prunus import solvers
-from prunus.allocators import Problem, Unit
-from prunus.calibration import Calibration, measure_inputs
-from prunus.distributed import (
-    Shards,
-    all_ranks,
-    all_reduce_statistics,
-    cut_along_inputs,
-    shards_of,
-)
+from prunus.calibration import Calibration
+from prunus.distributed import Shards, shards_of
 from prunus.layers import Layer, reshard
+from prunus.measuring import Measurements, check_measurable, measurements
+from prunus.memory import Rows
 from prunus.method import Candidate, Change, Choice, LayerRow, Method
-from prunus.patterns import Pattern
+from prunus.patterns import NM, Block, Pattern
 from prunus.progress import track
+from prunus.pruners import ScorePruner, SweepPruner
+from prunus.pruners.second_order import SecondOrder, stages_of_groups
+from prunus.shares import allocate, choose, layer_row
 from prunus.stats import Statistic
+
+log = logging.getLogger("prunus")
 
 
 def present_sparsity(layers: Sequence[Layer], pattern: Pattern) -> float:
@@ -60,32 +62,44 @@ def check_reachable(layers: Sequence[Layer], pattern: Pattern, target: float) ->
         )
 
 
-def measure(
-    method: Method, layers: Sequence[Layer], model: nn.Module, calibration: Calibration | None
-) -> dict[Layer, Statistic]:
-    """The statistics the method needs, measured and summed over data-parallel ranks.
+def plan_measurements(
+    method: Method,
+    layers: Sequence[Layer],
+    model: nn.Module,
+    calibration: Calibration | None,
+    begin: int = 0,
+) -> Measurements:
+    """What will be measured in how many passes over the data; `begin` batches are passed over."""
+    unit = method.pattern.rows if isinstance(method.pattern, Block) else 1
+    return measurements(method.pruner.statistic, layers, model, calibration, unit, begin)
 
-    Raises ValueError if it needs data and there is none, or a layer's inputs are sharded.
+
+def _ready(
+    method: Method,
+    layers: Sequence[Layer],
+    model: nn.Module,
+    calibration: Calibration | None,
+    begin: int = 0,
+) -> tuple[Measurements, Shards]:
+    """The measurements, and the ranks among which the rows lie or are dealt out.
+
+    Raises ValueError, before anything long begins, for what cannot be measured or pruned.
     """
-    needed = {layer: method.pruner.statistic(layer) for layer in layers}
-    stats = {layer: stat for layer, stat in needed.items() if stat is not None}
-    if not stats:
-        return {}
-    if calibration is None:
-        raise ValueError(
-            f"pruner {method.pruner.name!r} learns from data; "
-            "pass calibration=prunus.Calibration(batches, loss_fn)"
+    _check_loaded(layers)
+    measured = plan_measurements(method, layers, model, calibration, begin)
+    check_measurable(measured.stats, method.pruner.name, calibration)
+    shards = shards_of(layers, method.pattern)
+    names = [layer.parameter_name for layer in layers]
+    _refuse([solvers.count_non_finite(layer.local) for layer in layers], names, shards, "weights")
+    if shards.group is None:
+        shards = measured.everyone
+    if len(measured.groups) > 1:
+        log.info(
+            "the statistics do not fit the memory together; %d groups of layers are measured one "
+            "after the other, each with a pass over the calibration data",
+            len(measured.groups),
         )
-    if cut := [layer.name for layer in stats if cut_along_inputs(layer)]:
-        raise ValueError(
-            f"{', '.join(cut[:3])}: sharded along the inputs, which {method.pruner.name!r} "
-            "measures; exclude them, or use a pruner that needs no data"
-        )
-    with all_ranks().together():
-        measure_inputs(model, stats, calibration)
-    for stat in stats.values():
-        all_reduce_statistics(stat.tensors())
-    return stats
+    return measured, shards
 
 
 def _refuse(bad: Sequence[int], names: Sequence[str], shards: Shards, what: str) -> None:
@@ -96,44 +110,62 @@ def _refuse(bad: Sequence[int], names: Sequence[str], shards: Shards, what: str)
             raise ValueError(f"{name} has {count} NaN or infinite {what}; nothing was pruned")
 
 
-def _candidate(method: Method, layer: Layer, stat: Statistic | None) -> Candidate:
-    w = layer.matrix(layer.local)
-    scores, rebuild = method.pruner.propose(w, stat, method.pattern)
-    if scores.shape != w.shape:
-        raise ValueError(
-            f"pruner {method.pruner.name!r} gave scores of shape {tuple(scores.shape)} for "
-            f"{layer.name}, which is {tuple(w.shape)}"
-        )
+def _assembled(measured: Measurements, parts: Mapping[Rows, Tensor]) -> list[Tensor]:
+    """For each share the rows that were computed in pieces."""
+    whole = []
+    for share in measured.shares:
+        mine = [part for rows, part in parts.items() if rows.layer is share.layer]
+        whole.append(mine[0] if len(mine) == 1 else torch.cat(mine))
+    return whole
+
+
+def _candidate(method: Method, rows: Rows, scores: Tensor) -> Candidate:
+    w = rows.matrix()
     if int(w.count_nonzero()) == w.numel():
         units = method.pattern.pool(scores)
-        return Candidate(layer, rebuild, units, 0, solvers.total(units))
+        return Candidate(rows, units, 0, solvers.total(units))
     alive = w != 0
     units = method.pattern.pool(torch.where(alive, scores, 0))  # a copy: scores may be w itself
     total = solvers.total(units)
     dead = method.pattern.pool(alive).logical_not_()
     units.masked_fill_(dead, -math.inf)
-    return Candidate(layer, rebuild, units, int(dead.count_nonzero()), total)
+    return Candidate(rows, units, int(dead.count_nonzero()), total)
+
+
+def _scores(method: Method, rows: Rows, stat: Statistic | None) -> Tensor:
+    assert isinstance(method.pruner, ScorePruner)
+    w = rows.matrix()
+    scores = method.pruner.scores(w, stat, method.pattern)
+    if scores.shape != w.shape:
+        raise ValueError(
+            f"pruner {method.pruner.name!r} gave scores of shape {tuple(scores.shape)} for "
+            f"{rows.layer.name}, which is {tuple(w.shape)}"
+        )
+    return scores
 
 
 @torch.no_grad()
-def propose(
-    method: Method, layers: Sequence[Layer], stats: dict[Layer, Statistic], shards: Shards
-) -> list[Candidate]:
+def propose(method: Method, measured: Measurements, shards: Shards) -> list[Candidate]:
     """Scores for every layer, computed from the present weights.
 
-    Raises ValueError for weights or scores that are NaN or infinite.
+    Raises ValueError for scores that are NaN or infinite.
     """
-    _check_loaded(layers)
-    names = [layer.parameter_name for layer in layers]
-    bad = [solvers.count_non_finite(layer.local) for layer in layers]
-    _refuse(bad, names, shards, "weights")
-    bar = track(layers, f"{method.pruner.name}: scores")
-    with shards.together():
-        candidates = [_candidate(method, layer, stats.get(layer)) for layer in bar]
+    parts: dict[Rows, Tensor] = {}
+    for i, group in enumerate(measured.groups):
+        stats = measured[i]
+        with shards.together():
+            for rows in track(group, f"{method.pruner.name}: scores"):
+                parts[rows] = _scores(method, rows, stats.get(rows))
+    whole = _assembled(measured, parts)
+    del parts
+    candidates = [
+        _candidate(method, rows, s) for rows, s in zip(measured.shares, whole, strict=True)
+    ]
     bad = [
         0 if math.isfinite(c.total) else solvers.count_non_finite(c.scores) - c.pruned
         for c in candidates
     ]
+    names = [c.rows.layer.parameter_name for c in candidates]
     _refuse(bad, names, shards, f"{method.pruner.name} scores")
     dtype = functools.reduce(torch.promote_types, (c.scores.dtype for c in candidates))
     for candidate in candidates:
@@ -141,95 +173,81 @@ def propose(
     return candidates
 
 
-def _shares(
-    method: Method, candidates: Sequence[Candidate], target: float | None, shards: Shards
-) -> list[int]:
-    """Units to drop in this rank's part of each layer."""
-    scores = [c.scores for c in candidates]
-    mine = torch.tensor([[c.scores.numel(), c.pruned] for c in candidates])
-    sizes = shards.all_reduce(mine).tolist()
-    units = [
-        Unit(c.layer.name, c.layer.shape, *size) for c, size in zip(candidates, sizes, strict=True)
-    ]
-
-    def lowest(tensors: Sequence[Tensor], k: int) -> tuple[list[int], list[int]]:
-        return solvers.count_lowest(
-            tensors, k, shards.all_reduce if shards.group else None, shards.rank, shards.world_size
-        )
-
-    drop = method.allocator.allocate(Problem(units, target, lambda k: lowest(scores, k)[1])).drop
-    if shards.group is None:
-        return list(drop)
-    if method.pattern.kind == "row":
-        return _shares_of_rows(drop, [len(s) for s in scores], shards)
-    return [lowest([s], d)[0][0] for s, d in zip(scores, drop, strict=True)]
-
-
-def _shares_of_rows(drop: Sequence[int], rows: Sequence[int], shards: Shards) -> list[int]:
-    """What falls to this rank's rows, where the first rows of the layer lose one more."""
-    table = torch.zeros(shards.world_size, len(rows), dtype=torch.int64)
-    table[shards.rank] = torch.tensor(rows)
-    table = shards.all_reduce(table)
-    all_rows, before = table.sum(0).tolist(), table[: shards.rank].sum(0).tolist()
-    shares = []
-    for units, mine, whole, above in zip(drop, rows, all_rows, before, strict=True):
-        each, more = divmod(units, whole)
-        shares.append(each * mine + min(max(more - above, 0), mine))
-    return shares
+def _change(rows: Rows, new: Tensor, mask: Tensor, measured: Measurements, row: LayerRow) -> Change:
+    """A change of all rows that the weight has on this rank."""
+    layer, shape = rows.layer, tuple(rows.layer.local.shape)
+    new = torch.where(mask, new, 0).to(layer.local.dtype)
+    if measured.everyone.group is not None:
+        new, mask = measured.gathered(rows, new), measured.gathered(rows, mask)
+    return Change(layer, layer.unmatrix(new, shape), layer.unmatrix(mask, shape), row)
 
 
 @torch.no_grad()
-def choose(
-    method: Method, candidates: Sequence[Candidate], target: float | None, shards: Shards
-) -> list[Choice]:
-    """Masks that meet the target exactly (ignored where the pattern fixes the sparsity)."""
-    pattern = method.pattern
-    drop = [0] * len(candidates)
-    if pattern.fixed is None:
-        drop = _shares(method, candidates, target, shards)
-    masks, counts = [], []
-    for candidate, k in zip(candidates, drop, strict=True):
-        mask = pattern.mask(candidate.scores, k)
-        if candidate.pruned or pattern.kind == "block":
-            mask &= candidate.layer.matrix(candidate.layer.local) != 0
-        kept = solvers.total_kept(candidate.scores, pattern.pool(mask))
-        zeros = mask.numel() - int(mask.count_nonzero())
-        masks.append(mask)
-        counts.append([mask.numel(), zeros, candidate.total, kept])
-    whole = shards.all_reduce(torch.tensor(counts, dtype=torch.float64)).tolist()
-    return [
-        Choice(c.layer, c.rebuild, mask, _row(c.layer, pattern, *numbers))
-        for c, mask, numbers in zip(candidates, masks, whole, strict=True)
-    ]
-
-
-def _row(
-    layer: Layer, pattern: Pattern, size: float, zeros: float, before: float, after: float
-) -> LayerRow:
-    lost = max(0.0, 1 - after / before) if before else 0.0
-    counts = int(size), int(zeros), layer.weight.element_size()
-    return LayerRow(layer.name, layer.kind, layer.shape, str(pattern), *counts, lost)
-
-
-def _change(choice: Choice) -> Change:
-    layer, shape = choice.layer, tuple(choice.layer.local.shape)
-    new = torch.where(choice.mask, choice.rebuild(choice.mask), 0).to(layer.local.dtype)
-    mask = layer.unmatrix(choice.mask, shape)
-    return Change(layer, layer.unmatrix(new, shape), mask, choice.row)
-
-
-@torch.no_grad()
-def rebuild(method: Method, choices: Sequence[Choice], shards: Shards) -> list[Change]:
+def rebuild(
+    method: Method, measured: Measurements, choices: Sequence[Choice], shards: Shards
+) -> list[Change]:
     """The new weights, in the shape of the old.
 
-    Raises ValueError if the pruner computed one that is NaN or infinite.
+    Goes through the groups of statistics backwards, because the last one is still there. Raises
+    ValueError if the pruner computed a weight that is NaN or infinite.
     """
-    with shards.together():
-        changes = [_change(choice) for choice in track(choices, f"{method.pruner.name}: weights")]
+    assert isinstance(method.pruner, ScorePruner)
+    masks = {choice.rows.layer: choice for choice in choices}
+    parts: dict[Rows, Tensor] = {}
+    for i in reversed(range(len(measured.groups))):
+        stats = measured[i]
+        with shards.together():
+            for rows in track(measured.groups[i], f"{method.pruner.name}: weights"):
+                choice = masks[rows.layer]
+                begin = choice.rows.begin
+                mask = choice.mask[rows.begin - begin : rows.end - begin]
+                parts[rows] = method.pruner.rebuild(rows.matrix(), stats.get(rows), mask)
+    ordered = dict(sorted(parts.items(), key=lambda item: item[0].begin))
+    whole = _assembled(measured, ordered)
+    changes = [
+        _change(c.rows, new, c.mask, measured, c.row) for c, new in zip(choices, whole, strict=True)
+    ]
+    return _checked(method, changes, shards)
+
+
+def _checked(method: Method, changes: list[Change], shards: Shards) -> list[Change]:
     names = [change.layer.parameter_name for change in changes]
     bad = [solvers.count_non_finite(change.weight) for change in changes]
     _refuse(bad, names, shards, f"new weights from {method.pruner.name}")
     return changes
+
+
+@torch.no_grad()
+def swept(
+    method: Method, measured: Measurements, target: float | None, shards: Shards
+) -> list[Change]:
+    """The new weights of a method that chooses its masks while it solves."""
+    pruner, pattern = method.pruner, method.pattern
+    assert isinstance(pruner, SweepPruner)
+    weights = [rows.matrix() for rows in measured.shares]
+    drop = [0] * len(weights)
+    if pattern.fixed is None:
+        counts = [(w.numel(), w.numel() - int(w.count_nonzero())) for w in weights]
+        drop = allocate(method, measured.shares, counts, target, shards, _no_scores)
+    drops = dict(zip((rows.layer for rows in measured.shares), drop, strict=True))
+    changes: dict[Layer, Change] = {}
+    for i, group in enumerate(measured.groups):
+        stats = measured[i]
+        with shards.together():
+            for rows in track(group, f"{pruner.name}: weights"):
+                k = drops[rows.layer]
+                new, mask = pruner.sweep(rows.matrix(), stats.get(rows), pattern, k, shards)
+                counted = torch.tensor([mask.numel(), mask.numel() - int(mask.count_nonzero())])
+                row = layer_row(rows, pattern, *shards.all_reduce(counted).tolist())
+                changes[rows.layer] = _change(rows, new, mask, measured, row)
+    return _checked(method, list(changes.values()), shards)
+
+
+def _no_scores(k: int) -> list[int]:
+    raise ValueError(
+        "this pruner chooses while it solves, so there are no scores to rank all layers by; use "
+        "allocator 'uniform', 'erk' or a table"
+    )
 
 
 def _pieces(change: Change) -> Iterator[tuple[Tensor, Tensor]]:
@@ -261,6 +279,56 @@ def commit(changes: Sequence[Change]) -> None:
         raise
 
 
+Stage = tuple[Method, "float | None"]
+
+
+def stages_of(method: Method, layers: Sequence[Layer], target: float | None) -> list[Stage]:
+    """The steps of one pruning step: several where the pruner measures anew on the way.
+
+    Raises ValueError if there is no overall sparsity to ramp to.
+    """
+    pruner = method.pruner
+    if not isinstance(pruner, SecondOrder) or pruner.num_recomputations == 1:
+        return [(method, target)]
+    if isinstance(method.pattern, NM):
+        patterns = stages_of_groups(method.pattern, pruner.num_recomputations)
+        return [(replace(method, pattern=pattern), None) for pattern in patterns]
+    if target is None:
+        raise ValueError(
+            "num_recomputations ramps up to an overall sparsity, and a table alone has none; give "
+            "sparsity beside it, or set num_recomputations to 1"
+        )
+    present = present_sparsity(layers, method.pattern)
+    return [(method, goal) for goal in pruner.stages(min(present, target), target)]
+
+
+def solutions(
+    method: Method, layers: Sequence[Layer], model: nn.Module, calibration: Calibration | None
+) -> Callable[[float], list[Change]]:
+    """A function of the sparsity that prunes the model as it is then, committed.
+
+    Statistics and scores are computed here, once, from the weights as they are now; only a pruner
+    that measures anew on the way does all of it at each call.
+    """
+    if getattr(method.pruner, "num_recomputations", 1) > 1:
+        return lambda target: prune_step(method, layers, target, model, calibration)
+    measured, shards = _ready(method, layers, model, calibration)
+    scored = isinstance(method.pruner, ScorePruner)
+    candidates = propose(method, measured, shards) if scored else []
+
+    def committed(target: float) -> list[Change]:
+        if scored:
+            choices = choose(method, candidates, target, shards)
+            changes = rebuild(method, measured, choices, shards)
+        else:
+            changes = swept(method, measured, target, shards)
+        reshard(model)
+        commit(changes)
+        return changes
+
+    return committed
+
+
 def prune_step(
     method: Method,
     layers: Sequence[Layer],
@@ -268,13 +336,35 @@ def prune_step(
     model: nn.Module,
     calibration: Calibration | None,
 ) -> list[Change]:
-    """One whole step, committed. ``layers`` come from `Method.fit`."""
-    shards = shards_of(layers, method.pattern)
-    stats = measure(method, layers, model, calibration)
-    candidates = propose(method, layers, stats, shards)
+    """One whole step, committed. ``layers`` come from `Method.fit`.
+
+    A failure in a later stage takes back the earlier ones.
+    """
+    first: list[Change] = []
+    changes: list[Change] = []
+    begin = 0
+    try:
+        for stage, goal in stages_of(method, layers, target):
+            measured, shards = _ready(stage, layers, model, calibration, begin)
+            changes = _solve(stage, measured, goal, shards)
+            begin += measured.used
+            del measured  # statistics are large
+            reshard(model)  # an evaluation may have come before
+            commit(changes)
+            first = first or changes
+    except BaseException:
+        reshard(model)
+        commit(first)
+        raise
+    return [replace(last, weight=old.weight) for last, old in zip(changes, first, strict=True)]
+
+
+def _solve(
+    method: Method, measured: Measurements, target: float | None, shards: Shards
+) -> list[Change]:
+    if isinstance(method.pruner, SweepPruner):
+        return swept(method, measured, target, shards)
+    candidates = propose(method, measured, shards)
     choices = choose(method, candidates, target, shards)
     del candidates  # the scores are as large as the weights
-    changes = rebuild(method, choices, shards)
-    reshard(model)  # an evaluation may have come before
-    commit(changes)
-    return changes
+    return rebuild(method, measured, choices, shards)

@@ -130,21 +130,36 @@ class Layer:
         parts = m.reshape(self._groups, shape[1], channels, *kernel)
         return parts.transpose(1, 2).reshape(shape)
 
+    def no_input_matrix(self) -> str:
+        """Why `input_matrix` has no form for this layer; empty if it has."""
+        conv = self.module
+        if isinstance(conv, nn.Linear) or _is_conv1d(conv):
+            return ""
+        if not isinstance(conv, nn.Conv1d | nn.Conv2d) or conv.groups != 1:
+            return (
+                f"{self.name} ({self.kind}): inputs are measured for Linear and ungrouped Conv1d "
+                "and Conv2d only"
+            )
+        if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+            return f"{self.name}: inputs are measured for numeric zero padding only"
+        return ""
+
+    def output_matrix(self, y: Tensor) -> Tensor:
+        """The layer's output as (samples, rows), samples in the order of `input_matrix`."""
+        if isinstance(self.module, nn.Conv1d | nn.Conv2d):
+            y = y.flatten(2).transpose(1, 2)
+        return y.reshape(-1, y.shape[-1])
+
     def input_matrix(self, x: Tensor) -> Tensor:
         """The layer's input as (samples, columns), columns as in the matrix of the weight.
 
         Raises ValueError for layers whose inputs have no such form yet.
         """
+        if said := self.no_input_matrix():
+            raise ValueError(f"{said}; exclude it, or use a pruner that needs no inputs")
         if isinstance(self.module, nn.Linear) or _is_conv1d(self.module):
             return x.detach().reshape(-1, x.shape[-1])
-        conv = self.module
-        if not isinstance(conv, nn.Conv1d | nn.Conv2d) or conv.groups != 1:
-            raise ValueError(
-                f"{self.name} ({self.kind}): inputs are measured for Linear and ungrouped Conv1d "
-                "and Conv2d only; exclude it, or use a pruner that needs no inputs"
-            )
-        if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-            raise ValueError(f"{self.name}: inputs are measured for numeric zero padding only")
+        conv: Any = self.module
         one_d = isinstance(conv, nn.Conv1d)
         x, ones = (x.unsqueeze(-2), (1,)) if one_d else (x, ())
         zeros = (0,) if one_d else ()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from prunus.allocators import Allocator
 from prunus.layers import Layer
+from prunus.memory import Rows
 from prunus.patterns import Pattern
 from prunus.pruners import Pruner, supports
 
@@ -85,10 +86,9 @@ class Change:
 
 @dataclass
 class Candidate:
-    """A layer with the scores of its units, dead ones at minus infinity."""
+    """This rank's rows of a layer, with the scores of their units, dead ones at minus infinity."""
 
-    layer: Layer
-    rebuild: Callable[[Tensor], Tensor]
+    rows: Rows
     scores: Tensor
     pruned: int
     total: float
@@ -96,9 +96,8 @@ class Candidate:
 
 @dataclass
 class Choice:
-    """A layer with its keep-mask, a (rows, columns) matrix."""
+    """This rank's rows of a layer, with their keep-mask."""
 
-    layer: Layer
-    rebuild: Callable[[Tensor], Tensor]
+    rows: Rows
     mask: Tensor
     row: LayerRow

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from prunus import engine
 from prunus.allocators import ALLOCATORS, Allocator, Table
 from prunus.calibration import Calibration
-from prunus.distributed import shards_of
 from prunus.layers import reshard
 from prunus.method import Method
 from prunus.modifiers import Context, PruningModifier
@@ -176,21 +175,16 @@ def sweep(
     chosen = select(model, None if layers is None else _names(layers), _names(exclude))
     fitted = method.fit(chosen.layers)
     engine.check_reachable(fitted, method.pattern, min(sparsities))
-    shards = shards_of(fitted, method.pattern)
-    candidates = engine.propose(
-        method, fitted, engine.measure(method, fitted, model, calibration), shards
-    )
+    prune_to = engine.solutions(method, fitted, model, calibration)
     saved = [(layer.local, layer.local.clone()) for layer in fitted]
     recorder, values = Recorder(), {}
     recorder(start_event(model, 0))
     try:
         for sparsity in track(sparsities, "sweep"):
-            choices = engine.choose(method, candidates, sparsity, shards)
-            changes = engine.rebuild(method, choices, shards)
-            engine.commit(changes)
+            changes = prune_to(sparsity)
             modifier = PruningModifier(method.pruner, sparsity, pattern=pattern)
             rows = [change.row for change in changes]
-            del choices, changes
+            del changes
             metrics = _metrics(evaluate(model))
             values[sparsity] = metrics
             event = pruning_event(modifier, rows, 0, sparsity)

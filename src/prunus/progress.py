@@ -13,10 +13,15 @@ T = TypeVar("T")
 PATIENCE = 2.0  # seconds before a bar appears
 
 
-def track(items: Iterable[T], title: str, console: Console | None = None) -> Iterator[T]:
-    """Yield the items; on a terminal, show a bar once they take longer than `PATIENCE`."""
+def track(
+    items: Iterable[T], title: str, console: Console | None = None, total: int | None = None
+) -> Iterator[T]:
+    """Yield the items; on a terminal, show a bar once they take longer than `PATIENCE`.
+
+    With a `total`, known or of the items themselves, it also shows the time that is left.
+    """
     console = console or Console(stderr=True)
-    total = len(items) if isinstance(items, Sized) else None
+    total = len(items) if isinstance(items, Sized) else total
     progress = Progress(console=console, transient=True, disable=not console.is_terminal)
     begin, task = time.monotonic(), None
     try:

@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 
 from prunus.allocators import ALLOCATORS, Allocator, Table
 from prunus.distributed import shards_of
-from prunus.engine import check_reachable, prune_step
+from prunus.engine import check_reachable, plan_measurements, prune_step
 from prunus.layers import Layer
 from prunus.masking import Hard, Masking, zero_momentum
+from prunus.measuring import Measurements
 from prunus.method import Change, LayerRow, Method
 from prunus.modifiers.base import MODIFIERS, Context, Run, log
 from prunus.patterns import Pattern, parse_pattern
@@ -185,14 +186,18 @@ class PruningRun(Run):
             (s, f"{said}, sparsity {'by table' if t is None else f'{t:.4f}'}") for s, t in targets
         ]
 
+    def measurements(self) -> Measurements:
+        """What a pruning step measures, in how many passes over the calibration data."""
+        context = self.context
+        return plan_measurements(self.method, self.layers, context.model, context.calibration)
+
     def memory(self) -> dict[str, int]:
         """Bytes beyond the model: always, for data, and while a pruning step runs."""
         weights = [layer.local for layer in self.layers]
         masks = sum(w.numel() for w in weights)
-        stats = [self.method.pruner.statistic(layer) for layer in self.layers]
         return {
             "masks": masks,
-            "statistics": sum(stat.nbytes for stat in stats if stat is not None),
+            "statistics": self.measurements().nbytes,
             "a pruning step": sum(w.nbytes for w in weights) + masks,
         }
 

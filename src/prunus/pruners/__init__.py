@@ -2,19 +2,27 @@
 
 from prunus.pruners.base import (
     PRUNERS,
-    Proposal,
     Pruner,
+    ScorePruner,
+    SweepPruner,
     list_pruners,
     register_pruner,
     supports,
 )
+from prunus.pruners.cap import CAP
+from prunus.pruners.fastcap import FastCAP
 from prunus.pruners.magnitude import Magnitude
+from prunus.pruners.obs import OBS
 
 __all__ = [
+    "CAP",
+    "OBS",
     "PRUNERS",
+    "FastCAP",
     "Magnitude",
-    "Proposal",
     "Pruner",
+    "ScorePruner",
+    "SweepPruner",
     "list_pruners",
     "register_pruner",
     "supports",

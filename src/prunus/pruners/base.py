@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import ClassVar, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
@@ -14,23 +13,13 @@ from prunus.patterns import Pattern
 from prunus.stats import Statistic
 
 
-class Proposal(NamedTuple):
-    """What a method says about one layer, seen as a (rows, cols) matrix.
-
-    ``scores`` (rows, cols) are importances: the lowest go. ``rebuild`` maps a (rows, cols)
-    keep-mask to the new weight; what the mask drops is zeroed whatever it returns there.
-    """
-
-    scores: Tensor
-    rebuild: Callable[[Tensor], Tensor]
-
-
 @runtime_checkable
 class Pruner(Protocol):
     """A published method: a frozen dataclass of its hyperparameters.
 
     ``name`` is what recipes call it, ``patterns`` the kinds it supports, ``allocator`` how the
-    paper spreads sparsity over layers.
+    paper spreads sparsity over layers. Below, ``w`` is a layer as a (rows, cols) matrix, or some
+    rows of it; it must not be changed, and holds zeros where it was pruned before.
     """
 
     name: ClassVar[str]
@@ -41,8 +30,41 @@ class Pruner(Protocol):
         """What to measure on calibration data for this layer, if anything."""
         ...
 
-    def propose(self, w: Tensor, stat: Statistic | None, pattern: Pattern) -> Proposal:
-        """``w`` is (rows, cols), must not be changed, and holds zeros where pruned before."""
+
+@runtime_checkable
+class ScorePruner(Pruner, Protocol):
+    """Scores all weights, and rebuilds the layer once the mask is known."""
+
+    def scores(self, w: Tensor, stat: Any, pattern: Pattern) -> Tensor:
+        """(rows, cols) importances: the lowest go."""
+        ...
+
+    def rebuild(self, w: Tensor, stat: Any, mask: Tensor) -> Tensor:
+        """The new weight for a keep-mask; what the mask drops is zeroed whatever stands there."""
+        ...
+
+
+@runtime_checkable
+class SweepPruner(Pruner, Protocol):
+    """Chooses the mask while it solves, so a layer's share must be known before."""
+
+    def sweep(
+        self, w: Tensor, stat: Any, pattern: Pattern, drop: int, ranks: Ranks
+    ) -> tuple[Tensor, Tensor]:
+        """New weight and keep-mask, with `drop` weights gone in all, zeros of before included.
+
+        `drop` counts the whole layer, of which `ranks` may hold other rows.
+        """
+        ...
+
+
+class Ranks(Protocol):
+    """The ranks among which the rows of a layer are cut."""
+
+    def all_reduce(self, t: Tensor) -> Tensor: ...
+
+    def keep_all_but_lowest(self, scores: Tensor, k: int) -> Tensor:
+        """This rank's part of the keep-mask that drops the k lowest scores of all ranks."""
         ...
 
 
@@ -60,7 +82,8 @@ def register_pruner(cls: _P) -> _P:
     params = getattr(cls, "__dataclass_params__", None)
     if not dataclasses.is_dataclass(cls) or params is None or not params.frozen:
         raise ValueError(f"{cls.__name__} must be a frozen dataclass: @dataclass(frozen=True)")
-    parts = ("name", "patterns", "allocator", "statistic", "propose")
+    solving = ("sweep",) if hasattr(cls, "sweep") else ("scores", "rebuild")
+    parts = ("name", "patterns", "allocator", "statistic", *solving)
     if missing := [part for part in parts if not hasattr(cls, part)]:
         raise ValueError(f"pruner {cls.__name__} lacks {', '.join(missing)}")
     if unknown := set(cls.patterns) - set(KINDS):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prunus.layers import Layer
 from prunus.patterns import Pattern
-from prunus.pruners.base import Proposal, register_pruner
+from prunus.pruners.base import register_pruner
 from prunus.stats import Statistic
 
 
@@ -35,5 +35,8 @@ class Magnitude:
     def statistic(self, layer: Layer) -> Statistic | None:
         return None
 
-    def propose(self, w: Tensor, stat: Statistic | None, pattern: Pattern) -> Proposal:
-        return Proposal(w.abs(), lambda mask: w)
+    def scores(self, w: Tensor, stat: Statistic | None, pattern: Pattern) -> Tensor:
+        return w.abs()
+
+    def rebuild(self, w: Tensor, stat: Statistic | None, mask: Tensor) -> Tensor:
+        return w

@@ -1,6 +1,15 @@
 """Statistics: what is measured on calibration data for one layer."""
 
-from prunus.stats.base import Statistic
+from prunus.stats.base import GradientStatistic, RowStatistic, Statistic
+from prunus.stats.fisher import BlockFisher, Sampling, SharedFisher
 from prunus.stats.inputs import InputNorm
 
-__all__ = ["InputNorm", "Statistic"]
+__all__ = [
+    "BlockFisher",
+    "GradientStatistic",
+    "InputNorm",
+    "RowStatistic",
+    "Sampling",
+    "SharedFisher",
+    "Statistic",
+]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 
 class InputNorm:
     """Sum of squares of each input column, for the l2 norms ``||X_j||`` of Wanda and RIA."""
+
+    reads: Literal["inputs", "gradients"] = "inputs"
+    by_rows = False
 
     def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
         self.sum_of_squares = torch.zeros(columns, dtype=torch.float32, device=device)

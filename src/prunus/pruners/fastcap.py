@@ -1,0 +1,96 @@
+"""FastCAP: one Fisher matrix for all rows of a layer, and a sweep over its columns.
+
+D. Kuznedelev, E. Kurtic, E. Frantar, D. Alistarh, "CAP: correlation-aware pruning for
+highly-accurate sparse vision models", 2023, https://arxiv.org/abs/2210.09223, section 3.2; the sweep is SparseGPT's
+(https://arxiv.org/abs/2301.00774) with this matrix in place of the Gram matrix of the inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from prunus.column_sweep import STRIPE, stripe_counts, sweep, upper_factor
+from prunus.layers import Layer
+from prunus.patterns import NM, Pattern
+from prunus.pruners.base import Ranks, register_pruner
+from prunus.solvers import keep_highest_of_groups
+from prunus.stats.fisher import Samples, Sampling, SharedFisher
+
+
+@register_pruner
+@dataclass(frozen=True)
+class FastCAP:
+    """Sweep over the columns with a Fisher matrix that all rows share: ``F = 2/m sum g g^T``.
+
+    Score ``w^2 / U_jj^2`` with ``U^T U = F^-1``; the error of what goes is passed on to the columns
+    to the right. Needs few gradients and little memory.
+    """
+
+    name: ClassVar[str] = "fastcap"
+    patterns: ClassVar[tuple[str, ...]] = ("unstructured", "N:M")
+    allocator: ClassVar[str] = "uniform"
+
+    block_size: int | None = None
+    """columns of the shared matrix; default: all of a row"""
+    num_grads: int = 256
+    """gradients to average, each of one calibration batch (all of the data, where that is less)"""
+    damp: float = 1e-2
+    """added to the diagonal, relative to its mean"""
+    samples: Samples = "micro_batch"
+    """a gradient for each calibration batch (`micro_batch`), or for each `example` in it"""
+    device: str | None = None
+    """where the Fisher matrix is stored; default: where the weights are"""
+
+    def __post_init__(self) -> None:
+        if self.num_grads < 1 or (self.block_size is not None and self.block_size < 1):
+            raise ValueError("num_grads and block_size must be at least 1")
+        if not (0 < self.damp < math.inf):
+            raise ValueError(f"damp={self.damp}; a number above 0 is needed, such as 1e-2")
+
+    def statistic(self, layer: Layer) -> SharedFisher:
+        cols = layer.matrix_shape()[1]
+        sampling = Sampling(self.num_grads, self.samples)
+        return SharedFisher(cols, sampling=sampling, block_size=self.block_size, device=self.device)
+
+    def sweep(
+        self, w: Tensor, stat: SharedFisher, pattern: Pattern, drop: int, ranks: Ranks
+    ) -> tuple[Tensor, Tensor]:
+        d, whole = stat.block_size, stat.cols // stat.block_size * stat.block_size
+        if isinstance(pattern, NM) and d < stat.cols and d % pattern.m:
+            raise ValueError(f"block_size={d} cuts the groups of pattern '{pattern}'")
+        cuts = [slice(0, whole)] + [slice(whole, stat.cols)] * (whole < stat.cols)
+        parts = [w[:, cut].reshape(-1, min(d, cut.stop - cut.start)).double() for cut in cuts]
+        counts: list[list[int]] = [[]] * len(parts)
+        if pattern.fixed is None:
+            counts = stripe_counts(parts, drop, ranks.all_reduce)
+        swept = [
+            self._sweep(part, stat.matrix(), pattern, each, ranks)
+            for part, each in zip(parts, counts, strict=True)
+        ]
+        new, keep = (
+            torch.cat([t.view(len(w), -1) for t in ts], 1) for ts in zip(*swept, strict=True)
+        )
+        return new, keep
+
+    def _sweep(
+        self, w: Tensor, f: Tensor, pattern: Pattern, drop: list[int], ranks: Ranks
+    ) -> tuple[Tensor, Tensor]:
+        f = f[: w.shape[1], : w.shape[1]].to(w.device).clone()
+        silent = f.diagonal() == 0  # no gradient ever: the first to go
+        f.diagonal().add_(self.damp * f.diagonal().mean()).masked_fill_(silent, 1)
+        alive = w != 0
+
+        def choose(scores: Tensor, begin: int, end: int) -> Tensor:
+            here = alive[:, begin:end]
+            scores = scores.masked_fill(silent[begin:end], 0).masked_fill(~here, -1)
+            if isinstance(pattern, NM):
+                return keep_highest_of_groups(scores, pattern.n, pattern.m) & here
+            return ranks.keep_all_but_lowest(scores, drop[begin // STRIPE]) & here
+
+        every = pattern.m if isinstance(pattern, NM) else STRIPE
+        return sweep(w, upper_factor(f), choose, every)

@@ -1,0 +1,51 @@
+"""Optimal brain surgery with a blockwise empirical Fisher (oBERT).
+
+E. Kurtic, D. Campos, T. Nguyen, E. Frantar, M. Kurtz, B. Fineran, M. Goin, D. Alistarh, "The
+optimal BERT surgeon: scalable and accurate second-order pruning for large language models", 2022,
+https://arxiv.org/abs/2203.07259, eq. 3-6.
+
+Here the Fisher is accumulated in products of many gradients and inverted once, in float64; the
+paper updates the inverse for each gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from prunus.elimination import first_order_step, saliency
+from prunus.patterns import Block, Pattern
+from prunus.pruners.base import register_pruner
+from prunus.pruners.second_order import SecondOrder
+from prunus.stats.fisher import BlockFisher
+
+
+@register_pruner
+@dataclass(frozen=True)
+class OBS(SecondOrder):
+    """Remove the weights whose loss, after the others adjust, rises least: ``w^2 / 2 [F^-1]_ii``.
+
+    A block Q of a pattern scores ``1/2 w_Q^T ([F^-1]_QQ)^-1 w_Q``. What stays moves by
+    ``-F^-1 (w_P / diag(F^-1)_P)`` for the weights P that went.
+    """
+
+    name: ClassVar[str] = "obs"
+    patterns: ClassVar[tuple[str, ...]] = ("unstructured", "row", "N:M", "block")
+    allocator: ClassVar[str] = "global"
+
+    damp: float = 1e-6
+    """added to the diagonal; absolute, so it means something else for batches of another size"""
+
+    def scores(self, w: Tensor, stat: BlockFisher, pattern: Pattern) -> Tensor:
+        group = pattern.cols if isinstance(pattern, Block) else 1
+        self.check_groups(group, w.shape[1], pattern)
+        return stat.per_block(lambda f, x: saliency(f.inverse(), x.double(), group), w)
+
+    def rebuild(self, w: Tensor, stat: BlockFisher, mask: Tensor) -> Tensor:
+        if bool(mask[w != 0].all()):
+            return w
+        return stat.per_block(
+            lambda f, x, keep: first_order_step(f.inverse(), x.double(), keep), w, mask
+        )

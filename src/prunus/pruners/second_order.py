@@ -1,0 +1,82 @@
+"""What the methods share that measure a `BlockFisher`: its settings, and pruning in stages."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from prunus.layers import Layer
+from prunus.patterns import NM, Pattern
+from prunus.stats.fisher import DTYPES, BlockFisher, Samples, Sampling
+
+RAMPS = {
+    "linear": lambda t, a, b: a + (b - a) * t,
+    "cubic": lambda t, a, b: b + (a - b) * (1 - t) ** 3,
+    "geometric": lambda t, a, b: 1 - (1 - a) * ((1 - b) / (1 - a)) ** t if a < 1 else b,
+}
+
+
+@dataclass(frozen=True)
+class SecondOrder:
+    """Settings of the Fisher matrix and of its recomputation."""
+
+    block_size: int = 192
+    """weights of a row that one block of the Fisher matrix holds; memory grows with it"""
+    num_grads: int = 1024
+    """gradients to average, each of one calibration batch (all of the data, where that is less)"""
+    damp: float = 1e-8
+    """added to the diagonal; absolute, so it means something else for batches of another size"""
+    samples: Samples = "micro_batch"
+    """a gradient for each calibration batch (`micro_batch`), or for each `example` in it"""
+    num_recomputations: int = 1
+    """prune in so many stages, each with a fresh Fisher matrix"""
+    ramp: Literal["linear", "cubic", "geometric"] = "geometric"
+    """sparsity over the stages; geometric: each keeps the same share of what is left"""
+    device: str | None = None
+    """where the Fisher matrix is stored; default: where the weights are"""
+    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    """in which it is stored; it is always solved in float64"""
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "num_grads", "num_recomputations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; at least 1 is needed")
+        if not (0 < self.damp < math.inf):
+            raise ValueError(f"damp={self.damp}; a number above 0 is needed, such as 1e-7")
+
+    def statistic(self, layer: Layer) -> BlockFisher:
+        rows, cols = layer.matrix_shape(tuple(layer.local.shape))
+        exact = layer.weight.dtype == torch.float64
+        return BlockFisher(
+            rows,
+            cols,
+            sampling=Sampling(self.num_grads, self.samples),
+            block_size=self.block_size,
+            damp=self.damp,
+            device=self.device,
+            dtype=torch.float64 if exact else DTYPES[self.dtype],
+        )
+
+    def stages(self, present: float, target: float) -> list[float]:
+        """The sparsity after each recomputation, from the present one on."""
+        count = self.num_recomputations
+        inner = [RAMPS[self.ramp](k / count, present, target) for k in range(1, count)]
+        return [*inner, target]
+
+    def check_groups(self, group: int, cols: int, pattern: Pattern) -> None:
+        """Raises ValueError if a group of the pattern would lie in two blocks."""
+        if self.block_size < cols and self.block_size % group:
+            near = max(group, self.block_size // group * group)
+            raise ValueError(
+                f"block_size={self.block_size} cuts the groups of pattern '{pattern}'; use {near}"
+            )
+
+
+def stages_of_groups(pattern: NM, count: int) -> list[NM]:
+    """N falling from M to the pattern's N over at most `count` stages."""
+    steps = min(count, pattern.m - pattern.n)
+    kept = [pattern.m - round((pattern.m - pattern.n) * k / steps) for k in range(1, steps + 1)]
+    return [NM(n, pattern.m) for n in kept]
