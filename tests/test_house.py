@@ -14,7 +14,8 @@ LEVELS = [
     {"layers", "selection", "stats"},
     {"pruners", "allocators"},
     {"calibration", "engine", "method", "distributed", "progress"}
-    | {"memory", "gradients", "gradient_pass", "measuring", "shares"},
+    | {"memory", "gradients", "gradient_pass", "measuring", "shares"}
+    | {"curvature", "recalibration"},
     {"modifiers"},
     {"recipe", "records", "report", "results", "session", "oneshot", "checkpoint"},
     {"cli", "integrations", "__init__", "__main__"},

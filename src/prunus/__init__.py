@@ -2,6 +2,7 @@
 
 from prunus.calibration import Calibration
 from prunus.checkpoint import load, save
+from prunus.curvature import Fisher, fisher
 from prunus.modifiers import PruningModifier
 from prunus.oneshot import prune, sweep
 from prunus.pruners import CAP, OBS, FastCAP, Magnitude, list_pruners, register_pruner
@@ -15,11 +16,13 @@ __all__ = [
     "OBS",
     "Calibration",
     "FastCAP",
+    "Fisher",
     "Magnitude",
     "PruningModifier",
     "Recipe",
     "Session",
     "attach",
+    "fisher",
     "list_pruners",
     "load",
     "prune",

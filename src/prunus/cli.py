@@ -45,6 +45,9 @@ REGISTRIES: dict[str, Registry[Any]] = {
 }
 
 ModelOption = Annotated[str, typer.Option(help="package.module:function that returns the model")]
+MemoryOption = Annotated[
+    str | None, typer.Option(help="for statistics, such as 8GiB; default: most of what is free")
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="name=value for a variable of the recipe")
 ]
@@ -168,6 +171,7 @@ def check(
     model: ModelOption = "",
     steps_per_epoch: Annotated[int | None, typer.Option(help="optimizer steps")] = None,
     epochs: Annotated[float | None, typer.Option(help="length of training")] = None,
+    memory: MemoryOption = None,
     set_: SetOption = None,
 ) -> None:
     """Which layers a recipe prunes, when, how sparse, and the memory it takes; changes nothing."""
@@ -180,7 +184,8 @@ def check(
     timeline = Timeline(steps_per_epoch, epochs)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     timed = steps_per_epoch is not None
-    context = Context(network, optimizer, timeline, one_shot=not timed)
+    data = Calibration((), memory=memory)
+    context = Context(network, optimizer, timeline, data, one_shot=not timed)
     if not timed:
         out.print("no --steps-per-epoch: shown as a one-shot run")
     modifiers = [m for m in loaded.modifiers if timed or m.one_shot]
@@ -196,19 +201,37 @@ def check(
 
 
 def _layers(run: PruningRun, where: str) -> Table:
-    table = _table(
-        "layer", "kind", "shape", "weights", title=f"{where} prune: {len(run.layers)} layers"
-    )
+    stats = run.measurements().stats
+    columns = ["layer", "kind", "shape", "weights", *(["statistics"] if stats else [])]
+    table = _table(*columns, title=f"{where} prune: {len(run.layers)} layers")
     for layer in run.layers:
         shape = "x".join(map(str, layer.shape))
-        table.add_row(layer.name, layer.kind, shape, f"{layer.weight.numel():,}")
+        size = [_size(stats[layer].nbytes)] if layer in stats else []
+        table.add_row(layer.name, layer.kind, shape, f"{layer.weight.numel():,}", *size)
     return table
 
 
+def _size(nbytes: float) -> str:
+    """Bytes as people read them."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 1024:
+            return f"{nbytes:,.0f} {unit}" if unit == "B" else f"{nbytes:,.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:,.1f} TiB"
+
+
 def _memory(run: PruningRun) -> list[str]:
-    lines = [f"{what}: {nbytes / 2**20:,.1f} MiB" for what, nbytes in run.memory().items()]
+    lines = [f"{what}: {_size(nbytes)}" for what, nbytes in run.memory().items()]
     dense = [f"left dense: {', '.join(run.left_dense)}"] if run.left_dense else []
-    return [*dense, "memory: " + "; ".join(lines)]
+    measured = run.measurements()
+    plan = []
+    if len(measured.groups) > 1:
+        whole = sum(stat.nbytes for stat in measured.stats.values())
+        plan = [
+            f"statistics of {_size(whole)} in {len(measured.groups)} groups, one at a time: "
+            f"{run.passes()} passes over the calibration data in each pruning step"
+        ]
+    return [*dense, "memory: " + "; ".join(lines), *plan]
 
 
 @app.command()

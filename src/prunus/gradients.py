@@ -55,7 +55,7 @@ def micro_batch_gradients(
     weights = [layer.weight for layer in layers]
     found: Sequence[Tensor | None]
     if is_sharded(layers):  # FSDP2 gathers and reduces in a backward pass only
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         found = [w.grad for w in weights]
         for p in model.parameters():
             p.grad = None
@@ -76,7 +76,7 @@ class _Tap(torch.autograd.Function):
         return output.clone()  # a view could not be modified in place
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         ctx.sink(grad)
         return grad, torch.zeros((), device=grad.device), None
 

@@ -77,11 +77,6 @@ class Measurements:
         """What is held at a time, at most."""
         return max(self.bytes_of(group) for group in self.groups)
 
-    @property
-    def passes(self) -> int:
-        """Readings of the calibration data: for scores, and but for the last group to rebuild."""
-        return 2 * len(self.groups) - 1 if self.stats else 0
-
     def __getitem__(self, i: int) -> dict[Rows, Statistic]:
         """The statistics of the i-th group, measured unless they were the last ones asked for."""
         if self.held is None or self.held[0] != i:

@@ -20,6 +20,8 @@ from prunus.modifiers.prune import pruning_event
 from prunus.patterns import parse_pattern
 from prunus.progress import track
 from prunus.pruners import PRUNERS, Pruner
+from prunus.recalibration import put_back
+from prunus.recalibration import recalibrate as estimate_norms
 from prunus.recipe import Recipe
 from prunus.recipe.native import is_text
 from prunus.records import Recorder, number, start_event
@@ -97,6 +99,7 @@ def prune(
     exclude: Sequence[str] | str = (),
     allocator: AllocatorLike = None,
     calibration: Calibration | None = None,
+    recalibrate: bool | Calibration = False,
     output_dir: str | os.PathLike[str] | None = None,
 ) -> Result:
     """Prune a model in place, at once.
@@ -105,7 +108,9 @@ def prune(
     `Recipe`), of which the ``prune`` entries are applied at their final sparsity; ``sparsity`` then
     overrides the recipe's variable of that name. ``layers`` and ``exclude`` take names, globs,
     class names and ``re:`` regexes; the default spares the stem and the output head.
-    ``allocator`` is a name, an object, or a table of layer names to sparsities.
+    ``allocator`` is a name, an object, or a table of layer names to sparsities. ``recalibrate``
+    estimates BatchNorm statistics anew on the pruned model, from the calibration data or from data
+    of its own, which wants batches of some tens of examples and no labels.
 
     Raises ValueError with the remedy if anything does not fit; the model is then untouched, as it
     is after an interrupt, and ``output_dir`` too.
@@ -120,11 +125,14 @@ def prune(
     recorder = Recorder()
     context = Context(model, None, calibration=calibration, one_shot=True, record=recorder)
     runs = [modifier.bind(context) for modifier in modifiers]
+    norms = _norms_data(recalibrate, calibration)
     recorder(start_event(model, 0, recipe=recipe.to_yaml()))
     try:
         for run in runs:
             run.start()
             run.finish(0)
+        if norms is not None:
+            estimate_norms(model, norms)
     except BaseException:
         for run in reversed(runs):
             engine.commit(run.changes)  # each holds the weight it replaced
@@ -134,6 +142,14 @@ def prune(
     rows = {row.name: row for run in runs for row in run.rows}
     left_dense = [name for name in runs[0].left_dense if name not in rows]
     return Result(list(rows.values()), dict(context.masks), recipe, left_dense, recorder)
+
+
+def _norms_data(
+    recalibrate: bool | Calibration, calibration: Calibration | None
+) -> Calibration | None:
+    if recalibrate is True and calibration is None:
+        raise ValueError("recalibrate needs data; pass calibration=, or a Calibration of its own")
+    return calibration if recalibrate is True else recalibrate or None
 
 
 @torch.no_grad()
@@ -154,11 +170,13 @@ def sweep(
     exclude: Sequence[str] | str = (),
     allocator: AllocatorLike = None,
     calibration: Calibration | None = None,
+    recalibrate: bool | Calibration = False,
 ) -> SweepResult:
     """Prune to each sparsity, call ``evaluate(model)``, and put the weights back bit for bit.
 
     Statistics and scores are computed once and serve all sparsities; one copy of the pruned weights
-    is kept meanwhile. ``evaluate`` returns a number, or a mapping of names to numbers.
+    is kept meanwhile. ``evaluate`` returns a number, or a mapping of names to numbers. The other
+    arguments are those of `prune`.
     """
     sparsities = [float(sparsity) for sparsity in sparsities]
     if not sparsities:
@@ -176,6 +194,7 @@ def sweep(
     fitted = method.fit(chosen.layers)
     engine.check_reachable(fitted, method.pattern, min(sparsities))
     prune_to = engine.solutions(method, fitted, model, calibration)
+    norms = _norms_data(recalibrate, calibration)
     saved = [(layer.local, layer.local.clone()) for layer in fitted]
     recorder, values = Recorder(), {}
     recorder(start_event(model, 0))
@@ -185,7 +204,10 @@ def sweep(
             modifier = PruningModifier(method.pruner, sparsity, pattern=pattern)
             rows = [change.row for change in changes]
             del changes
-            metrics = _metrics(evaluate(model))
+            with put_back(model, always=True):
+                if norms is not None:
+                    estimate_norms(model, norms)
+                metrics = _metrics(evaluate(model))
             values[sparsity] = metrics
             event = pruning_event(modifier, rows, 0, sparsity)
             recorder({**event, "event": "sweep", "values": metrics})

@@ -14,7 +14,7 @@ from prunus.measuring import Measurements
 from prunus.method import Change, LayerRow, Method
 from prunus.modifiers.base import MODIFIERS, Context, Run, log
 from prunus.patterns import Pattern, parse_pattern
-from prunus.pruners import Magnitude, Pruner, supports
+from prunus.pruners import Magnitude, Pruner, SweepPruner, supports
 from prunus.schedules import Schedule
 from prunus.selection import select
 from prunus.timing import Window
@@ -190,6 +190,15 @@ class PruningRun(Run):
         """What a pruning step measures, in how many passes over the calibration data."""
         context = self.context
         return plan_measurements(self.method, self.layers, context.model, context.calibration)
+
+    def passes(self) -> int:
+        """Readings of the calibration data in a pruning step.
+
+        All groups of statistics are measured for the scores, and but the last again to rebuild.
+        """
+        groups = len(self.measurements().groups)
+        once = groups if isinstance(self.method.pruner, SweepPruner) else 2 * groups - 1
+        return once * getattr(self.method.pruner, "num_recomputations", 1)
 
     def memory(self) -> dict[str, int]:
         """Bytes beyond the model: always, for data, and while a pruning step runs."""

@@ -1,8 +1,9 @@
 """FastCAP: one Fisher matrix for all rows of a layer, and a sweep over its columns.
 
 D. Kuznedelev, E. Kurtic, E. Frantar, D. Alistarh, "CAP: correlation-aware pruning for
-highly-accurate sparse vision models", 2023, https://arxiv.org/abs/2210.09223, section 3.2; the sweep is SparseGPT's
-(https://arxiv.org/abs/2301.00774) with this matrix in place of the Gram matrix of the inputs.
+highly-accurate sparse vision models", 2023, https://arxiv.org/abs/2210.09223, section 3.2;
+the sweep is SparseGPT's (https://arxiv.org/abs/2301.00774) with this matrix in place of the Gram
+matrix of the inputs.
 """
 
 from __future__ import annotations
@@ -55,7 +56,14 @@ class FastCAP:
     def statistic(self, layer: Layer) -> SharedFisher:
         cols = layer.matrix_shape()[1]
         sampling = Sampling(self.num_grads, self.samples)
-        return SharedFisher(cols, sampling=sampling, block_size=self.block_size, device=self.device)
+        exact = layer.weight.dtype == torch.float64
+        return SharedFisher(
+            cols,
+            sampling=sampling,
+            block_size=self.block_size,
+            device=self.device,
+            dtype=torch.float64 if exact else torch.float32,
+        )
 
     def sweep(
         self, w: Tensor, stat: SharedFisher, pattern: Pattern, drop: int, ranks: Ranks
@@ -64,17 +72,21 @@ class FastCAP:
         if isinstance(pattern, NM) and d < stat.cols and d % pattern.m:
             raise ValueError(f"block_size={d} cuts the groups of pattern '{pattern}'")
         cuts = [slice(0, whole)] + [slice(whole, stat.cols)] * (whole < stat.cols)
-        parts = [w[:, cut].reshape(-1, min(d, cut.stop - cut.start)).double() for cut in cuts]
+        sizes = [min(d, cut.stop - cut.start) for cut in cuts]
+        parts = [
+            w[:, cut].reshape(len(w) * (cut.stop - cut.start) // size, size).double()
+            for cut, size in zip(cuts, sizes, strict=True)
+        ]
         counts: list[list[int]] = [[]] * len(parts)
         if pattern.fixed is None:
             counts = stripe_counts(parts, drop, ranks.all_reduce)
-        swept = [
+        done = [
             self._sweep(part, stat.matrix(), pattern, each, ranks)
             for part, each in zip(parts, counts, strict=True)
         ]
-        new, keep = (
-            torch.cat([t.view(len(w), -1) for t in ts], 1) for ts in zip(*swept, strict=True)
-        )
+        new, keep = torch.empty_like(w, dtype=torch.float64), torch.empty_like(w, dtype=torch.bool)
+        for cut, (values, kept) in zip(cuts, done, strict=True):
+            new[:, cut], keep[:, cut] = values.view_as(w[:, cut]), kept.view_as(w[:, cut])
         return new, keep
 
     def _sweep(

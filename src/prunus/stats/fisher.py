@@ -109,10 +109,10 @@ class BlockFisher:
     def nbytes(self) -> int:
         """Bytes it holds, gradients that wait to be added included."""
         if self.dual:
-            return self.rows * self.cols * self.sampling.num_grads * self.dtype.itemsize
+            return int(self.rows * self.cols * self.sampling.num_grads * self.dtype.itemsize)
         squares = sum((cut.stop - cut.start) * d for cut, d in self._cuts())
         waiting = self._chunk * self.cols * max(4, self.dtype.itemsize)
-        return self.rows * (squares * self.dtype.itemsize + waiting)
+        return int(self.rows * (squares * self.dtype.itemsize + waiting))
 
     def tensors(self) -> list[Tensor]:
         return self._sums
@@ -225,23 +225,29 @@ class SharedFisher:
     """One Fisher matrix that all rows of a layer share.
 
     ``F = 2/m sum_k sum_r g_kr g_kr^T`` over gradients k and rows r (and over the blocks of a row,
-    where `block_size` cuts it), (block_size, block_size), float32. Not damped here.
+    where `block_size` cuts it), (block_size, block_size). Not damped here.
     """
 
     reads: Literal["inputs", "gradients"] = "gradients"
     by_rows = False
 
     def __init__(
-        self, cols: int, *, sampling: Sampling, block_size: int | None, device: str | None = None
+        self,
+        cols: int,
+        *,
+        sampling: Sampling,
+        block_size: int | None,
+        device: str | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.cols, self.sampling, self.device = cols, sampling, device
+        self.cols, self.sampling, self.device, self.dtype = cols, sampling, device, dtype
         self.block_size = cols if block_size is None else min(block_size, cols)
         self._sum = torch.zeros(0)
         self._count = torch.zeros(1)
 
     @property
     def nbytes(self) -> int:
-        return 4 * self.block_size**2 + 4
+        return int(self.dtype.itemsize * self.block_size**2 + 4)
 
     @property
     def count(self) -> int:
@@ -250,7 +256,8 @@ class SharedFisher:
     def _begin(self, device: torch.device | str) -> None:
         if not self._sum.numel():
             place = device if self.device is None else self.device
-            self._sum = torch.zeros(self.block_size, self.block_size, device=place)
+            shape = self.block_size, self.block_size
+            self._sum = torch.zeros(shape, dtype=self.dtype, device=place)
 
     def tensors(self) -> list[Tensor]:
         self._begin("cpu")
@@ -260,8 +267,10 @@ class SharedFisher:
         """Take in (samples, rows, cols) gradients."""
         self._begin(grads.device)
         self._count += len(grads)
+        if grads.numel() == 0:  # a rank without rows of this layer
+            return
         d, whole = self.block_size, self.cols // self.block_size * self.block_size
-        g = grads.float()
+        g = grads.to(self.dtype)
         blocks, rest = g[..., :whole].reshape(-1, d), g[..., whole:].flatten(0, -2)
         self._sum += (blocks.mT @ blocks).to(self._sum)
         if t := self.cols - whole:
