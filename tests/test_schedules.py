@@ -127,3 +127,18 @@ def test_ticks_begin_and_end_with_the_window(begin, length, every):
     assert ticks[0] == begin
     gaps = [b - a for a, b in itertools.pairwise(ticks)]
     assert len(ticks) == 2 or all(gap >= every / 2 for gap in gaps)
+
+
+@pytest.mark.parametrize("total", [1000, 1001, 1002, 1003])
+def test_cycles_that_fill_training_end_with_it(total):
+    timeline = Timeline(steps_per_epoch=total, epochs=1)
+    schedule = Schedule(1.0, 0.0, "linear", cycle="25%")
+    share = timeline.cycle("25%", total)
+    values = [schedule(step / total, share) for step in range(total + 1)]
+    assert values[0] == pytest.approx(1)
+    assert max(values[-50:]) < 0.25
+    assert sum(b > a for a, b in itertools.pairwise(values)) == 3  # restarts
+
+
+def test_a_cycle_that_does_not_fill_training_keeps_its_length():
+    assert Timeline(steps_per_epoch=10, epochs=12).cycle("5ep", 120) == 50 / 120

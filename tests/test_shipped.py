@@ -1,19 +1,32 @@
 """What ships with the repository runs: the demo and every recipe."""
 
+import functools
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
-from timm.models import VisionTransformer
+from timm.models import ConvNeXt, EfficientNet, ResNet, SwinTransformer, VisionTransformer
+from timm.models._efficientnet_builder import decode_arch_def
+from timm.models.resnet import Bottleneck
+from torch import nn
 
 import prunus
+from prunus.layers import all_layers
+from prunus.modifiers import Context
 
 from oracles import SINGLE
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+CATALOGUE = ROOT / "docs" / "recipe-catalogue.md"
+STEPS, EPOCHS = 4, 5
+every_recipe = pytest.mark.parametrize(
+    "path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
 
 
 def small_vit():
@@ -22,27 +35,172 @@ def small_vit():
     )
 
 
-MODELS = {"vit": small_vit}
+def small_swin():
+    return SwinTransformer(
+        img_size=16,
+        patch_size=2,
+        window_size=4,
+        in_chans=1,
+        embed_dim=8,
+        depths=(1, 2),
+        num_heads=(1, 2),
+        num_classes=3,
+    )
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_matches_its_family_and_runs_to_its_target(path, caplog):
-    model = MODELS[path.parent.name]()
+def small_convnext():
+    return ConvNeXt(in_chans=1, depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), num_classes=3)
+
+
+def small_resnet():
+    return ResNet(Bottleneck, (1, 1, 1, 1), in_chans=1, channels=(4, 4, 8, 8), num_classes=3)
+
+
+def small_efficientnet():
+    blocks = [["ds_r1_k3_s1_e1_c8_se0.25"], ["ir_r2_k3_s2_e4_c16_se0.25"]]
+    return EfficientNet(
+        decode_arch_def(blocks), in_chans=1, stem_size=8, num_features=32, num_classes=3
+    )
+
+
+# family: (a small model, the side of its images)
+MODELS = {
+    "vit": (small_vit, 8),
+    "swin": (small_swin, 16),
+    "convnext": (small_convnext, 32),
+    "resnet": (small_resnet, 16),
+    "efficientnet": (small_efficientnet, 8),
+}
+
+# family: (models of timm, what its recipes leave dense in them)
+NAMED = {
+    "vit": (
+        ["vit_small_patch16_224", "deit_small_distilled_patch16_224", "deit3_small_patch16_224"],
+        r"patch_embed\.proj|head|head_dist",
+    ),
+    "swin": (
+        ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"],
+        r"patch_embed\.proj|layers\..*\.cpb_mlp\..*|head\.fc",
+    ),
+    "convnext": (
+        ["convnext_tiny", "convnext_tiny_hnf", "convnextv2_tiny"],
+        r"stem\.0|stages\..*\.conv_dw|head\.fc",
+    ),
+    "resnet": (["resnet18", "resnet50", "resnet50d"], r"conv1(\.\d)?|fc"),
+    "efficientnet": (
+        ["efficientnet_b0", "tf_efficientnetv2_s", "mobilenetv3_large_100"],
+        r"conv_stem|blocks\..*\.conv_dw|classifier",
+    ),
+}
+
+
+@functools.cache
+def of_timm(name):
+    with torch.device("meta"):
+        return timm.create_model(name)
+
+
+def batch_of(path):
+    side = MODELS[path.parent.name][1]
+    return torch.randn(4, 1, side, side), torch.randint(3, (4,))
+
+
+def setting(path):
+    """A small model of the recipe's family and data to calibrate on."""
+    batches = [batch_of(path) for _ in range(3)]
+    return MODELS[path.parent.name][0](), prunus.Calibration(batches, nn.functional.cross_entropy)
+
+
+def prunings(recipe):
+    return [m for m in recipe.modifiers if m.name == "prune"]
+
+
+def target_of(modifier):
+    return modifier.schedule.final if modifier.schedule else modifier.method.pattern.fixed
+
+
+def trained(path):
+    """The session of a whole training run by the recipe, and the learning rate of each step."""
+    model, calibration = setting(path)
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
-    recipe = prunus.Recipe.load(path)
-    target = next(m for m in recipe.modifiers if m.name == "prune").schedule.final
-    with prunus.attach(model, optimizer, recipe, steps_per_epoch=4, epochs=5) as session:
-        for _ in range(20):
-            model(torch.randn(2, 1, 8, 8)).square().mean().backward()
+    rates = []
+    with prunus.attach(
+        model, optimizer, path, steps_per_epoch=STEPS, epochs=EPOCHS, calibration=calibration
+    ) as session:
+        for _ in range(STEPS * EPOCHS):
+            x, y = batch_of(path)
+            nn.functional.cross_entropy(model(x), y).backward()
             optimizer.step()
             optimizer.zero_grad()
-    assert session.sparsity == pytest.approx(target, abs=1e-3)
+            rates.append(optimizer.param_groups[0]["lr"])
+    return session, rates
+
+
+@every_recipe
+def test_every_recipe_matches_its_family_and_runs_to_its_target(path, caplog):
+    session, _ = trained(path)
+    assert session.sparsity == pytest.approx(target_of(*prunings(session.recipe)), abs=1e-3)
     assert "matches nothing" not in caplog.text
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_says_what_it_is_for(path):
-    assert path.read_text().startswith("# ")
+@pytest.mark.parametrize(
+    "path", [p for p in RECIPES if "-gradual-" in p.stem], ids=lambda p: f"{p.parent.name}-{p.stem}"
+)
+def test_a_gradual_recipe_begins_a_cycle_of_the_learning_rate_with_each_pruning_step(path):
+    session, rates = trained(path)
+    events = [event for event in session.recorder.events if event["event"] == "prune"]
+    assert [event["step"] for event in events] == [1, 5, 10, 15]
+    assert [event["target"] for event in events] == [0.5, 0.6, 0.75, 0.9]
+    assert [i for i in range(1, len(rates)) if rates[i] > rates[i - 1]] == [5, 10, 15]
+
+
+@every_recipe
+def test_every_recipe_prunes_a_finished_model(path):
+    model, calibration = setting(path)
+    result = prunus.prune(model, path, calibration=calibration)
+    assert result.sparsity == pytest.approx(target_of(*prunings(result.recipe)), abs=1e-3)
+
+
+@every_recipe
+def test_every_recipe_leaves_dense_in_the_models_of_timm_what_it_should(path, caplog):
+    names, dense = NAMED[path.parent.name]
+    for name in names:
+        model = of_timm(name)
+        taken = set()
+        for modifier in prunings(prunus.Recipe.load(path)):
+            taken |= set(modifier.bind(Context(model, one_shot=True)).names)
+        left = [layer.name for layer in all_layers(model) if layer.parameter_name not in taken]
+        assert not [layer for layer in left if not re.fullmatch(dense, layer)], name
+        assert len(taken) > len(left)
+    assert "matches nothing" not in caplog.text
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_every_family_has_cap_in_one_shot_with_fine_tuning_and_gradually(family):
+    names = {path.stem for path in RECIPES if path.parent.name == family}
+    assert {"cap-one-shot-50", "cap-one-shot-75-finetune", "cap-gradual-90"} <= names
+
+
+@every_recipe
+def test_every_recipe_says_what_it_is_for_and_is_short(path):
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith("# ")
+    assert len(lines) <= 20
+
+
+def test_the_catalogue_lists_every_recipe_with_its_method_and_target():
+    rows = re.findall(
+        r"^\| \[[^]]+\]\(\.\./recipes/(\S+)\) \| (\S+) \| [^|]+ \| (\S+) \| [^|]+ \|$",
+        CATALOGUE.read_text(),
+        re.MULTILINE,
+    )
+    listed = {name: (method, target) for name, method, target in rows}
+    shipped = {}
+    for path in RECIPES:
+        (pruning,) = prunings(prunus.Recipe.load(path))
+        target = pruning.pattern if pruning.schedule is None else f"{target_of(pruning):g}"
+        shipped[str(path.relative_to(ROOT / "recipes"))] = (pruning.pruner.name, target)
+    assert listed == shipped
 
 
 def test_the_demo_prints_its_table_and_writes_its_report(tmp_path):

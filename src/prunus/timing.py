@@ -67,6 +67,16 @@ class Timeline:
             )
         return round(value / 100 * self.total)
 
+    def cycle(self, duration: str, span: int) -> float:
+        """The duration as a share of `span` steps.
+
+        Cycles that fill the span but for what rounding to whole steps takes, fill it exactly; else
+        a last cycle of a step or two would begin.
+        """
+        steps = max(1, self.steps(duration))
+        count = max(1, round(span / steps))
+        return 1 / count if abs(span - count * steps) <= count else steps / max(1, span)
+
 
 @dataclass(frozen=True)
 class Window:

@@ -77,7 +77,7 @@ class GroupRun(Run):
             self.begin, self.end = window.span(timeline)
         self.cycle = None
         if modifier.cycle is not None and self.end is not None:
-            self.cycle = timeline.steps(modifier.cycle) / max(1, self.end - self.begin)
+            self.cycle = timeline.cycle(modifier.cycle, self.end - self.begin)
 
     def value(self, step: int) -> float:
         if self.end is None:
@@ -102,4 +102,6 @@ class GroupRun(Run):
         first = (self.begin, f"{name} {self.value(self.begin):g}")
         if end == self.begin:
             return [first]
-        return [first, (end, f"{name} {self.value(end):g} ({self.modifier.kind})")]
+        kind = self.modifier.kind
+        kind += f", anew every {self.modifier.cycle}" if self.modifier.cycle else ""
+        return [first, (end, f"{name} {self.value(end):g} ({kind})")]

@@ -145,7 +145,7 @@ class PruningRun(Run):
         if schedule is None or tick == len(self.ticks) - 1:
             return None if schedule is None else schedule.final
         begin, end = self.ticks[0], self.ticks[-1]
-        cycle = schedule.cycle and self.context.timeline.steps(schedule.cycle) / (end - begin)
+        cycle = schedule.cycle and self.context.timeline.cycle(schedule.cycle, end - begin)
         return schedule((self.ticks[tick] - begin) / (end - begin), cycle or None)
 
     def after_step(self, step: int) -> None:

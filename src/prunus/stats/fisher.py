@@ -189,7 +189,7 @@ class BlockFisher:
         for rows, cut, blocks in self._chunks(place) if self.rows else ():
             d = blocks.data.shape[2]
             parts = [matrix[rows, cut].reshape(-1, d) for matrix in matrices]
-            result[rows, cut] = function(blocks, *parts).view(rows.stop - rows.start, -1)
+            result[rows, cut] = function(blocks, *parts).reshape(rows.stop - rows.start, -1)
         return result
 
     def diag(self) -> Tensor:
