@@ -263,6 +263,10 @@ def prune(
         Path | None, typer.Option(help="safetensors file to load into the model first")
     ] = None,
     compact: Annotated[bool, typer.Option(help="store sparse tensors packed")] = False,
+    memory: MemoryOption = None,
+    recalibrate: Annotated[
+        bool, typer.Option(help="estimate BatchNorm statistics anew on the calibration data")
+    ] = False,
     report: Annotated[Path | None, typer.Option(help="folder for report.html")] = None,
 ) -> None:
     """Prune a model at once and save it."""
@@ -272,6 +276,8 @@ def prune(
     data = None if calibration is None else call(calibration)
     if data is not None and not isinstance(data, Calibration):
         data = Calibration(data)
+    if data is not None and memory is not None:
+        data = dataclasses.replace(data, memory=memory)
     result = prunus.prune(
         network,
         pruner,
@@ -281,6 +287,7 @@ def prune(
         exclude=exclude or (),
         allocator=allocator,
         calibration=data,
+        recalibrate=recalibrate,
     )
     out.print(result)
     prunus.save(network, output, pruning=result, compact=compact)

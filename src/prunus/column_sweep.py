@@ -52,20 +52,19 @@ def sweep(w: Tensor, u: Tensor, choose: Choose, every: int = STRIPE) -> tuple[Te
     """
     w, diag, cols = w.clone(), u.diagonal(), w.shape[1]
     keep = torch.ones_like(w, dtype=torch.bool)
-    panel = min(PANEL, every)
     stripe = max(1, STRIPE // every) * every
     for begin in range(0, cols, stripe):
         end = min(begin + stripe, cols)
         errors = torch.empty_like(w[:, begin:end])
-        for low in range(begin, end, panel):
-            high = min(low + panel, end)
-            if (low - begin) % every == 0:
-                last = min(low + every, end)
-                scores = (w[:, low:last] / diag[low:last]).square_()
-                keep[:, low:last] = choose(scores, low, last)
-            e = panel_errors(w[:, low:high], u[low:high, low:high], ~keep[:, low:high])
-            errors[:, low - begin : high - begin] = e
-            w[:, low:end] -= e @ u[low:high, low:end]
+        for first in range(begin, end, every):
+            last = min(first + every, end)
+            scores = (w[:, first:last] / diag[first:last]).square_()
+            keep[:, first:last] = choose(scores, first, last)
+            for low in range(first, last, PANEL):
+                high = min(low + PANEL, last)
+                e = panel_errors(w[:, low:high], u[low:high, low:high], ~keep[:, low:high])
+                errors[:, low - begin : high - begin] = e
+                w[:, low:end] -= e @ u[low:high, low:end]
         w[:, end:] -= errors @ u[begin:end, end:]
     return w.masked_fill_(~keep, 0), keep
 
@@ -83,7 +82,6 @@ def stripe_counts(
     counts = torch.tensor([[s.numel(), int(s.count_nonzero())] for s in flat])
     sizes, alive = all_reduce(counts).T
     fresh = drop - int((sizes - alive).sum())
-    share = fresh / max(1, int(alive.sum()))
-    ends = (alive.cumsum(0) * share).round().long()
+    ends = alive.cumsum(0) * fresh // max(1, int(alive.sum()))
     each_drop = (sizes - alive) + ends.diff(prepend=torch.zeros(1, dtype=torch.int64))
     return [part.tolist() for part in torch.split(each_drop, [len(each) for each in stripes])]

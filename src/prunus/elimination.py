@@ -13,6 +13,7 @@ from torch import Tensor
 
 from prunus.linalg import cholesky
 
+TINY = torch.finfo(torch.float32).tiny  # scores are often kept in single precision
 PANEL = 48  # columns between two updates of the whole inverse, which is the costly part
 
 
@@ -81,7 +82,7 @@ def greedy_losses(c: Tensor, w: Tensor) -> Tensor:
 def greedy_losses_of_groups(c: Tensor, w: Tensor, n: int, m: int) -> Tensor:
     """The same, keeping n of every m consecutive weights; zeros count as gone.
 
-    What is kept ranks above everything that went. ``c`` is overwritten; m divides d.
+    What a block keeps ranks above everything that went from it. ``c`` is overwritten; m divides d.
     """
     alive = w != 0
     run = Elimination(c, w, alive)
@@ -92,7 +93,7 @@ def greedy_losses_of_groups(c: Tensor, w: Tensor, n: int, m: int) -> Tensor:
         p, left = run.step()
         spare.scatter_add_(1, p // m, -left.long())
         barred.masked_fill_((spare <= 0).unsqueeze(2), math.inf)
-    rest = run.w.square().div_(run.diag).add_(2 * run.cost).add_(torch.finfo(w.dtype).tiny)
+    rest = run.w.square().div_(run.diag).add_(2 * run.cost).add_(TINY)
     return torch.where(run.diag.isinf(), run.losses, rest)
 
 
@@ -112,7 +113,9 @@ def group_solve(f: Tensor, w: Tensor, keep: Tensor) -> Tensor:
     rows = f.gather(1, order.unsqueeze(2).expand(-1, -1, f.shape[2]))
     square = rows.gather(2, order.unsqueeze(1).expand(-1, most, -1))
     square *= (kept.unsqueeze(1) & kept.unsqueeze(2)).to(f.dtype)
-    square.diagonal(dim1=1, dim2=2).add_((~kept).to(f.dtype))
+    diag = square.diagonal(dim1=1, dim2=2)
+    scale = diag.sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1)
+    diag.add_(torch.where(kept, 0, torch.where(scale > 0, scale, 1)))
     rhs = torch.where(kept, rhs.gather(1, order), 0)
     step = torch.cholesky_solve(rhs.unsqueeze(2), cholesky(square)).squeeze(2)
     return torch.where(keep, w, 0).scatter_add_(1, order, torch.where(kept, step, 0))

@@ -150,6 +150,8 @@ class PruningRun(Run):
 
     def after_step(self, step: int) -> None:
         if self.next < len(self.ticks) and step >= self.ticks[self.next]:
+            # the optimizer may just have moved what is pruned, by other modifiers too
+            Hard().hide(*self.context.masks.parts(self.context.masks), 1.0)
             while self.next < len(self.ticks) and step >= self.ticks[self.next]:
                 self.next += 1  # of several that are due, the last says it all
             self._tick(self.next - 1, step)

@@ -38,7 +38,6 @@ class CAP(SecondOrder):
         if not isinstance(pattern, NM):
             return stat.per_block(lambda f, x: greedy_losses(f.inverse(), x.double()), w)
         n, m = pattern.n, pattern.m
-        self.check_groups(m, w.shape[1], pattern)
         return stat.per_block(
             lambda f, x: greedy_losses_of_groups(f.inverse(), x.double(), n, m), w
         )

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from prunus.column_sweep import STRIPE, stripe_counts, sweep, upper_factor
 from prunus.layers import Layer
+from prunus.names import did_you_mean
 from prunus.patterns import NM, Pattern
 from prunus.pruners.base import Ranks, register_pruner
 from prunus.solvers import keep_highest_of_groups
-from prunus.stats.fisher import Samples, Sampling, SharedFisher
+from prunus.stats.fisher import SAMPLES, Samples, Sampling, SharedFisher
 
 
 @register_pruner
@@ -50,8 +51,19 @@ class FastCAP:
     def __post_init__(self) -> None:
         if self.num_grads < 1 or (self.block_size is not None and self.block_size < 1):
             raise ValueError("num_grads and block_size must be at least 1")
+        if self.samples not in SAMPLES:
+            raise ValueError(
+                f"unknown samples {self.samples!r}{did_you_mean(self.samples, SAMPLES)}"
+            )
         if not (0 < self.damp < math.inf):
             raise ValueError(f"damp={self.damp}; a number above 0 is needed, such as 1e-2")
+
+    def check(self, cols: int, pattern: Pattern) -> None:
+        """Raises ValueError if a group of the pattern would lie in two blocks."""
+        d = self.block_size
+        if isinstance(pattern, NM) and d is not None and d < cols and d % pattern.m:
+            near = max(pattern.m, d // pattern.m * pattern.m)
+            raise ValueError(f"block_size={d} cuts the groups of pattern '{pattern}'; use {near}")
 
     def statistic(self, layer: Layer) -> SharedFisher:
         cols = layer.matrix_shape()[1]
@@ -69,8 +81,6 @@ class FastCAP:
         self, w: Tensor, stat: SharedFisher, pattern: Pattern, drop: int, ranks: Ranks
     ) -> tuple[Tensor, Tensor]:
         d, whole = stat.block_size, stat.cols // stat.block_size * stat.block_size
-        if isinstance(pattern, NM) and d < stat.cols and d % pattern.m:
-            raise ValueError(f"block_size={d} cuts the groups of pattern '{pattern}'")
         cuts = [slice(0, whole)] + [slice(whole, stat.cols)] * (whole < stat.cols)
         sizes = [min(d, cut.stop - cut.start) for cut in cuts]
         parts = [

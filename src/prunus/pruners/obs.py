@@ -40,7 +40,6 @@ class OBS(SecondOrder):
 
     def scores(self, w: Tensor, stat: BlockFisher, pattern: Pattern) -> Tensor:
         group = pattern.cols if isinstance(pattern, Block) else 1
-        self.check_groups(group, w.shape[1], pattern)
         return stat.per_block(lambda f, x: saliency(f.inverse(), x.double(), group), w)
 
     def rebuild(self, w: Tensor, stat: BlockFisher, mask: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ from typing import Literal
 import torch
 
 from prunus.layers import Layer
+from prunus.names import did_you_mean
 from prunus.patterns import NM, Pattern
-from prunus.stats.fisher import DTYPES, BlockFisher, Samples, Sampling
+from prunus.stats.fisher import DTYPES, SAMPLES, BlockFisher, Samples, Sampling
 
 RAMPS = {
     "linear": lambda t, a, b: a + (b - a) * t,
@@ -44,6 +45,9 @@ class SecondOrder:
         for name in ("block_size", "num_grads", "num_recomputations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; at least 1 is needed")
+        for name, known in (("samples", SAMPLES), ("ramp", RAMPS), ("dtype", DTYPES)):
+            if (given := getattr(self, name)) not in known:
+                raise ValueError(f"unknown {name} {given!r}{did_you_mean(given, known)}")
         if not (0 < self.damp < math.inf):
             raise ValueError(f"damp={self.damp}; a number above 0 is needed, such as 1e-7")
 
@@ -66,8 +70,9 @@ class SecondOrder:
         inner = [RAMPS[self.ramp](k / count, present, target) for k in range(1, count)]
         return [*inner, target]
 
-    def check_groups(self, group: int, cols: int, pattern: Pattern) -> None:
+    def check(self, cols: int, pattern: Pattern) -> None:
         """Raises ValueError if a group of the pattern would lie in two blocks."""
+        group = pattern.m if isinstance(pattern, NM) else getattr(pattern, "cols", 1)
         if self.block_size < cols and self.block_size % group:
             near = max(group, self.block_size // group * group)
             raise ValueError(

@@ -17,6 +17,7 @@ from torch import Tensor
 from prunus.linalg import dual_inverse, inverse
 
 Samples = Literal["micro_batch", "example"]
+SAMPLES = ("micro_batch", "example")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}  # of float64 blocks worked on at once
 
@@ -194,7 +195,8 @@ class BlockFisher:
 
     def diag(self) -> Tensor:
         """(rows, cols) the diagonal of F, damp included."""
-        like = torch.empty(self.rows, self.cols)
+        self._flush()
+        like = self._sums[0].new_empty(self.rows, self.cols)
         return self.per_block(lambda blocks, _: blocks.fisher().diagonal(dim1=1, dim2=2), like)
 
     def mul(self, v: Tensor) -> Tensor:
