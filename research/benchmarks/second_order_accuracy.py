@@ -1,8 +1,8 @@
 """Accuracy of the second-order methods in one shot, beside magnitude, over calibration seeds.
 
 On the CIFAR ResNet-20 of `resnet20_cifar10.py` and on the demo's vision transformer for digits,
-trained here. Three parts: ``sweep``, all methods over sparsities, with a plot; ``check``, the points
-that a prototype gave; ``push``, what buys most accuracy at 90 %, with its time.
+trained here. Three parts: ``sweep``, all methods over sparsities, with a plot; ``check``, the
+points that a prototype gave; ``push``, what buys most accuracy at 90 %, with its time.
 
     python research/benchmarks/second_order_accuracy.py [--parts sweep check push] [--seeds 3]
         [--models resnet20 digits] [--weights FILE] [--data FILE] [--plot FILE] [--device cuda]

@@ -30,8 +30,9 @@ class Method:
         supports(self.pruner, self.pattern)
         _check_shapes(layers, self.pattern)
         check = getattr(self.pruner, "check", None)  # of a pruner that has needs of its own
-        for layer in layers if check else ():
-            check(layer.matrix_shape()[1], self.pattern)
+        if check is not None:
+            for layer in layers:
+                check(layer.matrix_shape()[1], self.pattern)
         grouped = self.pattern.kind in ("N:M", "block")
         return [layer.with_channels_inner() for layer in layers] if grouped else list(layers)
 
