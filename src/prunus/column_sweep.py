@@ -30,43 +30,56 @@ def upper_factor(h: Tensor) -> Tensor:
     return inverse.flip(0, 1)
 
 
-def panel_errors(w: Tensor, u: Tensor, drop: Tensor) -> Tensor:
-    """(rows, k) the scaled errors ``e_i = (w_i - q_i) / u_ii`` of sweeping over k columns.
+def errors_by_columns(wt: Tensor, u: Tensor, drop: Tensor, errors: Tensor) -> None:
+    """Sweep over k columns one after the other; `wt` is updated, `errors` filled.
+
+    ``wt``, ``drop`` and ``errors`` are (k, rows): columns lie in memory one after the other. The
+    error of column j is ``e_j = (w_j - q_j) / u_jj``, and ``w_i -= u_ji e_j`` for i >= j.
+    """
+    scale = torch.where(drop, 1 / u.diagonal().unsqueeze(1), 0)
+    for j in range(len(wt)):
+        error = torch.mul(wt[j], scale[j], out=errors[j])
+        wt[j + 1 :].addr_(u[j, j + 1 :], error, alpha=-1)
+
+
+def errors_by_solving(wt: Tensor, u: Tensor, drop: Tensor, errors: Tensor) -> None:
+    """The same in one step, for devices on which many small ones take long.
 
     With the mask known, the recursion is one triangular system for each row, ``E M = w * drop``, in
-    which column j of M is that of U where row r drops j and of the identity where it keeps it.
-    ``w`` is (rows, k), ``u`` (k, k), ``drop`` boolean.
+    which column j of M is that of U where the row drops j and of the identity where it keeps it.
     """
     eye = torch.eye(len(u), dtype=u.dtype, device=u.device)
-    system = torch.where(drop.unsqueeze(1), u, eye)  # (rows, k, k)
-    rhs = torch.where(drop, w, 0).unsqueeze(1)
-    errors: Tensor = torch.linalg.solve_triangular(system, rhs, upper=True, left=False)
-    return errors.squeeze(1)
+    system = torch.where(drop.T.unsqueeze(1), u, eye)  # (rows, k, k)
+    rhs = torch.where(drop, wt, 0).T.unsqueeze(1)
+    solved = torch.linalg.solve_triangular(system, rhs, upper=True, left=False)
+    errors.copy_(solved.squeeze(1).T)
+    wt.addmm_(u.T, errors, alpha=-1)
 
 
 def sweep(w: Tensor, u: Tensor, choose: Choose, every: int = STRIPE) -> tuple[Tensor, Tensor]:
-    """New weights and keep-mask. ``w`` is (rows, cols), ``u`` from `upper_factor`, both float64.
+    """New weights and keep-mask. ``w`` is (rows, cols), ``u`` from `upper_factor`, of one dtype.
 
     ``choose(scores, begin, end)`` gives the (rows, end - begin) keep-mask of each `every` columns
     from the scores ``w^2 / u_jj^2`` of the weights as they are by then.
     """
-    w, diag, cols = w.clone(), u.diagonal(), w.shape[1]
-    keep = torch.ones_like(w, dtype=torch.bool)
+    wt, diag, cols = w.T.clone(memory_format=torch.contiguous_format), u.diagonal(), w.shape[1]
+    drop = torch.zeros_like(wt, dtype=torch.bool)
+    solve = errors_by_columns if wt.device.type == "cpu" else errors_by_solving
     stripe = max(1, STRIPE // every) * every
     for begin in range(0, cols, stripe):
         end = min(begin + stripe, cols)
-        errors = torch.empty_like(w[:, begin:end])
+        errors = torch.empty_like(wt[begin:end])
         for first in range(begin, end, every):
             last = min(first + every, end)
-            scores = (w[:, first:last] / diag[first:last]).square_()
-            keep[:, first:last] = choose(scores, first, last)
+            scores = (wt[first:last] / diag[first:last].unsqueeze(1)).square_().T
+            drop[first:last] = ~choose(scores, first, last).T
             for low in range(first, last, PANEL):
                 high = min(low + PANEL, last)
-                e = panel_errors(w[:, low:high], u[low:high, low:high], ~keep[:, low:high])
-                errors[:, low - begin : high - begin] = e
-                w[:, low:end] -= e @ u[low:high, low:end]
-        w[:, end:] -= errors @ u[begin:end, end:]
-    return w.masked_fill_(~keep, 0), keep
+                part = errors[low - begin : high - begin]
+                solve(wt[low:high], u[low:high, low:high], drop[low:high], part)
+                wt[high:end].addmm_(u[low:high, high:end].T, part, alpha=-1)
+        wt[end:].addmm_(u[begin:end, end:].T, errors, alpha=-1)
+    return wt.masked_fill_(drop, 0).T, ~drop.T
 
 
 def stripe_counts(

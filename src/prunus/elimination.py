@@ -110,8 +110,8 @@ def group_solve(f: Tensor, w: Tensor, keep: Tensor) -> Tensor:
     # a block with fewer kept weights is filled up with dropped ones, which the identity decouples
     order = keep.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
     kept = keep.gather(1, order)
-    rows = f.gather(1, order.unsqueeze(2).expand(-1, -1, f.shape[2]))
-    square = rows.gather(2, order.unsqueeze(1).expand(-1, most, -1))
+    at = order.unsqueeze(2) * f.shape[2] + order.unsqueeze(1)
+    square = f.flatten(1).gather(1, at.flatten(1)).view_as(at)
     square *= (kept.unsqueeze(1) & kept.unsqueeze(2)).to(f.dtype)
     diag = square.diagonal(dim1=1, dim2=2)
     scale = diag.sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1)

@@ -201,7 +201,7 @@ class ExampleGradients:
             outputs = layer.output_matrix(grad[begin * rest : end * rest])
             a = inputs.reshape(end - begin, -1, inputs.shape[1])
             g = outputs.reshape(end - begin, -1, outputs.shape[1])
-            product = torch.bmm(g.mT, a.to(g.dtype)) * size
+            product = torch.bmm(g.mT * size, a.to(g.dtype))
             total = product if total is None else total + product
         return total
 

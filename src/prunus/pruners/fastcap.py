@@ -82,9 +82,10 @@ class FastCAP:
     ) -> tuple[Tensor, Tensor]:
         d, whole = stat.block_size, stat.cols // stat.block_size * stat.block_size
         cuts = [slice(0, whole)] + [slice(whole, stat.cols)] * (whole < stat.cols)
+        dtype = torch.promote_types(w.dtype, torch.float32)
         sizes = [min(d, cut.stop - cut.start) for cut in cuts]
         parts = [
-            w[:, cut].reshape(len(w) * (cut.stop - cut.start) // size, size).double()
+            w[:, cut].reshape(len(w) * (cut.stop - cut.start) // size, size).to(dtype)
             for cut, size in zip(cuts, sizes, strict=True)
         ]
         counts: list[list[int]] = [[]] * len(parts)
@@ -94,9 +95,9 @@ class FastCAP:
             self._sweep(part, stat.matrix(), pattern, each, ranks)
             for part, each in zip(parts, counts, strict=True)
         ]
-        new, keep = torch.empty_like(w, dtype=torch.float64), torch.empty_like(w, dtype=torch.bool)
+        new, keep = torch.empty_like(w, dtype=dtype), torch.empty_like(w, dtype=torch.bool)
         for cut, (values, kept) in zip(cuts, done, strict=True):
-            new[:, cut], keep[:, cut] = values.view_as(w[:, cut]), kept.view_as(w[:, cut])
+            new[:, cut], keep[:, cut] = values.reshape_as(w[:, cut]), kept.reshape_as(w[:, cut])
         return new, keep
 
     def _sweep(
@@ -115,4 +116,4 @@ class FastCAP:
             return ranks.keep_all_but_lowest(scores, drop[begin // STRIPE]) & here
 
         every = pattern.m if isinstance(pattern, NM) else STRIPE
-        return sweep(w, upper_factor(f), choose, every)
+        return sweep(w, upper_factor(f).to(w.dtype), choose, every)
