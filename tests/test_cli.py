@@ -29,6 +29,15 @@ def batches():
 
 def number():
     return 3
+
+def labelled():
+    import prunus
+    pairs = [(torch.randn(4, 8), torch.randn(4, 4)) for _ in range(5)]
+    return prunus.Calibration(pairs, torch.nn.functional.mse_loss)
+"""
+SECOND = """
+modifiers:
+  - prune: {pruner: {name: cap, block_size: 8, num_recomputations: 2}, sparsity: 0.5}
 """
 
 
@@ -37,6 +46,7 @@ def run(tmp_path, monkeypatch, capsys):
     """Run the command line in a folder of its own; returns (exit code, screen, errors)."""
     (tmp_path / "user_module.py").write_text(MODULE)
     (tmp_path / "r.yaml").write_text(RECIPE)
+    (tmp_path / "second.yaml").write_text(SECOND)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(cli.out, "_width", 100)
@@ -166,6 +176,37 @@ def test_a_calibration_function_serves_methods_that_need_data(run, tmp_path):
         "o.safetensors",
     )
     assert code == 0
+
+
+def test_check_plans_the_statistics_to_fit_the_memory(run):
+    arguments = ("check", "second.yaml", "--model", "user_module:build")
+    code, screen, _ = run(*arguments)
+    assert code == 0
+    assert "10.0 KiB" in screen  # 32x8: 32 rows of 8 * 8 + 2 * 8 numbers
+    assert "groups" not in screen
+    code, screen, _ = run(*arguments, "--memory", "8KiB")
+    assert code == 0
+    assert "statistics of 30.0 KiB in 4 groups, one at a time: 14 passes" in " ".join(
+        screen.split()
+    )
+
+
+def test_prune_takes_memory_and_recalibrates(run):
+    code, screen, error = run(
+        "prune",
+        "second.yaml",
+        "--model",
+        "user_module:build",
+        "--calibration",
+        "user_module:labelled",
+        "--memory",
+        "8KiB",
+        "--recalibrate",
+        "--output",
+        "o.safetensors",
+    )
+    assert code == 0, error
+    assert "0.5000" in screen
 
 
 def test_report_makes_the_page(run, tmp_path):

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from prunus.elimination import greedy_losses, group_solve
 from prunus.stats import fisher as stats
-from prunus.stats.fisher import BlockFisher, Sampling, SharedFisher
+from prunus.stats.fisher import BlockFisher, Sampling
+from prunus.stats.shared_fisher import SharedFisher
 
 from second_order_oracles import blocks_of_row, inverse, per_block
 from second_order_oracles import fisher as slow_fisher

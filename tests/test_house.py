@@ -14,7 +14,7 @@ LEVELS = [
     {"layers", "selection", "stats"},
     {"pruners", "allocators"},
     {"calibration", "engine", "method", "distributed", "progress"}
-    | {"memory", "gradients", "gradient_pass", "measuring", "shares"}
+    | {"memory", "gradients", "gradient_pass", "measuring", "shares", "solving", "tally"}
     | {"curvature", "recalibration"},
     {"modifiers"},
     {"recipe", "records", "report", "results", "session", "oneshot", "checkpoint"},

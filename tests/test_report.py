@@ -83,6 +83,21 @@ def test_a_sweep_reports_what_each_sparsity_costs(tmp_path):
         assert text in page
 
 
+def test_sweeps_of_two_pruners_are_two_lines(tmp_path):
+    model, data = small_mlp(), [(torch.randn(4, 8), torch.randn(4, 4))]
+    calibration = prunus.Calibration(data, torch.nn.functional.mse_loss)
+    first, second = (
+        prunus.sweep(model, name, [0.5], lambda m: {"error": 0.25}, calibration=calibration)
+        for name in ("magnitude", "obs")
+    )
+    for event in second.recorder.events:
+        first.recorder(event)
+    first.report(tmp_path)
+    page = page_of(tmp_path)
+    assert "<td>magnitude</td>" in page
+    assert "<td>obs</td>" in page
+
+
 def test_one_shot_records_stream_to_their_directory(tmp_path):
     prunus.prune(small_mlp(), "magnitude", sparsity=0.5, output_dir=tmp_path)
     assert write_report(tmp_path) == tmp_path / "report.html"

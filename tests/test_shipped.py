@@ -211,10 +211,9 @@ def test_the_demo_prints_its_table_and_writes_its_report(tmp_path):
     rows = [line.split("│") for line in done.stdout.splitlines() if line.startswith("│")]
     assert [row[1].strip() for row in rows] == [
         "dense",
-        "one shot",
-        "one shot",
-        "one shot",
-        "gradual",
+        *["magnitude, one shot"] * 3,
+        *["CAP, one shot"] * 3,
+        "magnitude, gradual",
     ]
     assert rows[-1][2].strip() == "0.90"
     assert (tmp_path / "report.html").is_file()

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from prunus.allocators import ALLOCATORS, Allocator, Table
 from prunus.distributed import shards_of
-from prunus.engine import check_reachable, plan_measurements, prune_step
+from prunus.engine import check_reachable, prune_step
 from prunus.layers import Layer
 from prunus.masking import Hard, Masking, zero_momentum
 from prunus.measuring import Measurements
@@ -17,6 +17,7 @@ from prunus.patterns import Pattern, parse_pattern
 from prunus.pruners import Magnitude, Pruner, SweepPruner, supports
 from prunus.schedules import Schedule
 from prunus.selection import select
+from prunus.solving import plan_measurements
 from prunus.timing import Window
 
 

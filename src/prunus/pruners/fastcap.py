@@ -21,7 +21,8 @@ from prunus.names import did_you_mean
 from prunus.patterns import NM, Pattern
 from prunus.pruners.base import Ranks, register_pruner
 from prunus.solvers import keep_highest_of_groups
-from prunus.stats.fisher import SAMPLES, Samples, Sampling, SharedFisher
+from prunus.stats.fisher import SAMPLES, Samples, Sampling
+from prunus.stats.shared_fisher import SharedFisher
 
 
 @register_pruner

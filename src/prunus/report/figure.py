@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 from prunus.report.summary import Bar, Points, Summary, kinds
@@ -67,8 +68,8 @@ def _panels(summary: Summary) -> list[Callable[[Any], None]]:
             colour = (PLUM, ORANGE, BLUE, GREY)[i % 4]
             line = partial(_line, name=name, points=points, colour=colour, last=summary.steps)
             panels.append(partial(line, marks=marks if len(marks) <= MOST_MARKS else []))
-    for name, points in summary.swept().items():
-        panels.append(partial(_swept, name=name, points=points))
+    for name, lines in summary.swept().items():
+        panels.append(partial(_swept, name=name, lines=lines))
     return panels[:MOST_PANELS]
 
 
@@ -130,9 +131,12 @@ def _line(
     _title(axis, name, "optimizer step; green: pruning" if marks else "optimizer step")
 
 
-def _swept(axis: Any, *, name: str, points: Points) -> None:
-    axis.plot([100 * s for s, _ in points], [v for _, v in points], "o-", color=ORANGE,
-              linewidth=1.5, markersize=4)  # fmt: skip
+def _swept(axis: Any, *, name: str, lines: dict[str, Points]) -> None:
+    for (pruner, points), colour in zip(lines.items(), cycle((ORANGE, PLUM, BLUE, GREY))):
+        axis.plot([100 * s for s, _ in points], [v for _, v in points], "o-", color=colour,
+                  linewidth=1.5, markersize=4, label=pruner)  # fmt: skip
+    if len(lines) > 1:
+        axis.legend(loc="lower left", fontsize=7.5, frameon=False, labelcolor=INK)
     _title(axis, f"{name}, in one shot", "sparsity, %")
 
 

@@ -98,12 +98,13 @@ class Summary:
                     result.setdefault(name, []).append((float(event["step"]), float(value)))
         return result
 
-    def swept(self) -> dict[str, Points]:
-        """Metric -> (sparsity, value) pairs of the one-shot sweep."""
-        result: dict[str, Points] = {}
+    def swept(self) -> dict[str, dict[str, Points]]:
+        """Metric -> pruner -> (sparsity, value) pairs of one-shot sweeps."""
+        result: dict[str, dict[str, Points]] = {}
         for event in self.sweep:
             for name, value in event["values"].items():
-                result.setdefault(name, []).append((_sparsity(event), float(value)))
+                lines = result.setdefault(name, {})
+                lines.setdefault(event["pruner"], []).append((_sparsity(event), float(value)))
         return result
 
     def bars(self) -> list[Bar]:

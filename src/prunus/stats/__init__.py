@@ -1,8 +1,9 @@
 """Statistics: what is measured on calibration data for one layer."""
 
 from prunus.stats.base import GradientStatistic, RowStatistic, Statistic
-from prunus.stats.fisher import BlockFisher, Sampling, SharedFisher
+from prunus.stats.fisher import BlockFisher, Sampling
 from prunus.stats.inputs import InputNorm
+from prunus.stats.shared_fisher import SharedFisher
 
 __all__ = [
     "BlockFisher",

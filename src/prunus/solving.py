@@ -1,0 +1,220 @@
+"""From statistics to new weights: all of a pruning step between its plan and its commit."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from prunus import solvers
+from prunus.calibration import Calibration
+from prunus.distributed import Shards, shards_of
+from prunus.layers import Layer
+from prunus.measuring import Measurements, check_measurable, measurements
+from prunus.memory import Rows
+from prunus.method import Candidate, Change, Choice, LayerRow, Method
+from prunus.patterns import Block
+from prunus.progress import track
+from prunus.pruners import ScorePruner, SweepPruner
+from prunus.shares import allocate, layer_row
+from prunus.stats import Statistic
+
+log = logging.getLogger("prunus")
+
+
+def check_loaded(layers: Sequence[Layer]) -> None:
+    """Raises ValueError for weights on the meta device."""
+    if absent := [layer.parameter_name for layer in layers if layer.weight.is_meta]:
+        raise ValueError(f"{absent[0]} is on the meta device; load the weights first")
+
+
+def plan_measurements(
+    method: Method,
+    layers: Sequence[Layer],
+    model: nn.Module,
+    calibration: Calibration | None,
+    begin: int = 0,
+) -> Measurements:
+    """What will be measured in how many passes over the data; `begin` batches are passed over."""
+    unit = method.pattern.rows if isinstance(method.pattern, Block) else 1
+    return measurements(method.pruner.statistic, layers, model, calibration, unit, begin)
+
+
+def ready(
+    method: Method,
+    layers: Sequence[Layer],
+    model: nn.Module,
+    calibration: Calibration | None,
+    begin: int = 0,
+) -> tuple[Measurements, Shards]:
+    """The measurements, and the ranks among which the rows lie or are dealt out.
+
+    Raises ValueError, before anything long begins, for what cannot be measured or pruned.
+    """
+    check_loaded(layers)
+    measured = plan_measurements(method, layers, model, calibration, begin)
+    check_measurable(measured.stats, method.pruner.name, calibration)
+    shards = shards_of(layers, method.pattern)
+    names = [layer.parameter_name for layer in layers]
+    _refuse([solvers.count_non_finite(layer.local) for layer in layers], names, shards, "weights")
+    if shards.group is None:
+        shards = measured.everyone
+    if len(measured.groups) > 1:
+        log.info(
+            "the statistics do not fit the memory together; %d groups of layers are measured one "
+            "after the other, each with a pass over the calibration data",
+            len(measured.groups),
+        )
+    return measured, shards
+
+
+def _refuse(bad: Sequence[int], names: Sequence[str], shards: Shards, what: str) -> None:
+    # every rank must raise, or the others would wait for it for ever
+    counts = shards.all_reduce(torch.tensor(bad)).tolist()
+    for name, count in zip(names, counts, strict=True):
+        if count:
+            raise ValueError(f"{name} has {count} NaN or infinite {what}; nothing was pruned")
+
+
+def _assembled(measured: Measurements, parts: Mapping[Rows, Tensor]) -> list[Tensor]:
+    """For each share the rows that were computed in pieces."""
+    whole = []
+    for share in measured.shares:
+        mine = [part for rows, part in parts.items() if rows.layer is share.layer]
+        whole.append(mine[0] if len(mine) == 1 else torch.cat(mine))
+    return whole
+
+
+def _candidate(method: Method, rows: Rows, scores: Tensor) -> Candidate:
+    w = rows.matrix()
+    if int(w.count_nonzero()) == w.numel():
+        units = method.pattern.pool(scores)
+        return Candidate(rows, units, 0, solvers.total(units))
+    alive = w != 0
+    units = method.pattern.pool(torch.where(alive, scores, 0))  # a copy: scores may be w itself
+    total = solvers.total(units)
+    dead = method.pattern.pool(alive).logical_not_()
+    units.masked_fill_(dead, -math.inf)
+    return Candidate(rows, units, int(dead.count_nonzero()), total)
+
+
+def _scores(method: Method, rows: Rows, stat: Statistic | None) -> Tensor:
+    assert isinstance(method.pruner, ScorePruner)
+    w = rows.matrix()
+    scores = method.pruner.scores(w, stat, method.pattern)
+    if scores.shape != w.shape:
+        raise ValueError(
+            f"pruner {method.pruner.name!r} gave scores of shape {tuple(scores.shape)} for "
+            f"{rows.layer.name}, which is {tuple(w.shape)}"
+        )
+    return scores
+
+
+@torch.no_grad()
+def propose(method: Method, measured: Measurements, shards: Shards) -> list[Candidate]:
+    """Scores for every layer, computed from the present weights.
+
+    Raises ValueError for scores that are NaN or infinite.
+    """
+    parts: dict[Rows, Tensor] = {}
+    for i, group in enumerate(measured.groups):
+        stats = measured[i]
+        with shards.together():
+            for rows in track(group, f"{method.pruner.name}: scores"):
+                parts[rows] = _scores(method, rows, stats.get(rows))
+    whole = _assembled(measured, parts)
+    del parts
+    candidates = [
+        _candidate(method, rows, s) for rows, s in zip(measured.shares, whole, strict=True)
+    ]
+    bad = [
+        0 if math.isfinite(c.total) else solvers.count_non_finite(c.scores) - c.pruned
+        for c in candidates
+    ]
+    names = [c.rows.layer.parameter_name for c in candidates]
+    _refuse(bad, names, shards, f"{method.pruner.name} scores")
+    dtype = functools.reduce(torch.promote_types, (c.scores.dtype for c in candidates))
+    for candidate in candidates:
+        candidate.scores = candidate.scores.to(dtype)
+    return candidates
+
+
+def _change(rows: Rows, new: Tensor, mask: Tensor, measured: Measurements, row: LayerRow) -> Change:
+    """A change of all rows that the weight has on this rank."""
+    layer, shape = rows.layer, tuple(rows.layer.local.shape)
+    new = torch.where(mask, new, 0).to(layer.local.dtype)
+    if measured.everyone.group is not None:
+        new, mask = measured.gathered(rows, new), measured.gathered(rows, mask)
+    return Change(layer, layer.unmatrix(new, shape), layer.unmatrix(mask, shape), row)
+
+
+@torch.no_grad()
+def rebuild(
+    method: Method, measured: Measurements, choices: Sequence[Choice], shards: Shards
+) -> list[Change]:
+    """The new weights, in the shape of the old.
+
+    Goes through the groups of statistics backwards, because the last one is still there. Raises
+    ValueError if the pruner computed a weight that is NaN or infinite.
+    """
+    assert isinstance(method.pruner, ScorePruner)
+    masks = {choice.rows.layer: choice for choice in choices}
+    parts: dict[Rows, Tensor] = {}
+    for i in reversed(range(len(measured.groups))):
+        stats = measured[i]
+        with shards.together():
+            for rows in track(measured.groups[i], f"{method.pruner.name}: weights"):
+                choice = masks[rows.layer]
+                begin = choice.rows.begin
+                mask = choice.mask[rows.begin - begin : rows.end - begin]
+                parts[rows] = method.pruner.rebuild(rows.matrix(), stats.get(rows), mask)
+    ordered = dict(sorted(parts.items(), key=lambda item: item[0].begin))
+    whole = _assembled(measured, ordered)
+    changes = [
+        _change(c.rows, new, c.mask, measured, c.row) for c, new in zip(choices, whole, strict=True)
+    ]
+    return _checked(method, changes, shards)
+
+
+def _checked(method: Method, changes: list[Change], shards: Shards) -> list[Change]:
+    names = [change.layer.parameter_name for change in changes]
+    bad = [solvers.count_non_finite(change.weight) for change in changes]
+    _refuse(bad, names, shards, f"new weights from {method.pruner.name}")
+    return changes
+
+
+@torch.no_grad()
+def swept(
+    method: Method, measured: Measurements, target: float | None, shards: Shards
+) -> list[Change]:
+    """The new weights of a method that chooses its masks while it solves."""
+    pruner, pattern = method.pruner, method.pattern
+    assert isinstance(pruner, SweepPruner)
+    weights = [rows.matrix() for rows in measured.shares]
+    drop = [0] * len(weights)
+    if pattern.fixed is None:
+        counts = [(w.numel(), w.numel() - int(w.count_nonzero())) for w in weights]
+        drop = allocate(method, measured.shares, counts, target, shards, _no_scores)
+    drops = dict(zip((rows.layer for rows in measured.shares), drop, strict=True))
+    changes: dict[Layer, Change] = {}
+    for i, group in enumerate(measured.groups):
+        stats = measured[i]
+        with shards.together():
+            for rows in track(group, f"{pruner.name}: weights"):
+                k = drops[rows.layer]
+                new, mask = pruner.sweep(rows.matrix(), stats.get(rows), pattern, k, shards)
+                counted = torch.tensor([mask.numel(), mask.numel() - int(mask.count_nonzero())])
+                row = layer_row(rows, pattern, *shards.all_reduce(counted).tolist())
+                changes[rows.layer] = _change(rows, new, mask, measured, row)
+    return _checked(method, list(changes.values()), shards)
+
+
+def _no_scores(k: int) -> list[int]:
+    raise ValueError(
+        "this pruner chooses while it solves, so there are no scores to rank all layers by; use "
+        "allocator 'uniform', 'erk' or a table"
+    )

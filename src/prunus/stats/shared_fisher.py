@@ -1,0 +1,75 @@
+"""A Fisher matrix that all rows of a layer share.
+
+D. Kuznedelev, E. Kurtic, E. Frantar, D. Alistarh, "CAP: correlation-aware pruning for
+highly-accurate sparse vision models", 2023, https://arxiv.org/abs/2210.09223, section 3.2.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from prunus.stats.fisher import Sampling
+
+
+class SharedFisher:
+    """One Fisher matrix that all rows of a layer share.
+
+    ``F = 2/m sum_k sum_r g_kr g_kr^T`` over gradients k and rows r (and over the blocks of a row,
+    where `block_size` cuts it), (block_size, block_size). Not damped here.
+    """
+
+    reads: Literal["inputs", "gradients"] = "gradients"
+    by_rows = False
+
+    def __init__(
+        self,
+        cols: int,
+        *,
+        sampling: Sampling,
+        block_size: int | None,
+        device: str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.cols, self.sampling, self.device, self.dtype = cols, sampling, device, dtype
+        self.block_size = cols if block_size is None else min(block_size, cols)
+        self._sum = torch.zeros(0)
+        self._count = torch.zeros(1)
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.dtype.itemsize * self.block_size**2 + 4)
+
+    @property
+    def count(self) -> int:
+        return int(self._count)
+
+    def _begin(self, device: torch.device | str) -> None:
+        if not self._sum.numel():
+            place = device if self.device is None else self.device
+            shape = self.block_size, self.block_size
+            self._sum = torch.zeros(shape, dtype=self.dtype, device=place)
+
+    def tensors(self) -> list[Tensor]:
+        self._begin("cpu")
+        return [self._sum, self._count]
+
+    def update(self, grads: Tensor) -> None:
+        """Take in (samples, rows, cols) gradients."""
+        self._begin(grads.device)
+        self._count += len(grads)
+        if grads.numel() == 0:  # a rank without rows of this layer
+            return
+        d, whole = self.block_size, self.cols // self.block_size * self.block_size
+        g = grads.to(self.dtype)
+        blocks, rest = g[..., :whole].reshape(-1, d), g[..., whole:].flatten(0, -2)
+        self._sum += (blocks.mT @ blocks).to(self._sum)
+        if t := self.cols - whole:
+            self._sum[:t, :t] += (rest.mT @ rest).to(self._sum)
+
+    def matrix(self) -> Tensor:
+        """(block_size, block_size) in float64."""
+        self._begin("cpu")
+        return 2 * self._sum.double() / max(1, self.count)
