@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunus import column_sweep
-from prunus.column_sweep import panel_errors, stripe_counts, sweep, upper_factor
+from prunus.column_sweep import (
+    errors_by_columns,
+    errors_by_solving,
+    stripe_counts,
+    sweep,
+    upper_factor,
+)
 from prunus.solvers import keep_all_but_lowest, keep_highest_of_groups
 
 from second_order_oracles import column_loop, group_solve, inverse, quadratic
@@ -74,10 +80,13 @@ def test_the_errors_of_a_panel_are_those_of_the_loop(rows, cols, seed, data):
     masks = st.lists(st.booleans(), min_size=w.numel(), max_size=w.numel())
     drop = torch.tensor(data.draw(masks)).reshape(w.shape)
     new, _, expected = column_loop(w, u, given_mask(~drop), cols)
-    errors = panel_errors(w, u, drop)
-    close((w - errors @ u).masked_fill(drop, 0), new)
-    assert bool((errors[~drop] == 0).all())
-    assert float(errors.square().sum()) / 2 == pytest.approx(expected)
+    for solve in (errors_by_columns, errors_by_solving):
+        wt = w.T.clone(memory_format=torch.contiguous_format)
+        errors = torch.full_like(wt, torch.nan)
+        solve(wt, u, drop.T, errors)
+        close(wt.T.masked_fill(drop, 0), new)
+        assert bool((errors.T[~drop] == 0).all())
+        assert float(errors.square().sum()) / 2 == pytest.approx(expected)
 
 
 # 300 columns: two whole stripes and a part, of which the last panel is a part

@@ -19,7 +19,7 @@ from prunus.linalg import dual_inverse, inverse
 Samples = Literal["micro_batch", "example"]
 SAMPLES = ("micro_batch", "example")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
-CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}  # of float64 blocks worked on at once
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}  # of float64 blocks worked on at once
 
 
 @dataclass(frozen=True)
