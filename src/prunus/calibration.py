@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prunus.distributed import all_ranks, in_step
 from prunus.layers import Layer, reshard
 from prunus.memory import parse_bytes
 from prunus.progress import track
@@ -62,17 +63,19 @@ class Calibration:
             batches._iterator = None  # type: ignore[attr-defined]
         return islice(iter(batches), self.num_batches)
 
-    def stretch(self, begin: int) -> Iterator[Batch]:
-        """Each batch once, from number `begin` on, and then those from the first one up to it."""
+    def stretch(self, begin: int) -> Iterator[tuple[int, Batch]]:
+        """As many batches as there are, with their numbers from 1, from the `begin`-th on.
+
+        After the last come those from the first one up to it.
+        """
         count = 0
-        for batch in self:
-            count += 1
+        for count, batch in enumerate(self, 1):
             if count > begin:
-                yield batch
+                yield count, batch
         if begin >= count > 0:
             begin %= count
-            yield from islice(self, begin, None)
-        yield from islice(self, begin)
+            yield from islice(enumerate(self, 1), begin, None)
+        yield from islice(enumerate(self, 1), begin)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The loss of a forward pass. Raises ValueError if there is none."""
@@ -117,9 +120,11 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def _generators(batches: Any) -> list[torch.Generator]:
-    """A loader's own sources of random order."""
-    holders = (batches, getattr(batches, "sampler", None))
-    found = [getattr(holder, "generator", None) for holder in holders]
+    """A loader's own sources of random order, and those of its samplers."""
+    found = [getattr(batches, "generator", None)]
+    for name in ("sampler", "batch_sampler"):
+        if (inner := getattr(batches, name, None)) is not None:
+            found += _generators(inner)
     return [g for g in found if isinstance(g, torch.Generator)]
 
 
@@ -130,6 +135,7 @@ def undisturbed(model: nn.Module, calibration: Calibration) -> Iterator[None]:
     So every pass over the calibration data begins in the same random state, and sees the same
     batches in the same order.
     """
+    reshard(model)  # an evaluation may have come before
     modes = [(module, module.training) for module in model.modules()]
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     generators = [(g, g.get_state()) for g in _generators(calibration.batches)]
@@ -147,6 +153,15 @@ def undisturbed(model: nn.Module, calibration: Calibration) -> Iterator[None]:
             random.setstate(plain)
             np.random.set_state(numpys)
             torch.clear_autocast_cache()  # it may hold copies of weights that will be pruned
+
+
+def in_common(model: nn.Module, calibration: Calibration) -> Iterator[Batch]:
+    """The batches; as many on every rank where a forward pass needs all ranks."""
+    needs_all = any(hasattr(p, "to_local") for p in model.parameters()) or any(
+        isinstance(m, nn.SyncBatchNorm) for m in model.modules()
+    )
+    batches = iter(calibration)
+    return in_step(batches, all_ranks(), all_needed=True) if needs_all else batches
 
 
 def measure_inputs(
@@ -170,7 +185,7 @@ def measure_inputs(
         for layer, stat in stats.items():
             handle = layer.module.register_forward_pre_hook(hook(layer, stat))
             stack.callback(handle.remove)
-        for batch in track(calibration, "calibration"):
+        for batch in track(in_common(model, calibration), "calibration"):
             calibration.run(model, batch)
             count += 1
     if count == 0:

@@ -89,15 +89,16 @@ def fisher(
     chosen = select(model, None if names is None else tuple(names), tuple(without)).layers
     stats = {layer: settings.statistic(layer) for layer in chosen}
     check_measurable(stats, "fisher", calibration)
-    need = sum(stat.nbytes for stat in stats.values())
-    budget = budget_of(calibration, chosen, settings.device)
-    if need > budget:
-        raise ValueError(
-            f"the Fisher matrix takes {need:,} bytes, and the memory for it is {budget:,}; take "
-            "fewer layers, a smaller block_size or fewer gradients"
-        )
     by_rows = {Rows(layer, 0, stat.rows): stat for layer, stat in stats.items()}
     everyone = Shards() if is_sharded(chosen) else all_ranks()
+    with torch.no_grad(), all_ranks().together():
+        need = sum(stat.nbytes for stat in stats.values())
+        budget = budget_of(calibration, chosen, settings.device)
+        if need > budget:
+            raise ValueError(
+                f"the Fisher matrix takes {need:,} bytes, and the memory for it is {budget:,}; "
+                "take fewer layers, a smaller block_size or fewer gradients"
+            )
     with torch.no_grad(), all_ranks().together():
         measure_gradients(model, by_rows, calibration, everyone=everyone)
     return Fisher(stats)

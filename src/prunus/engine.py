@@ -85,6 +85,13 @@ def commit(changes: Sequence[Change]) -> None:
 Stage = tuple[Method, "float | None"]
 
 
+def stage_count(method: Method) -> int:
+    """How many times a pruning step measures anew."""
+    count = getattr(method.pruner, "num_recomputations", 1)
+    pattern = method.pattern
+    return int(min(count, pattern.m - pattern.n) if isinstance(pattern, NM) else count)
+
+
 def stages_of(method: Method, layers: Sequence[Layer], target: float | None) -> list[Stage]:
     """The steps of one pruning step: several where the pruner measures anew on the way.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,6 +33,8 @@ class Packet(NamedTuple):
 
     grads: Grads
     batch: int
+    used: int
+    """batches read so far"""
 
 
 def _packets(
@@ -42,21 +44,23 @@ def _packets(
     sampling: Sampling,
     begin: int,
     quota: int,
+    at_once: int,
 ) -> Iterator[Packet]:
     batches = calibration.stretch(begin) if quota else iter(())
     if is_sharded(layers):  # a forward pass gathers weights from all ranks
         batches = in_step(batches, all_ranks(), all_needed=True)
-    examples = ExampleGradients(model, layers, calibration, AT_ONCE)
+    examples = ExampleGradients(model, layers, calibration, at_once)
     taken = 0
-    for number, batch in enumerate(batches, 1):
+    for used, (number, batch) in enumerate(batches, 1):
         if sampling.samples == "micro_batch":
             taken += 1
-            yield Packet(micro_batch_gradients(model, layers, calibration, batch), number)
+            grads = micro_batch_gradients(model, layers, calibration, batch)
+            yield Packet(grads, number, used)
         else:
             for grads in examples(batch):
                 some = [g if g is None else g[: quota - taken] for g in grads]
                 taken += max((len(g) for g in some if g is not None), default=1)
-                yield Packet(some, number)
+                yield Packet(some, number, used)
                 if taken >= quota:
                     break
         if taken >= quota:
@@ -76,11 +80,19 @@ def _flags(grads: Grads) -> Tensor:
     return flags
 
 
+def _max_over_ranks(flags: Tensor) -> Tensor:
+    ranks = all_ranks()
+    table = torch.zeros(ranks.world_size, *flags.shape)
+    table[ranks.rank] = flags
+    return ranks.all_reduce(table).amax(0)
+
+
 class _Exchange:
     """Hands each rank, of the gradients of all ranks, the rows that it works on."""
 
     def __init__(self, mine: Sequence[Rows], everyone: Shards, at_once: int) -> None:
         self.mine, self.everyone, self.at_once = mine, everyone, at_once
+        self.sharded = is_sharded([rows.layer for rows in mine])
         if everyone.group is None:
             return
         table = torch.zeros(everyone.world_size, len(mine), 2, dtype=torch.int64)
@@ -92,6 +104,9 @@ class _Exchange:
         if self.everyone.group is None:
             assert packet is not None
             flags = _flags(packet.grads)
+            if self.sharded:  # what is bad in the rows of one rank is left out on all
+                worst = _max_over_ranks(flags)
+                flags = torch.where(worst == BAD, worst, flags)
             yield self._whole(packet.grads, flags.shape[1]), flags, f"batch {packet.batch}"
             return
         for rank, got in enumerate(self.everyone.all_to_all(self._messages(packet))):
@@ -148,6 +163,19 @@ class _Exchange:
         return parts
 
 
+def _update(
+    stats: Iterable[GradientStatistic],
+    grads: Sequence[Tensor],
+    flags: Tensor,
+    alive: Sequence[Tensor | None],
+) -> None:
+    """Add the good samples, where there are weights."""
+    for stat, g, flag, mask in zip(stats, grads, flags, alive, strict=True):
+        good = (flag == GOOD) | (flag == UNREACHED)
+        taken = g if bool(good.all()) else g[good.to(g.device)]
+        stat.update(taken if mask is None else taken * mask)
+
+
 def _alive(rows: Rows) -> Tensor | None:
     """Where the weights are not zero; None if none is."""
     w = rows.layer.local
@@ -180,23 +208,22 @@ def measure_gradients(
     quota = (sampling.num_grads + ranks.rank) // ranks.world_size
     if everyone.group is None:
         quota = max(1, quota)
-    at_once = 1 if sampling.samples == "micro_batch" else AT_ONCE
+    several = AT_ONCE if everyone.group is None else AT_ONCE // 4  # they travel with all rows
+    at_once = 1 if sampling.samples == "micro_batch" else several
     alive = [_alive(rows) for rows in stats]
     tally = Tally(layers, sampling.num_grads if everyone.group else quota)
     exchange = _Exchange(list(stats), everyone, at_once)
     last = 0
     with undisturbed(model, calibration), gradients_on(model, layers):
-        packets = _packets(model, layers, calibration, sampling, begin, quota)
+        packets = _packets(model, layers, calibration, sampling, begin, quota, at_once)
         rounds = track(
             in_step(packets, everyone, all_needed=False), title, total=-(-quota // at_once)
         )
         for packet in rounds:
-            last = last if packet is None else packet.batch
+            last = last if packet is None else packet.used
             for grads, flags, where in exchange(packet):
                 tally.add(flags, where)
-                for stat, g, flag, mask in zip(stats.values(), grads, flags, alive, strict=True):
-                    good = (flag == GOOD) | (flag == UNREACHED)
-                    taken = g if bool(good.all()) else g[good.to(g.device)]
-                    stat.update(taken if mask is None else taken * mask)
+                with torch.autocast(layers[0].local.device.type, enabled=False):
+                    _update(stats.values(), grads, flags, alive)
     tally.finish()
     return last

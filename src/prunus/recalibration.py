@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from prunus.calibration import Calibration, undisturbed
+from prunus.calibration import Calibration, in_common, undisturbed
 from prunus.distributed import all_ranks
 from prunus.progress import track
 
@@ -73,7 +73,7 @@ def _moments(
     sums = [torch.zeros(2, norm.num_features, dtype=torch.float64) for norm in norms]
     count = torch.zeros(1, dtype=torch.float64)
     with all_ranks().together():
-        for batch in track(calibration, "normalization statistics"):
+        for batch in track(in_common(model, calibration), "normalization statistics"):
             calibration.run(model, batch)
             count += 1
             for total, norm in zip(sums, norms, strict=True):

@@ -26,6 +26,11 @@ from prunus.stats import Statistic
 log = logging.getLogger("prunus")
 
 
+def no_autocast(shares: Sequence[Rows]) -> torch.autocast:
+    """Solving is exact, also for those who step the optimizer inside `torch.autocast`."""
+    return torch.autocast(shares[0].layer.local.device.type, enabled=False)
+
+
 def check_loaded(layers: Sequence[Layer]) -> None:
     """Raises ValueError for weights on the meta device."""
     if absent := [layer.parameter_name for layer in layers if layer.weight.is_meta]:
@@ -123,9 +128,10 @@ def propose(method: Method, measured: Measurements, shards: Shards) -> list[Cand
     parts: dict[Rows, Tensor] = {}
     for i, group in enumerate(measured.groups):
         stats = measured[i]
-        with shards.together():
+        with shards.together(), no_autocast(measured.shares):
             for rows in track(group, f"{method.pruner.name}: scores"):
                 parts[rows] = _scores(method, rows, stats.get(rows))
+        del stats  # or the next group would be measured beside this one
     whole = _assembled(measured, parts)
     del parts
     candidates = [
@@ -166,12 +172,13 @@ def rebuild(
     parts: dict[Rows, Tensor] = {}
     for i in reversed(range(len(measured.groups))):
         stats = measured[i]
-        with shards.together():
+        with shards.together(), no_autocast(measured.shares):
             for rows in track(measured.groups[i], f"{method.pruner.name}: weights"):
                 choice = masks[rows.layer]
                 begin = choice.rows.begin
                 mask = choice.mask[rows.begin - begin : rows.end - begin]
                 parts[rows] = method.pruner.rebuild(rows.matrix(), stats.get(rows), mask)
+        del stats
     ordered = dict(sorted(parts.items(), key=lambda item: item[0].begin))
     whole = _assembled(measured, ordered)
     changes = [
@@ -203,13 +210,14 @@ def swept(
     changes: dict[Layer, Change] = {}
     for i, group in enumerate(measured.groups):
         stats = measured[i]
-        with shards.together():
+        with shards.together(), no_autocast(measured.shares):
             for rows in track(group, f"{pruner.name}: weights"):
                 k = drops[rows.layer]
                 new, mask = pruner.sweep(rows.matrix(), stats.get(rows), pattern, k, shards)
                 counted = torch.tensor([mask.numel(), mask.numel() - int(mask.count_nonzero())])
                 row = layer_row(rows, pattern, *shards.all_reduce(counted).tolist())
                 changes[rows.layer] = _change(rows, new, mask, measured, row)
+        del stats
     return _checked(method, list(changes.values()), shards)
 
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from prunus.allocators import ALLOCATORS, Allocator, Table
 from prunus.distributed import shards_of
-from prunus.engine import check_reachable, prune_step
+from prunus.engine import check_reachable, prune_step, stage_count
 from prunus.layers import Layer
 from prunus.masking import Hard, Masking, zero_momentum
 from prunus.measuring import Measurements
@@ -201,7 +201,7 @@ class PruningRun(Run):
         """
         groups = len(self.measurements().groups)
         once = groups if isinstance(self.method.pruner, SweepPruner) else 2 * groups - 1
-        return once * getattr(self.method.pruner, "num_recomputations", 1)
+        return once * stage_count(self.method)
 
     def memory(self) -> dict[str, int]:
         """Bytes beyond the model: always, for data, and while a pruning step runs."""

@@ -6,7 +6,6 @@ blocks, E. Kurtic et al., "The optimal BERT surgeon", 2022, https://arxiv.org/ab
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -196,6 +195,8 @@ class BlockFisher:
     def diag(self) -> Tensor:
         """(rows, cols) the diagonal of F, damp included."""
         self._flush()
+        if not self._sums:  # no rows on this rank
+            return torch.empty(self.rows, self.cols)
         like = self._sums[0].new_empty(self.rows, self.cols)
         return self.per_block(lambda blocks, _: blocks.fisher().diagonal(dim1=1, dim2=2), like)
 
@@ -208,16 +209,21 @@ class BlockFisher:
     def inverse_block(self, i: int) -> Tensor:
         """(d, d) the inverse of the i-th block, counted along the first row, then the second.
 
+        Computed where the matrix is stored.
+
         Raises IndexError if there are not so many.
         """
         each = -(-self.cols // self.block_size)
         if not 0 <= i < self.rows * each:
             raise IndexError(f"block {i} of {self.rows * each}")
+        self._flush()
         row, begin = i // each, i % each * self.block_size
-        place = torch.device("cpu")
-        for rows, cut, blocks in self._chunks(place):
-            d = blocks.data.shape[2]
-            if rows.start <= row < rows.stop and cut.start <= begin < cut.stop:
-                k = (row - rows.start) * ((cut.stop - cut.start) // d) + (begin - cut.start) // d
-                return dataclasses.replace(blocks, data=blocks.data[k : k + 1]).inverse()[0]
-        raise AssertionError("every block lies in some chunk")
+        for sums, (cut, d) in zip(self._sums * 2, self._cuts(), strict=False):
+            if cut.start <= begin < cut.stop:
+                if self.dual:
+                    data = self._sums[0][: self.count, row, begin : begin + d].unsqueeze(0)
+                else:
+                    at = row * ((cut.stop - cut.start) // d) + (begin - cut.start) // d
+                    data = sums[at : at + 1]
+                return Blocks(data, self.count, self.damp, self.dual).inverse()[0]
+        raise AssertionError("every block lies in some cut")
