@@ -189,3 +189,56 @@ def test_gradients_of_examples_are_refused_where_weights_are_sharded(ranks):
 
 def _outcome_of_examples():
     return outcome(_examples_sharded)
+
+
+def _bad_row():
+    """Infinite in the gradient of the first output, which only the first rank holds."""
+    model = wrapped(net(), "fsdp")
+    before = whole_state(model)
+
+    def forward(model, batch):
+        output = model(batch[0])
+        return mse(output, batch[1]) + output[0, 0] * math.inf
+
+    calibration = prunus.Calibration(batches(4), forward=forward)
+    error = outcome(
+        lambda: prunus.prune(model, "cap", sparsity=0.5, layers="odd", calibration=calibration)
+    )
+    return error, all(torch.equal(t, before[n]) for n, t in whole_state(model).items())
+
+
+def test_a_gradient_that_is_bad_in_the_rows_of_one_rank_is_bad_on_all(ranks):
+    for error, untouched in ranks(_bad_row):
+        assert "gradients of odd are NaN or infinite, the first from batch 1" in error
+        assert untouched
+
+
+class Normed(workers.Net):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        x = self.wide(torch.tanh(self.norm(self.conv(x))).mean((2, 3))).tanh()
+        return torch.cat([self.odd(x), self.single(x)], 1)
+
+
+def _recalibrated(how):
+    torch.manual_seed(1)
+    model = wrapped(Normed().double(), how)
+    uneven = data_for(how, 6)[: 4 if workers.world()[0] == 0 else 6]
+    data = prunus.Calibration(uneven if how == "fsdp" else data_for(how), mse)
+    prunus.prune(model, "magnitude", sparsity=0.5, recalibrate=data)
+    return whole_state(model)
+
+
+def test_norms_are_estimated_from_the_data_of_all_ranks(ranks):
+    one = _recalibrated("union")
+    for state in ranks(_recalibrated, "ddp"):
+        torch.testing.assert_close(state["norm.running_mean"], one["norm.running_mean"])
+        torch.testing.assert_close(state["norm.running_var"], one["norm.running_var"])
+
+
+def test_sharded_ranks_with_different_numbers_of_batches_recalibrate_on_what_they_share(ranks):
+    first, second = ranks(_recalibrated, "fsdp")
+    assert torch.equal(first["norm.running_mean"], second["norm.running_mean"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import prunus
 from prunus.gradients import ExampleGradients, gradients_on, micro_batch_gradients
@@ -111,9 +111,15 @@ def test_the_users_iteration_of_the_same_loader_goes_on(persistent):
     assert read(pause=True) == read(pause=False)
 
 
-def test_every_pass_sees_the_same_batches_of_a_shuffling_loader():
+def by_batch_sampler(dataset):
+    sampler = RandomSampler(dataset, generator=torch.Generator().manual_seed(5))
+    return DataLoader(dataset, batch_sampler=BatchSampler(sampler, 4, False))
+
+
+@pytest.mark.parametrize("load", [lambda d: DataLoader(d, 4, shuffle=True), by_batch_sampler])
+def test_every_pass_sees_the_same_batches_of_a_shuffling_loader(load):
     dataset = TensorDataset(torch.randn(32, 8), torch.randn(32, 4))
-    loader = DataLoader(dataset, 4, shuffle=True)
+    loader = load(dataset)
     model = small_mlp()
     results = []
     for memory in (None, 30_000):
@@ -172,6 +178,17 @@ def test_more_than_a_few_bad_gradients_name_the_batch_and_change_nothing():
     with pytest.raises(ValueError, match="3 of 40 gradients of 0 are NaN .* first from batch 7"):
         prunus.prune(model, cap(), sparsity=0.5, calibration=calibration)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_a_bad_batch_is_named_by_its_place_in_the_data_at_every_stage(caplog):
+    batches = data(number=60)
+    batches[25][0][0, 0] = math.nan
+    pruner = cap(num_recomputations=3, num_grads=20)
+    calibration = prunus.Calibration(batches, mse)
+    prunus.prune(small_mlp(), pruner, sparsity=0.5, calibration=calibration)
+    assert "1 of 20 gradients of 0 were NaN or infinite and left out, the first from batch 26" in (
+        caplog.text
+    )
 
 
 def test_what_is_left_out_does_not_depend_on_the_plan(caplog):
@@ -297,6 +314,47 @@ def test_a_sum_over_the_batch_is_found_out(caplog):
     assert (
         "one backward pass for each example, because 0 gives other gradients alone" in caplog.text
     )
+
+
+def test_a_mean_over_tokens_is_found_out(caplog):
+    """Examples of different lengths weigh differently in it."""
+    lengths = [5, 1, 9, 2, 8, 5, 4, 6]
+    x, y = torch.randn(8, 9, 8), torch.randint(4, (8, 9))
+    for i, length in enumerate(lengths):
+        y[i, length:] = -100
+
+    def loss(output, y):
+        return nn.functional.cross_entropy(output.flatten(0, 1), y.flatten())
+
+    calibration = prunus.Calibration([(x, y)], loss)
+    prunus.prune(small_mlp(), cap(samples="example"), sparsity=0.5, calibration=calibration)
+    assert "the loss is no mean over examples" in caplog.text
+
+
+def test_hooks_are_not_trusted_before_they_could_be_checked():
+    model = Tricky(outside=True)
+    batches = data(number=30)
+    batches[0][0][:] = math.nan
+    settings = prunus.OBS(block_size=8, samples="example")
+    calibration = prunus.Calibration(batches, mse)
+    stat = prunus.fisher(model, calibration, layers="*", settings=settings)
+    assert stat["once"].count == 29 * 4  # the weight that its module's hook never sees
+
+
+def test_sums_are_exact_inside_autocast():
+    model, batches = small_mlp(), data(number=9)
+
+    def forward(model, batch):
+        with torch.autocast("cpu", enabled=False):
+            return mse(model(batch[0]), batch[1])
+
+    for settings in (prunus.OBS(), prunus.OBS(samples="example")):
+        calibration = prunus.Calibration(batches, forward=forward)
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = prunus.fisher(model, calibration, settings=settings)
+            assert torch.is_autocast_enabled("cpu")
+        outside = prunus.fisher(model, calibration, settings=settings)
+        torch.testing.assert_close(inside.diag()["2"], outside.diag()["2"], rtol=1e-5, atol=1e-9)
 
 
 def test_dictionaries_are_taken_apart_too():

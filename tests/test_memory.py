@@ -1,6 +1,7 @@
 """The plan: what is held at a time, and that results do not depend on it."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import prunus
 from prunus.layers import all_layers
 from prunus.measuring import measurements
 from prunus.memory import Need, parse_bytes, plan
+from prunus.stats import BlockFisher
 
 from oracles import small_cnn, small_mlp
 
@@ -145,3 +147,18 @@ def test_what_a_group_holds_is_what_was_planned():
             t.nbytes for stat in planned[i].values() for t in getattr(stat, "_waiting", [])
         )
         assert held + waiting <= planned.bytes_of(planned.groups[i]) <= 6000
+
+
+def test_two_groups_are_never_held_at_a_time():
+    model, live = small_mlp(), []
+    batches = [(torch.randn(4, 8), torch.randn(4, 4)) for _ in range(5)]
+
+    def loss(output, y):
+        kept = [o for o in gc.get_objects() if type(o) is BlockFisher and o.tensors()]
+        live.append(sum(t.nbytes for stat in kept for t in stat.tensors()))
+        return mse(output, y)
+
+    gc.collect()
+    data = prunus.Calibration(batches, loss, memory=6000)
+    prunus.prune(model, prunus.CAP(**FISHER), sparsity=0.5, calibration=data)
+    assert 0 < max(live) <= 6000

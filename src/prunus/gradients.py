@@ -55,13 +55,14 @@ def micro_batch_gradients(
     loss = calibration.loss(unwrap(model), batch)
     weights = [layer.weight for layer in layers]
     found: Sequence[Tensor | None]
-    if is_sharded(layers):  # FSDP2 gathers and reduces in a backward pass only
-        loss.backward()  # type: ignore[no-untyped-call]
-        found = [w.grad for w in weights]
-        for p in model.parameters():
-            p.grad = None
-    else:
-        found = torch.autograd.grad(loss, weights, allow_unused=True)
+    with torch.autocast(loss.device.type, enabled=False):  # a backward pass runs outside of it
+        if is_sharded(layers):  # FSDP2 gathers and reduces in a backward pass only
+            loss.backward()  # type: ignore[no-untyped-call]
+            found = [w.grad for w in weights]
+            for p in model.parameters():
+                p.grad = None
+        else:
+            found = torch.autograd.grad(loss, weights, allow_unused=True)
     return [
         None if g is None else layer.matrix(local(g.detach())).unsqueeze(0)
         for layer, g in zip(layers, found, strict=True)
@@ -191,7 +192,8 @@ class ExampleGradients:
                 stack.callback(layer.module.register_forward_hook(hook(calls)).remove)
             loss = self.calibration.loss(self.model, batch)
         if loss.requires_grad:
-            torch.autograd.grad(loss, [probe], allow_unused=True)
+            with torch.autocast(loss.device.type, enabled=False):
+                torch.autograd.grad(loss, [probe], allow_unused=True)
         return seen
 
     def _product(
