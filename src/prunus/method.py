@@ -65,8 +65,9 @@ class LayerRow:
     zeros: int
     itemsize: int
     """bytes of a weight"""
-    score_lost: float
-    """share of the layer's remaining score that went with what was pruned in this step"""
+    score_lost: float | None
+    """share of the layer's remaining score that went with what was pruned in this step; None for
+    methods that have no scores"""
 
     @property
     def sparsity(self) -> float:

@@ -106,8 +106,8 @@ class Result(Recorded):
     def cells(self) -> Iterable[Sequence[str]]:
         for row in self.rows:
             shape = "x".join(map(str, row.shape))
-            numbers = f"{row.sparsity:.4f}", f"{row.zeros:,}", f"{row.score_lost:.2%}"
-            yield row.name, shape, row.pattern, *numbers
+            lost = "" if row.score_lost is None else f"{row.score_lost:.2%}"
+            yield row.name, shape, row.pattern, f"{row.sparsity:.4f}", f"{row.zeros:,}", lost
         zeros = sum(row.zeros for row in self.rows)
         yield f"{len(self.rows)} layers", "", "", f"{self.sparsity:.4f}", f"{zeros:,}", ""
 

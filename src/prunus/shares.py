@@ -103,10 +103,10 @@ def layer_row(
     pattern: Pattern,
     size: float,
     zeros: float,
-    before: float = 0.0,
+    before: float | None = None,
     after: float = 0.0,
 ) -> LayerRow:
-    lost = max(0.0, 1 - after / before) if before else 0.0
+    lost = None if before is None else max(0.0, 1 - after / before) if before else 0.0
     layer = rows.layer
     counts = int(size), int(zeros), layer.weight.element_size()
     return LayerRow(layer.name, layer.kind, layer.shape, str(pattern), *counts, lost)
