@@ -225,14 +225,15 @@ def variants(task: Task) -> dict[str, Variant]:
         "4 recomputations": cap(num_recomputations=4),
         "4 recomputations, linear": cap(num_recomputations=4, ramp="linear"),
         "4 recomputations, examples": cap(64, num_recomputations=4, **examples),
-        "OBS": obs(),
-        "OBS, 4 recomputations": obs(num_recomputations=4),
+        **{f"OBS, damp {damp:g}": obs(damp=damp) for damp in (1e-7, 1e-6, 1e-5, 1e-4, 1e-3)},
+        f"OBS, damp {OBS_DAMP[task.name]:g}, 4 recomputations": obs(num_recomputations=4),
     }
 
 
 def push(task: Task, args: argparse.Namespace) -> None:
     rows = []
-    for name, (pruner, size) in variants(task).items():
+    chosen = {name: v for name, v in variants(task).items() if args.variants in name}
+    for name, (pruner, size) in chosen.items():
         runs = [
             pruned(task, pruner, 0.9, task.calibration(seed, size), task.calibration(seed, 64))
             for seed in range(args.seeds)
@@ -269,6 +270,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--models", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--variants", default="", help="of push, those with this in their name")
     parser.add_argument("--plot", type=Path, help="file for a picture of the sweep")
     weights = SHARED / "models" / "resnet20-cifar10-jpeg.safetensors"
     parser.add_argument("--weights", type=Path, default=weights)
