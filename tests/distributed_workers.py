@@ -187,7 +187,7 @@ class InputScaled:
     def statistic(self, layer):
         return InputNorm(layer.matrix_shape()[1])
 
-    def scores(self, w, stat, pattern):
+    def scores(self, w, stat, pattern, ranks):
         return w.abs() * stat.norm
 
     def rebuild(self, w, stat, mask):

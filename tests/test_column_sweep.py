@@ -9,14 +9,18 @@ from hypothesis import strategies as st
 
 from prunus import column_sweep
 from prunus.column_sweep import (
+    choice,
     errors_by_columns,
     errors_by_solving,
+    row_counts,
     stripe_counts,
     sweep,
     upper_factor,
 )
+from prunus.patterns import parse_pattern
 from prunus.solvers import keep_all_but_lowest, keep_highest_of_groups
 
+from oracles import lowest, nm_keep
 from second_order_oracles import column_loop, group_solve, inverse, quadratic
 from second_order_oracles import upper_factor as slow_upper_factor
 
@@ -235,3 +239,71 @@ def test_counts_of_the_stripes_add_up_in_a_layer_of_45_million_weights():
     drop = round(0.6 * w.numel())
     for count in (drop, drop + 1, drop + 2):
         assert sum(map(sum, stripe_counts([w], count, lambda t: t))) == count
+
+
+@given(st.integers(1, 6), st.integers(1, 400), st.floats(0, 1), st.floats(0, 0.9), SEEDS)
+@FEW
+def test_counts_of_the_rows_add_up_in_each_row_zeros_included(rows, cols, sparsity, zeros, seed):
+    generator = torch.Generator().manual_seed(seed)
+    w = (torch.rand(rows, cols, generator=generator) >= zeros).float()
+    dead = (w == 0).sum(1)
+    drop = max(rows * int(dead.max()), round(sparsity * w.numel()))
+    counts = row_counts(w, drop)
+    each, more = divmod(drop, rows)
+    for i in range(rows):
+        assert sum(int(count[i]) for count in counts) == each + (i < more)
+        share = (each + (i < more) - int(dead[i])) / max(1, cols - int(dead[i]))
+        for stripe, count in zip(w[i].split(column_sweep.STRIPE), counts, strict=True):
+            alive = int(stripe.count_nonzero())
+            fresh = int(count[i]) - (len(stripe) - alive)
+            assert 0 <= fresh <= alive
+            assert abs(fresh - alive * share) <= 1
+
+
+def test_a_row_that_lost_too_much_before_loses_no_more():
+    w = torch.ones(3, 200)
+    w[1, :150] = 0
+    assert [sum(int(count[i]) for count in row_counts(w, 301)) for i in range(3)] == [101, 150, 100]
+
+
+@given(
+    st.sampled_from(["unstructured", "row", "1:4"]),
+    st.integers(1, 4),
+    st.sampled_from([4, 8, 12]),
+    SEEDS,
+)
+@FEW
+def test_masks_of_a_stripe_take_zeros_first_then_useless_columns_then_low_scores(
+    pattern, rows, cols, seed
+):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(rows, cols, generator=generator, dtype=torch.float64) + 0.1
+    alive = torch.rand(rows, cols, generator=generator) >= 0.2
+    useless = torch.rand(cols, generator=generator) < 0.2
+    ranked = torch.where(alive, torch.where(useless, 0.0, scores), -1.0)
+    ks = torch.randint(cols + 1, (rows,), generator=generator)
+    if pattern == "1:4":
+        counts, expected = [], nm_keep(ranked, 1, 4)
+    elif pattern == "row":
+        gone = [lowest(row.tolist(), int(k)) for row, k in zip(ranked, ks, strict=True)]
+        counts = [ks]
+        expected = torch.tensor([[j not in each for j in range(cols)] for each in gone])
+    else:
+        gone, counts = lowest(ranked.flatten().tolist(), int(ks.sum())), [int(ks.sum())]
+        expected = torch.tensor([i not in gone for i in range(rows * cols)]).reshape(rows, cols)
+    before = scores.clone()
+    choose, every = choice(parse_pattern(pattern), alive, useless, counts, keep_all_but_lowest)
+    assert every == (4 if pattern == "1:4" else column_sweep.STRIPE)
+    assert torch.equal(choose(scores, 0, cols), expected & alive)
+    assert torch.equal(scores, before)
+
+
+def test_later_stripes_are_chosen_by_their_own_columns():
+    generator = torch.Generator().manual_seed(0)
+    alive, useless = torch.ones(2, 200).bool(), torch.zeros(200).bool()
+    alive[0, 130], useless[140] = False, True
+    scores = torch.rand(2, 72, generator=generator) + 0.1
+    plan = [torch.tensor([0, 0]), torch.tensor([2, 1])]
+    choose, _ = choice(parse_pattern("row"), alive, useless, plan, keep_all_but_lowest)
+    gone = (~choose(scores, 128, 200)).nonzero().tolist()
+    assert gone == [[0, 2], [0, 12], [1, 12]]

@@ -61,10 +61,10 @@ def test_a_nan_on_one_rank_is_the_same_error_on_all_and_changes_nothing(ranks, c
 class FailsOnOneRank(prunus.Magnitude):
     where: ClassVar[str] = ""
 
-    def scores(self, w, stat, pattern):
+    def scores(self, w, stat, pattern, ranks):
         if workers.world()[0] == 1 and self.where == "scores":
             raise ArithmeticError("no inverse")
-        return super().scores(w, stat, pattern)
+        return super().scores(w, stat, pattern, ranks)
 
     def rebuild(self, w, stat, mask):
         if workers.world()[0] == 1:

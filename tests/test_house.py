@@ -10,15 +10,15 @@ import pytest
 SRC = Path(__file__).parent.parent / "src" / "prunus"
 LEVELS = [
     {"names", "patterns", "schedules", "solvers", "masking", "timing"}
-    | {"linalg", "elimination", "column_sweep"},
+    | {"linalg", "elimination", "column_sweep", "refitting", "swapping", "admm"},
     {"layers", "selection", "stats"},
-    {"pruners", "allocators"},
+    {"pruners", "allocators", "permute"},
     {"calibration", "engine", "method", "distributed", "progress"}
     | {"memory", "gradients", "gradient_pass", "measuring", "shares", "solving", "tally"}
-    | {"curvature", "recalibration"},
+    | {"curvature", "recalibration", "input_pass", "sequential", "blocks", "looking", "permuting", "block_inputs", "lazy_weights", "finished_blocks"},
     {"modifiers"},
     {"recipe", "records", "report", "results", "session", "oneshot", "checkpoint"},
-    {"cli", "integrations", "__init__", "__main__"},
+    {"cli", "preview", "integrations", "__init__", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 EXTRAS = {

@@ -230,7 +230,7 @@ def test_registering_half_a_pruner_names_what_is_missing():
 
 def test_scores_of_the_wrong_shape_are_refused():
     class Wrong(Toy):
-        def scores(self, w, stat, pattern):
+        def scores(self, w, stat, pattern, ranks):
             return w[:, :1]
 
     data = prunus.Calibration([torch.randn(2, 8)])

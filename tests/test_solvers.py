@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from prunus import solvers
 
-from oracles import global_keep, nm_keep
+from oracles import global_keep, lowest, nm_keep
 
 # few distinct values, so that ties are everywhere
 VALUES = st.sampled_from([-math.inf, -1.5, -0.0, 0.0, 1e-30, 0.25, 0.5, 1.0, 3e38, math.inf])
@@ -61,6 +61,22 @@ def test_groups_keep_their_n_highest(rows, groups, m, data):
     values = data.draw(st.lists(VALUES, min_size=entries, max_size=entries))
     scores = torch.tensor(values).reshape(rows, groups * m)
     assert torch.equal(solvers.keep_highest_of_groups(scores, n, m), nm_keep(scores, n, m))
+
+
+@given(st.integers(1, 5), st.integers(1, 8), DTYPES, st.data())
+@settings(deadline=None)
+def test_each_row_loses_as_many_as_it_is_told(rows, cols, dtype, data):
+    values = data.draw(st.lists(VALUES, min_size=rows * cols, max_size=rows * cols))
+    counts = data.draw(st.lists(st.integers(0, cols), min_size=rows, max_size=rows))
+    scores = torch.tensor(values, dtype=dtype).reshape(rows, cols)
+    expected = torch.ones(rows, cols, dtype=torch.bool)
+    for r, (row, k) in enumerate(zip(scores.tolist(), counts, strict=True)):
+        expected[r, list(lowest(row, k))] = False
+    assert torch.equal(solvers.keep_all_but_lowest_of_each(scores, torch.tensor(counts)), expected)
+    for k in set(counts):
+        once = solvers.keep_all_but_lowest_of_rows(scores, k)
+        many = solvers.keep_all_but_lowest_of_each(scores, torch.full((rows,), k))
+        assert torch.equal(once, many)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -8,6 +8,7 @@ from torch import Tensor
 import prunus
 from prunus.layers import Layer
 from prunus.patterns import Pattern
+from prunus.pruners import Ranks
 from prunus.stats import InputNorm
 
 from cases import Case
@@ -30,7 +31,7 @@ class Toy:
     def statistic(self, layer: Layer) -> InputNorm:
         return InputNorm(layer.matrix_shape()[1])
 
-    def scores(self, w: Tensor, stat: InputNorm, pattern: Pattern) -> Tensor:
+    def scores(self, w: Tensor, stat: InputNorm, pattern: Pattern, ranks: Ranks) -> Tensor:
         return w.abs() ** self.power * stat.norm.to(w)
 
     def rebuild(self, w: Tensor, stat: InputNorm, mask: Tensor) -> Tensor:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import resource
 import statistics
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+Row = tuple[str, str, str, str, str]
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -52,6 +55,61 @@ def seconds(run: Callable[[], object], args: argparse.Namespace) -> float:
     if args.device == "cuda":
         torch.cuda.synchronize()
     return clock() - begin
+
+
+def compare(
+    name: str,
+    mine: Callable[[], object],
+    theirs: Callable[[], object],
+    args: argparse.Namespace,
+    goal: str,
+    times: float = 1.0,
+) -> Row:
+    """Seconds of both, in turn; `theirs` is a share ``1 / times`` of the whole."""
+    pairs = [(seconds(mine, args), seconds(theirs, args) * times) for _ in range(args.rounds)]
+    fast, slow = (statistics.median(side) for side in zip(*pairs, strict=True))
+    return name, f"{fast:.2f}", f"{slow:.2f}", f"{slow / fast:.1f}", goal
+
+
+class PeakMemory:
+    """The most memory used inside the block beyond what was used at its beginning, in bytes.
+
+    With `anonymous`, pages of files that are mapped are not counted.
+    """
+
+    def __init__(self, device: str, anonymous: bool = False) -> None:
+        self.cuda, self.extra, self._stop = device == "cuda", 0, threading.Event()
+        self.anonymous = anonymous
+
+    def resident(self) -> int:
+        if self.cuda:
+            return torch.cuda.memory_allocated()
+        _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())
+        return (resident - shared * self.anonymous) * resource.getpagesize()
+
+    def __enter__(self) -> PeakMemory:
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        self._before, self._peak = self.resident(), 0
+        self._most_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        self._thread = threading.Thread(target=self._sample)
+        self._thread.start()
+        return self
+
+    def _sample(self) -> None:
+        while not self._stop.is_set():
+            self._peak = max(self._peak, self.resident())
+            time.sleep(0.001)
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        peak = torch.cuda.max_memory_allocated() if self.cuda else self._peak
+        # the kernel's own maximum misses nothing between two samples, if it was reached in here
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        if not self.cuda and not self.anonymous and most > self._most_before:
+            peak = max(peak, 1024 * most)
+        self.extra = peak - self._before
 
 
 def spread(values: Sequence[float]) -> str:

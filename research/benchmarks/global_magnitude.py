@@ -13,14 +13,10 @@ used beyond the resident model, in units of the pruned weights' bytes.
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +24,7 @@ from torch.nn.utils import prune as torch_prune
 
 import prunus
 
-from common import add_options, hardware, print_table, seconds
+from common import PeakMemory, add_options, hardware, print_table, seconds
 
 SPARSITY = 0.75
 PATTERNS = ("row", "2:4", "4x1", "1x4")
@@ -83,42 +79,6 @@ def measure_time(args: argparse.Namespace) -> dict[str, float]:
 
 
 # --- memory --------------------------------------------------------------------------------------
-
-
-class PeakMemory:
-    """The most memory used inside the block beyond what was used at its beginning, in bytes."""
-
-    def __init__(self, device: str) -> None:
-        self.cuda, self.extra, self._stop = device == "cuda", 0, threading.Event()
-
-    def resident(self) -> int:
-        if self.cuda:
-            return torch.cuda.memory_allocated()
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-    def __enter__(self) -> PeakMemory:
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-        self._before, self._peak = self.resident(), 0
-        self._most_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        self._thread = threading.Thread(target=self._sample)
-        self._thread.start()
-        return self
-
-    def _sample(self) -> None:
-        while not self._stop.is_set():
-            self._peak = max(self._peak, self.resident())
-            time.sleep(0.001)
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        peak = torch.cuda.max_memory_allocated() if self.cuda else self._peak
-        # the kernel's own maximum misses nothing between two samples, if it was reached in here
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        if not self.cuda and most > self._most_before:
-            peak = max(peak, 1024 * most)
-        self.extra = peak - self._before
 
 
 def measure_memory(args: argparse.Namespace) -> float:

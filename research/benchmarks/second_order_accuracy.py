@@ -92,7 +92,7 @@ def _task(
 TASKS = {"resnet20": resnet20, "digits": digits}
 DAMP = {"resnet20": 1e-7, "digits": 1e-8}  # the point to compare with; the default
 BEST_DAMP = {"resnet20": 1e-5, "digits": 1e-8}  # of the scan in `push`
-OBS_DAMP = {"resnet20": 1e-5, "digits": 1e-7}
+OBS_DAMP = {"resnet20": 1e-3, "digits": 1e-7}
 
 
 def methods(task: Task) -> dict[str, tuple[str | Pruner, str]]:

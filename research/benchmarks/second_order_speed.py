@@ -17,10 +17,8 @@
 from __future__ import annotations
 
 import argparse
-import statistics
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -29,6 +27,7 @@ from torch import Tensor, nn
 
 import prunus
 from prunus.column_sweep import STRIPE, sweep, upper_factor
+from prunus.distributed import Shards
 from prunus.elimination import greedy_losses
 from prunus.gradients import ExampleGradients, gradients_on, micro_batch_gradients
 from prunus.pruners import CAP
@@ -36,10 +35,9 @@ from prunus.selection import select
 from prunus.solvers import keep_all_but_lowest
 from prunus.stats import BlockFisher, Sampling
 
-from common import add_options, hardware, print_table, seconds
+from common import Row, add_options, compare, hardware, print_table, seconds
 
 ROWS, COLS, BLOCK, GRADS, DAMP = 768, 3072, 192, 1024, 1e-6
-Row = tuple[str, str, str, str, str]
 
 
 def gradient(rows: int, seed: int) -> Tensor:
@@ -70,20 +68,6 @@ def published_inverse(rows: int, device: str) -> Tensor:
     blocks = rows * COLS // BLOCK
     eye = torch.eye(BLOCK, device=device).expand(blocks, BLOCK, BLOCK)
     return (eye / DAMP).contiguous()
-
-
-def compare(
-    name: str,
-    mine: Callable[[], object],
-    theirs: Callable[[], object],
-    args: argparse.Namespace,
-    goal: str,
-    times: float = 1.0,
-) -> Row:
-    """Seconds of both, in turn; `theirs` is a share ``1 / times`` of the whole."""
-    pairs = [(seconds(mine, args), seconds(theirs, args) * times) for _ in range(args.rounds)]
-    fast, slow = (statistics.median(side) for side in zip(*pairs, strict=True))
-    return name, f"{fast:.2f}", f"{slow:.2f}", f"{slow / fast:.1f}", goal
 
 
 def bench_inverse(args: argparse.Namespace) -> list[Row]:
@@ -147,7 +131,7 @@ def bench_cap(args: argparse.Namespace) -> list[Row]:
     pruner, pattern = CAP(block_size=BLOCK), prunus.patterns.Unstructured()
 
     def whole() -> None:
-        scores = pruner.scores(w, stat, pattern)
+        scores = pruner.scores(w, stat, pattern, Shards())
         pruner.rebuild(w, stat, keep_all_but_lowest(scores, w.numel() * 3 // 4))
 
     def mine() -> None:  # the inverse lies ready
@@ -193,7 +177,7 @@ def peak_beyond_fisher(rows: int) -> int:
     pruner = CAP(block_size=BLOCK)
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     before = resident("VmRSS")
-    scores = pruner.scores(w, stat, prunus.patterns.Unstructured())
+    scores = pruner.scores(w, stat, prunus.patterns.Unstructured(), Shards())
     pruner.rebuild(w, stat, keep_all_but_lowest(scores, w.numel() * 3 // 4))
     return resident("VmHWM") - before
 

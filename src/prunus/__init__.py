@@ -5,22 +5,43 @@ from prunus.checkpoint import load, save
 from prunus.curvature import Fisher, fisher
 from prunus.modifiers import PruningModifier
 from prunus.oneshot import prune, sweep
-from prunus.pruners import CAP, OBS, FastCAP, Magnitude, list_pruners, register_pruner
+from prunus.permuting import Permute
+from prunus.pruners import (
+    ALPS,
+    CAP,
+    OBS,
+    RI,
+    RIA,
+    FastCAP,
+    Magnitude,
+    SparseGPT,
+    Wanda,
+    list_pruners,
+    register_pruner,
+)
 from prunus.recipe import Recipe
 from prunus.results import sparsity
+from prunus.sequential import Sequential
 from prunus.session import Session, attach
 
 __version__ = "0.1.0"
 __all__ = [
+    "ALPS",
     "CAP",
     "OBS",
+    "RI",
+    "RIA",
     "Calibration",
     "FastCAP",
     "Fisher",
     "Magnitude",
+    "Permute",
     "PruningModifier",
     "Recipe",
+    "Sequential",
     "Session",
+    "SparseGPT",
+    "Wanda",
     "attach",
     "fisher",
     "list_pruners",

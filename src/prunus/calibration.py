@@ -15,10 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from prunus.distributed import all_ranks, in_step
-from prunus.layers import Layer, reshard
+from prunus.layers import reshard
 from prunus.memory import parse_bytes
-from prunus.progress import track
-from prunus.stats import Statistic
 
 Batch = Any
 
@@ -162,35 +160,3 @@ def in_common(model: nn.Module, calibration: Calibration) -> Iterator[Batch]:
     )
     batches = iter(calibration)
     return in_step(batches, all_ranks(), all_needed=True) if needs_all else batches
-
-
-def measure_inputs(
-    model: nn.Module, stats: Mapping[Layer, Statistic], calibration: Calibration
-) -> None:
-    """Fill the statistics from the layers' inputs, in one pass over the calibration data.
-
-    Raises ValueError for empty data, and for a layer that no batch has reached.
-    """
-    reached: set[Layer] = set()
-
-    def hook(layer: Layer, stat: Statistic) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def take(module: nn.Module, args: tuple[Any, ...]) -> None:
-            stat.update(layer.input_matrix(args[0]))
-            reached.add(layer)
-
-        return take
-
-    count = 0
-    with contextlib.ExitStack() as stack, undisturbed(model, calibration), torch.no_grad():
-        for layer, stat in stats.items():
-            handle = layer.module.register_forward_pre_hook(hook(layer, stat))
-            stack.callback(handle.remove)
-        for batch in track(in_common(model, calibration), "calibration"):
-            calibration.run(model, batch)
-            count += 1
-    if count == 0:
-        raise ValueError("the calibration data is empty; nothing was pruned")
-    if missed := [layer.name for layer in stats if layer not in reached]:
-        raise ValueError(
-            f"no calibration batch reached {', '.join(missed[:5])}; nothing was pruned"
-        )

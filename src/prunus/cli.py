@@ -15,9 +15,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 from torch import nn
 
@@ -27,6 +25,7 @@ from prunus.calibration import Calibration
 from prunus.masking import MASKINGS
 from prunus.modifiers import MODIFIERS, Context, PruningModifier, PruningRun
 from prunus.names import Registry, did_you_mean
+from prunus.preview import preview, table_of
 from prunus.pruners import PRUNERS
 from prunus.recipe import Recipe, json_schema
 from prunus.recipe.schema import class_schema
@@ -110,14 +109,10 @@ def _description(cls: type) -> str:
     return (inspect.getdoc(cls) or "").replace("``", "").replace("`", "'")
 
 
-def _table(*columns: str, title: str = "") -> Table:
-    return Table(*columns, title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
-
-
 @app.command("list")
 def list_() -> None:
     """What recipes can name: pruners, patterns, allocators, modifiers, curves."""
-    table = _table("kind", "name", "what it does")
+    table = table_of("kind", "name", "what it does")
     for kind, registry in REGISTRIES.items():
         for name in registry:
             table.add_row(kind, name, _description(registry[name]).split("\n")[0])
@@ -151,7 +146,7 @@ def show(
         if not properties:
             out.print("no settings")
             continue
-        table = _table("setting", "default", "meaning")
+        table = table_of("setting", "default", "meaning")
         defaults = {f.name.rstrip("_"): f for f in dataclasses.fields(cls)}
         for key, schema in properties.items():
             table.add_row(key, _default(defaults[key]), schema.get("description", ""))
@@ -192,46 +187,12 @@ def check(
     for i, modifier in enumerate(modifiers):
         run = modifier.bind(context)
         if isinstance(modifier, PruningModifier) and isinstance(run, PruningRun):
-            out.print(_layers(run, f"modifiers[{i}]"), *_memory(run), sep="\n")
+            out.print(*preview(run, f"modifiers[{i}]"), sep="\n")
         if timed:
-            plan = _table("after step", "epoch", "what", title=f"modifiers[{i}] {modifier.name}")
+            plan = table_of("after step", "epoch", "what", title=f"modifiers[{i}] {modifier.name}")
             for step, what in run.plan():
                 plan.add_row(str(step), f"{step / (steps_per_epoch or 1):.2f}", what)
             out.print(plan)
-
-
-def _layers(run: PruningRun, where: str) -> Table:
-    stats = run.measurements().stats
-    columns = ["layer", "kind", "shape", "weights", *(["statistics"] if stats else [])]
-    table = _table(*columns, title=f"{where} prune: {len(run.layers)} layers")
-    for layer in run.layers:
-        shape = "x".join(map(str, layer.shape))
-        size = [_size(stats[layer].nbytes)] if layer in stats else []
-        table.add_row(layer.name, layer.kind, shape, f"{layer.weight.numel():,}", *size)
-    return table
-
-
-def _size(nbytes: float) -> str:
-    """Bytes as people read them."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if nbytes < 1024:
-            return f"{nbytes:,.0f} {unit}" if unit == "B" else f"{nbytes:,.1f} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:,.1f} TiB"
-
-
-def _memory(run: PruningRun) -> list[str]:
-    lines = [f"{what}: {_size(nbytes)}" for what, nbytes in run.memory().items()]
-    dense = [f"left dense: {', '.join(run.left_dense)}"] if run.left_dense else []
-    measured = run.measurements()
-    plan = []
-    if len(measured.groups) > 1:
-        whole = sum(stat.nbytes for stat in measured.stats.values())
-        plan = [
-            f"statistics of {_size(whole)} in {len(measured.groups)} groups, one at a time: "
-            f"{run.passes()} passes over the calibration data in each pruning step"
-        ]
-    return [*dense, "memory: " + "; ".join(lines), *plan]
 
 
 @app.command()
@@ -267,9 +228,21 @@ def prune(
     recalibrate: Annotated[
         bool, typer.Option(help="estimate BatchNorm statistics anew on the calibration data")
     ] = False,
+    sequential: Annotated[
+        str | None, typer.Option(help="prune block by block: the list's name, or 'auto'")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="where the block is that is worked on, with --sequential")
+    ] = None,
+    permute: Annotated[
+        str | None, typer.Option(help="regroup channels for N:M: lsa or reallocate")
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="folder for report.html")] = None,
 ) -> None:
     """Prune a model at once and save it."""
+    if device is not None and sequential is None:
+        raise ValueError("--device is for --sequential; give --sequential auto as well")
+    blocks = None if sequential == "auto" else sequential
     network = call_model(model)
     if weights is not None:
         prunus.load(weights, network)
@@ -288,6 +261,8 @@ def prune(
         allocator=allocator,
         calibration=data,
         recalibrate=recalibrate,
+        sequential=sequential is not None and prunus.Sequential(blocks, device),
+        permute=permute,
     )
     out.print(result)
     prunus.save(network, output, pruning=result, compact=compact)

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from prunus.linalg import cholesky
+from prunus.patterns import NM, Pattern
+from prunus.solvers import keep_all_but_lowest_of_each, keep_highest_of_groups
 
 PANEL = 32  # columns solved at once
 STRIPE = 128  # columns after which the rest of the matrix learns of the errors (the paper's B)
 
 Choose = Callable[[Tensor, int, int], Tensor]
+KeepAllButLowest = Callable[[Tensor, int], Tensor]
 
 
 def upper_factor(h: Tensor) -> Tensor:
@@ -36,7 +39,7 @@ def errors_by_columns(wt: Tensor, u: Tensor, drop: Tensor, errors: Tensor) -> No
     ``wt``, ``drop`` and ``errors`` are (k, rows): columns lie in memory one after the other. The
     error of column j is ``e_j = (w_j - q_j) / u_jj``, and ``w_i -= u_ji e_j`` for i >= j.
     """
-    scale = torch.where(drop, 1 / u.diagonal().unsqueeze(1), 0)
+    scale = drop.to(wt.dtype).div_(u.diagonal().unsqueeze(1))
     for j in range(len(wt)):
         error = torch.mul(wt[j], scale[j], out=errors[j])
         wt[j + 1 :].addr_(u[j, j + 1 :], error, alpha=-1)
@@ -62,24 +65,53 @@ def sweep(w: Tensor, u: Tensor, choose: Choose, every: int = STRIPE) -> tuple[Te
     ``choose(scores, begin, end)`` gives the (rows, end - begin) keep-mask of each `every` columns
     from the scores ``w^2 / u_jj^2`` of the weights as they are by then.
     """
-    wt, diag, cols = w.T.clone(memory_format=torch.contiguous_format), u.diagonal(), w.shape[1]
-    drop = torch.zeros_like(wt, dtype=torch.bool)
-    solve = errors_by_columns if wt.device.type == "cpu" else errors_by_solving
-    stripe = max(1, STRIPE // every) * every
-    for begin in range(0, cols, stripe):
-        end = min(begin + stripe, cols)
-        errors = torch.empty_like(wt[begin:end])
-        for first in range(begin, end, every):
-            last = min(first + every, end)
-            scores = (wt[first:last] / diag[first:last].unsqueeze(1)).square_().T
-            drop[first:last] = ~choose(scores, first, last).T
-            for low in range(first, last, PANEL):
-                high = min(low + PANEL, last)
-                part = errors[low - begin : high - begin]
-                solve(wt[low:high], u[low:high, low:high], drop[low:high], part)
-                wt[high:end].addmm_(u[low:high, high:end].T, part, alpha=-1)
-        wt[end:].addmm_(u[begin:end, end:].T, errors, alpha=-1)
-    return wt.masked_fill_(drop, 0).T, ~drop.T
+    swept = _Sweep(w, u, choose, every)
+    for begin in range(0, w.shape[1], swept.widths[0]):
+        swept.solve(begin, min(begin + swept.widths[0], w.shape[1]))
+    return swept.wt.masked_fill_(swept.drop, 0).T, ~swept.drop.T
+
+
+class _Sweep:
+    """Columns are solved in panels, and panels in stripes: each learns of the errors before it in
+    one product, while it is in the cache."""
+
+    def __init__(self, w: Tensor, u: Tensor, choose: Choose, every: int) -> None:
+        self.wt, self.u = w.T.clone(memory_format=torch.contiguous_format), u
+        self.choose, self.every = choose, every
+        self.scale = u.diagonal().square().reciprocal().unsqueeze(1)
+        self.drop = torch.zeros_like(self.wt, dtype=torch.bool)
+        panel = max(1, PANEL // every) * every if every < PANEL else PANEL
+        stripe = max(1, STRIPE // max(panel, every)) * max(panel, every)
+        self.widths = sorted({stripe, panel, every}, reverse=True)
+        self.leaf = errors_by_columns if self.wt.device.type == "cpu" else errors_by_solving
+        self.errors = self.wt.new_empty(stripe, self.wt.shape[1])
+
+    def solve(self, begin: int, end: int) -> None:
+        """The columns of a stripe, and what all columns after it learn from them."""
+        errors = self.errors[: end - begin]
+        self._solve(begin, end, errors, 1)
+        self._pass_on(begin, end, len(self.wt), errors)
+
+    def _solve(self, begin: int, end: int, errors: Tensor, level: int) -> None:
+        if self.widths[level - 1] == self.every:
+            self._choose(begin, end)
+        if level == len(self.widths):
+            here = self.wt[begin:end]
+            self.leaf(here, self.u[begin:end, begin:end], self.drop[begin:end], errors)
+            return
+        for low in range(begin, end, self.widths[level]):
+            high = min(low + self.widths[level], end)
+            part = errors[low - begin : high - begin]
+            self._solve(low, high, part, level + 1)
+            self._pass_on(low, high, end, part)
+
+    def _choose(self, begin: int, end: int) -> None:
+        scores = self.wt[begin:end].square().mul_(self.scale[begin:end])
+        torch.logical_not(self.choose(scores.T, begin, end).T, out=self.drop[begin:end])
+
+    def _pass_on(self, begin: int, end: int, last: int, errors: Tensor) -> None:
+        if end < last:
+            self.wt[end:last].addmm_(self.u[begin:end, end:last].T, errors, alpha=-1)
 
 
 def stripe_counts(
@@ -98,3 +130,51 @@ def stripe_counts(
     ends = alive.cumsum(0) * fresh // max(1, int(alive.sum()))
     each_drop = (sizes - alive) + ends.diff(prepend=torch.zeros(1, dtype=torch.int64))
     return [part.tolist() for part in torch.split(each_drop, [len(each) for each in stripes])]
+
+
+def row_counts(w: Tensor, drop: int) -> list[Tensor]:
+    """For each `STRIPE` columns, how many weights each row is to be without, zeros included.
+
+    ``w`` is (rows, cols). Every row loses the same of `drop`, the first ones one more where that
+    does not divide; what goes anew is shared in proportion to what is there.
+    """
+    each, more = divmod(drop, max(1, len(w)))
+    alive = torch.stack([part.count_nonzero(1) for part in torch.split(w, STRIPE, dim=1)], 1)
+    sizes = torch.tensor([part.shape[1] for part in torch.split(w, STRIPE, dim=1)])
+    dead = sizes.to(w.device) - alive
+    target = each + (torch.arange(len(w), device=w.device) < more).long()
+    fresh = (target - dead.sum(1)).clamp(min=0).unsqueeze(1)
+    ends = alive.cumsum(1) * fresh // alive.sum(1, keepdim=True).clamp(min=1)
+    return list((dead + ends.diff(dim=1, prepend=torch.zeros_like(ends[:, :1]))).T)
+
+
+def choice(
+    pattern: Pattern,
+    alive: Tensor,
+    useless: Tensor,
+    counts: Sequence[int] | Sequence[Tensor],
+    keep_all_but_lowest: KeepAllButLowest,
+) -> tuple[Choose, int]:
+    """How `sweep` chooses masks of a pattern, and every how many columns.
+
+    ``alive`` is (rows, cols): what was pruned before stays so; ``useless`` (cols,) go first;
+    ``counts`` are those of `stripe_counts` or, for `row`, of `row_counts`; not used for N:M.
+    """
+
+    plain = bool(alive.all()) and not bool(useless.any())
+
+    def keep(scores: Tensor, begin: int) -> Tensor:
+        if isinstance(pattern, NM):
+            return keep_highest_of_groups(scores, pattern.n, pattern.m)
+        count = counts[begin // STRIPE]
+        if isinstance(count, Tensor):
+            return keep_all_but_lowest_of_each(scores, count)
+        return keep_all_but_lowest(scores, count)
+
+    def choose(scores: Tensor, begin: int, end: int) -> Tensor:
+        if plain:
+            return keep(scores, begin)
+        here = alive[:, begin:end]
+        return keep(scores.masked_fill(useless[begin:end], 0).masked_fill(~here, -1), begin) & here
+
+    return choose, pattern.m if isinstance(pattern, NM) else STRIPE

@@ -17,6 +17,7 @@ from prunus import solvers
 from prunus.calibration import Calibration
 from prunus.distributed import Shards, shards_of
 from prunus.layers import Layer, reshard
+from prunus.looking import looked
 from prunus.measuring import Measurements
 from prunus.method import Change, Method
 from prunus.patterns import NM, Pattern
@@ -122,6 +123,7 @@ def solutions(
     """
     if getattr(method.pruner, "num_recomputations", 1) > 1:
         return lambda target: prune_step(method, layers, target, model, calibration)
+    method = looked(method, layers, model, calibration)
     measured, shards = ready(method, layers, model, calibration)
     scored = isinstance(method.pruner, ScorePruner)
     candidates = propose(method, measured, shards) if scored else []
@@ -145,17 +147,21 @@ def prune_step(
     target: float | None,
     model: nn.Module,
     calibration: Calibration | None,
+    measured_before: tuple[Measurements, Shards] | None = None,
 ) -> list[Change]:
     """One whole step, committed. ``layers`` come from `Method.fit`.
 
-    A failure in a later stage takes back the earlier ones.
+    ``measured_before`` serves the first stage, where it has been measured already. A failure in a
+    later stage takes back the earlier ones.
     """
+    method = looked(method, layers, model, calibration)
     first: list[Change] = []
     changes: list[Change] = []
     begin = 0
     try:
         for stage, goal in stages_of(method, layers, target):
-            measured, shards = ready(stage, layers, model, calibration, begin)
+            measured, shards = measured_before or ready(stage, layers, model, calibration, begin)
+            measured_before = None
             changes = _solve(stage, measured, goal, shards)
             begin += measured.used
             del measured  # statistics are large

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from prunus.calibration import Calibration, measure_inputs
+from prunus import solvers
+from prunus.calibration import Calibration
 from prunus.distributed import (
     Shards,
     all_ranks,
@@ -19,6 +20,7 @@ from prunus.distributed import (
 )
 from prunus.gradient_pass import measure_gradients
 from prunus.gradients import is_sharded
+from prunus.input_pass import measure_inputs
 from prunus.layers import Layer
 from prunus.memory import Need, Rows, free_bytes, parse_bytes, plan
 from prunus.stats import GradientStatistic, RowStatistic, Statistic
@@ -103,10 +105,12 @@ class Measurements:
                 self.used = self._gradients(gradient)
             else:
                 by_layer = {rows.layer: stat for rows, stat in stats.items()}
-                measure_inputs(self.model, by_layer, self.calibration)
-        for stat in stats.values():
+                shared = measure_inputs(self.model, by_layer, self.calibration)
+                stats = {rows: shared[rows.layer] for rows in stats}
+        for stat in {id(stat): stat for stat in stats.values()}.values():
             if not stat.by_rows:
                 all_reduce_statistics(stat.tensors())
+        _check_finite({rows.layer: stat for rows, stat in stats.items() if stat.reads == "inputs"})
         return stats
 
     def _empty(self, rows: Rows) -> Statistic:
@@ -174,18 +178,27 @@ def _within(piece: Rows, share: Rows) -> Rows:
     return Rows(piece.layer, begin, min(share.begin + piece.end, share.end))
 
 
+def _check_finite(stats: Mapping[Layer, Statistic]) -> None:
+    """Raises ValueError, on every rank, if sums over all ranks' inputs are no numbers."""
+    for layer, stat in stats.items():
+        if any(solvers.count_non_finite(t) for t in stat.tensors()):
+            raise ValueError(
+                f"{layer.parameter_name} has NaN or infinite inputs on the calibration data, or "
+                "too large to be squared; nothing was pruned"
+            )
+
+
 def check_measurable(
     stats: Mapping[Layer, Statistic], name: str, calibration: Calibration | None
 ) -> None:
     """Raises ValueError if there is no data to measure on, or a layer cannot be measured."""
     if stats and calibration is None:
         raise ValueError(
-            f"pruner {name!r} learns from data; "
-            "pass calibration=prunus.Calibration(batches, loss_fn)"
+            f"{name} learns from data; pass calibration=prunus.Calibration(batches, loss_fn)"
         )
     if cut := [layer.name for layer in stats if cut_along_inputs(layer)]:
         raise ValueError(
-            f"{', '.join(cut[:3])}: sharded along the inputs, which {name!r} "
+            f"{', '.join(cut[:3])}: sharded along the inputs, which {name} "
             "measures; exclude them, or use a pruner that needs no data"
         )
     for layer, stat in stats.items():

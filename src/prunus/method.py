@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -21,6 +21,8 @@ class Method:
     pruner: Pruner
     pattern: Pattern
     allocator: Allocator
+    looks: Mapping[str, float] = field(default_factory=dict)
+    """what the allocator has seen in each layer, where it looks first"""
 
     def fit(self, layers: Sequence[Layer]) -> list[Layer]:
         """The layers as this method wants to see them.
@@ -68,6 +70,9 @@ class LayerRow:
     score_lost: float | None
     """share of the layer's remaining score that went with what was pruned in this step; None for
     methods that have no scores"""
+    error: float | None = None
+    """squared error of the layer's outputs on the calibration data, as a share of the outputs
+    themselves; None for methods that do not measure it"""
 
     @property
     def sparsity(self) -> float:

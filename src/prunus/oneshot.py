@@ -18,6 +18,7 @@ from prunus.modifiers import Context, PruningModifier
 from prunus.modifiers.base import log
 from prunus.modifiers.prune import pruning_event
 from prunus.patterns import parse_pattern
+from prunus.permuting import Permute
 from prunus.progress import track
 from prunus.pruners import PRUNERS, Pruner
 from prunus.recalibration import put_back
@@ -27,6 +28,7 @@ from prunus.recipe.native import is_text
 from prunus.records import Recorder, number, start_event
 from prunus.results import Evaluate, Result, SweepResult
 from prunus.selection import select
+from prunus.sequential import Sequential
 
 AllocatorLike = str | Mapping[str, float] | Allocator | None
 RECIPE_ENDINGS = (".yaml", ".yml")
@@ -62,11 +64,13 @@ def as_recipe(
     layers: Sequence[str] | str | None,
     exclude: Sequence[str] | str,
     allocator: AllocatorLike,
+    permute: str | Permute | None,
 ) -> Recipe:
     """The recipe that a call of `prune` stands for."""
     name = os.fspath(pruner) if isinstance(pruner, str | os.PathLike) else ""
     if isinstance(pruner, Recipe | os.PathLike) or name.endswith(RECIPE_ENDINGS) or is_text(name):
-        given = {"pattern": pattern, "layers": layers, "exclude": exclude, "allocator": allocator}
+        given = {"pattern": pattern, "layers": layers, "exclude": exclude}
+        given |= {"allocator": allocator, "permute": permute}  # type: ignore[dict-item]
         if clash := [key for key, value in given.items() if value]:
             raise ValueError(f"{', '.join(clash)} belong in the recipe, which was given as well")
         overrides = {} if sparsity is None else {"sparsity": sparsity}
@@ -78,6 +82,7 @@ def as_recipe(
         exclude=_names(exclude),
         pattern=pattern or "unstructured",
         allocator=as_allocator(allocator),
+        permute=Permute(permute) if isinstance(permute, str) else permute,
     )
     return Recipe((modifier,))
 
@@ -100,6 +105,8 @@ def prune(
     allocator: AllocatorLike = None,
     calibration: Calibration | None = None,
     recalibrate: bool | Calibration = False,
+    sequential: bool | str | Sequential = False,
+    permute: str | Permute | None = None,
     output_dir: str | os.PathLike[str] | None = None,
 ) -> Result:
     """Prune a model in place, at once.
@@ -110,12 +117,15 @@ def prune(
     class names and ``re:`` regexes; the default spares the stem and the output head.
     ``allocator`` is a name, an object, or a table of layer names to sparsities. ``recalibrate``
     estimates BatchNorm statistics anew on the pruned model, from the calibration data or from data
-    of its own, which wants batches of some tens of examples and no labels.
+    of its own, which wants batches of some tens of examples and no labels. ``sequential`` prunes
+    block by block, each on the outputs of the pruned ones before it: the name of the list of
+    blocks, True to find it, or a `Sequential` that says where the blocks are meanwhile.
+    ``permute``, for N:M, regroups input channels first: `lsa`, `reallocate`, or a `Permute`.
 
     Raises ValueError with the remedy if anything does not fit; the model is then untouched, as it
     is after an interrupt, and ``output_dir`` too.
     """
-    recipe = as_recipe(pruner, sparsity, pattern, layers, exclude, allocator)
+    recipe = as_recipe(pruner, sparsity, pattern, layers, exclude, allocator, permute)
     modifiers = [m for m in recipe.modifiers if isinstance(m, PruningModifier)]
     for modifier in recipe.modifiers:
         if not modifier.one_shot:
@@ -123,7 +133,14 @@ def prune(
     if not modifiers:
         raise ValueError("the recipe has no 'prune' entry; nothing to do at once")
     recorder = Recorder()
-    context = Context(model, None, calibration=calibration, one_shot=True, record=recorder)
+    context = Context(
+        model,
+        None,
+        calibration=calibration,
+        one_shot=True,
+        record=recorder,
+        sequential=_walk(sequential),
+    )
     runs = [modifier.bind(context) for modifier in modifiers]
     norms = _norms_data(recalibrate, calibration)
     recorder(start_event(model, 0, recipe=recipe.to_yaml()))
@@ -135,13 +152,25 @@ def prune(
             estimate_norms(model, norms)
     except BaseException:
         for run in reversed(runs):
-            engine.commit(run.changes)  # each holds the weight it replaced
+            run.did.undo()
         raise
     if output_dir is not None:
         recorder.save(output_dir)
     rows = {row.name: row for run in runs for row in run.rows}
     left_dense = [name for name in runs[0].left_dense if name not in rows]
-    return Result(list(rows.values()), dict(context.masks), recipe, left_dense, recorder)
+    result = Result(list(rows.values()), dict(context.masks), recipe, left_dense, recorder)
+    for run in runs:
+        for folded in run.did.folded:
+            result.permuted += folded.rows
+            result.not_permuted |= folded.refused
+        result.not_permuted |= run.folds.refused
+    return result
+
+
+def _walk(sequential: bool | str | Sequential) -> Sequential | None:
+    if isinstance(sequential, Sequential) or not sequential:
+        return sequential or None
+    return Sequential(None if sequential is True else sequential)
 
 
 def _norms_data(

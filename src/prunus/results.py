@@ -19,6 +19,7 @@ from prunus.layers import all_layers
 from prunus.masking import local
 from prunus.method import LayerRow
 from prunus.names import did_you_mean
+from prunus.permuting import FoldRow
 from prunus.records import Recorder, is_main
 
 if TYPE_CHECKING:
@@ -93,6 +94,10 @@ class Result(Recorded):
     left_dense: list[str] = field(default_factory=list)
     """layers the default selection spared: the stem and the output head"""
     recorder: Recorder = field(default_factory=Recorder, repr=False)
+    permuted: list[FoldRow] = field(default_factory=list)
+    """channel permutations that the network has taken, and what they brought"""
+    not_permuted: dict[str, str] = field(default_factory=dict)
+    """layer name -> why its input channels are as they were, where `permute` was asked for"""
     title = "pruned"
 
     @property
@@ -101,18 +106,44 @@ class Result(Recorded):
         return sum(row.zeros for row in self.rows) / max(1, sum(row.size for row in self.rows))
 
     def header(self) -> Sequence[str]:
-        return "layer", "shape", "pattern", "sparsity", "zeros", "score lost"
+        return (
+            "layer",
+            "shape",
+            "pattern",
+            "sparsity",
+            "zeros",
+            *(name for name, _ in self._losses()),
+        )
+
+    def _losses(self) -> list[tuple[str, Callable[[LayerRow], float | None]]]:
+        """What is known of the layers' losses: method by method something else."""
+        kinds: list[tuple[str, Callable[[LayerRow], float | None]]] = [
+            ("score lost", lambda row: row.score_lost),
+            ("output error", lambda row: row.error),
+        ]
+        return [kind for kind in kinds if any(kind[1](row) is not None for row in self.rows)]
 
     def cells(self) -> Iterable[Sequence[str]]:
         for row in self.rows:
             shape = "x".join(map(str, row.shape))
-            lost = "" if row.score_lost is None else f"{row.score_lost:.2%}"
-            yield row.name, shape, row.pattern, f"{row.sparsity:.4f}", f"{row.zeros:,}", lost
+            lost = ["" if (x := get(row)) is None else f"{x:.2%}" for _, get in self._losses()]
+            yield row.name, shape, row.pattern, f"{row.sparsity:.4f}", f"{row.zeros:,}", *lost
         zeros = sum(row.zeros for row in self.rows)
-        yield f"{len(self.rows)} layers", "", "", f"{self.sparsity:.4f}", f"{zeros:,}", ""
+        yield f"{len(self.rows)} layers", "", "", f"{self.sparsity:.4f}", f"{zeros:,}"
 
     def notes(self) -> Sequence[str]:
-        return [f"left dense: {', '.join(self.left_dense)}"] if self.left_dense else []
+        said = [f"left dense: {', '.join(self.left_dense)}"] if self.left_dense else []
+        if self.permuted:
+            before, after = (
+                sum(getattr(row, key) for row in self.permuted) / len(self.permuted)
+                for key in ("before", "after")
+            )
+            said.append(
+                f"{len(self.permuted)} channel permutations: score kept {before:.2%} -> {after:.2%}"
+            )
+        if self.not_permuted:
+            said.append(f"not permuted: {len(self.not_permuted)} layers; see .not_permuted")
+        return said
 
 
 @dataclass

@@ -31,7 +31,7 @@ def allocate(
         Unit(part.layer.name, part.layer.shape, *size)
         for part, size in zip(rows, sizes, strict=True)
     ]
-    return list(method.allocator.allocate(Problem(units, target, lowest)).drop)
+    return list(method.allocator.allocate(Problem(units, target, lowest, method.looks)).drop)
 
 
 def _local_drops(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -11,6 +12,8 @@ from torch import Tensor
 
 CHUNK = 1 << 20  # scores looked at in one go: few enough for the cache, many enough to share
 FEW = 1 << 18  # up to here, histograms of 65,536 counts cost more than a partial sort
+
+SMALL_GROUP = 8  # up to here comparing all pairs of a group beats a partial sort of it
 
 AllReduce = Callable[[Tensor], Tensor]
 
@@ -125,7 +128,8 @@ def keep_all_but_lowest(scores: Tensor, k: int) -> Tensor:
     if k == scores.numel():
         return torch.zeros_like(scores, dtype=torch.bool)
     few = scores.numel() <= FEW
-    threshold = float(scores.reshape(-1).kthvalue(k).values) if few else kth_lowest([scores], k)
+    flat = scores.T if scores.dim() == 2 and scores.T.is_contiguous() else scores
+    threshold = float(flat.reshape(-1).kthvalue(k).values) if few else kth_lowest([flat], k)
     keep = scores > threshold
     surplus = keep.numel() - int(torch.count_nonzero(keep)) - k  # ties that must stay
     if surplus:
@@ -160,4 +164,50 @@ def keep_highest_of_groups(scores: Tensor, n: int, m: int) -> Tensor:
 
     ``scores`` is (rows, cols) with m dividing cols.
     """
-    return keep_all_but_lowest_of_rows(scores.reshape(-1, m), m - n).reshape(scores.shape)
+    if m > SMALL_GROUP:
+        return keep_all_but_lowest_of_rows(scores.reshape(-1, m), m - n).reshape(scores.shape)
+    if scores.shape[1] == m:
+        return _higher_at_once(scores.T) < n
+    keep = torch.empty_like(scores, dtype=torch.bool)
+    shape = len(scores), -1, m
+    for lane, count in enumerate(_higher(scores.reshape(shape).unbind(2))):
+        torch.lt(count, n, out=keep.view(shape)[:, :, lane])
+    return keep
+
+
+@functools.lru_cache
+def _pairs(m: int, device: torch.device) -> Tensor:
+    """(m, m * m) what each pair i < j adds to the counts of both if entry j is higher."""
+    table = torch.zeros(m, m, m, device=device)
+    for i, j in itertools.combinations(range(m), 2):
+        table[i, i, j], table[j, i, j] = 1, -1
+    return table.flatten(1)
+
+
+def _higher_at_once(lanes: Tensor) -> Tensor:
+    """The same in few operations, for one group of each row: (m, rows) entries -> (rows, m)."""
+    m = len(lanes)
+    later = (lanes.unsqueeze(0) >= lanes.unsqueeze(1)).view(m * m, -1)
+    places = torch.arange(m, dtype=torch.float32, device=lanes.device)
+    return torch.addmm(places.unsqueeze(1), _pairs(m, lanes.device), later.float()).T
+
+
+def _higher(lanes: Sequence[Tensor]) -> list[Tensor]:
+    """For each entry of a group how many others are higher, a later one of equal ones being so."""
+    counts = [torch.full_like(lane, i, dtype=torch.uint8) for i, lane in enumerate(lanes)]
+    for i, j in itertools.combinations(range(len(lanes)), 2):
+        later = (lanes[j] >= lanes[i]).view(torch.uint8)
+        counts[i] += later
+        counts[j] -= later
+    return counts
+
+
+def keep_all_but_lowest_of_each(scores: Tensor, counts: Tensor) -> Tensor:
+    """The same with another count for each row: ``counts`` is (rows,); of equal ones the first go.
+
+    Slower than a single count for all rows, because it sorts.
+    """
+    order = scores.argsort(dim=1, stable=True)
+    places = torch.arange(scores.shape[1], device=scores.device)
+    keep = places >= counts.to(scores.device).unsqueeze(1)
+    return torch.empty_like(keep).scatter_(1, order, keep)

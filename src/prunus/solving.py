@@ -6,6 +6,7 @@ import functools
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,10 @@ from prunus.memory import Rows
 from prunus.method import Candidate, Change, Choice, LayerRow, Method
 from prunus.patterns import Block
 from prunus.progress import track
-from prunus.pruners import ScorePruner, SweepPruner
+from prunus.pruners import RefiningPruner, ScorePruner, SweepPruner
+from prunus.refitting import layer_error
 from prunus.shares import allocate, layer_row
-from prunus.stats import Statistic
+from prunus.stats import InputGram, Statistic
 
 log = logging.getLogger("prunus")
 
@@ -62,7 +64,7 @@ def ready(
     """
     check_loaded(layers)
     measured = plan_measurements(method, layers, model, calibration, begin)
-    check_measurable(measured.stats, method.pruner.name, calibration)
+    check_measurable(measured.stats, f"pruner {method.pruner.name!r}", calibration)
     shards = shards_of(layers, method.pattern)
     names = [layer.parameter_name for layer in layers]
     _refuse([solvers.count_non_finite(layer.local) for layer in layers], names, shards, "weights")
@@ -107,10 +109,10 @@ def _candidate(method: Method, rows: Rows, scores: Tensor) -> Candidate:
     return Candidate(rows, units, int(dead.count_nonzero()), total)
 
 
-def _scores(method: Method, rows: Rows, stat: Statistic | None) -> Tensor:
+def _scores(method: Method, rows: Rows, stat: Statistic | None, shards: Shards) -> Tensor:
     assert isinstance(method.pruner, ScorePruner)
     w = rows.matrix()
-    scores = method.pruner.scores(w, stat, method.pattern)
+    scores = method.pruner.scores(w, stat, method.pattern, shards)
     if scores.shape != w.shape:
         raise ValueError(
             f"pruner {method.pruner.name!r} gave scores of shape {tuple(scores.shape)} for "
@@ -130,7 +132,7 @@ def propose(method: Method, measured: Measurements, shards: Shards) -> list[Cand
         stats = measured[i]
         with shards.together(), no_autocast(measured.shares):
             for rows in track(group, f"{method.pruner.name}: scores"):
-                parts[rows] = _scores(method, rows, stats.get(rows))
+                parts[rows] = _scores(method, rows, stats.get(rows), shards)
         del stats  # or the next group would be measured beside this one
     whole = _assembled(measured, parts)
     del parts
@@ -158,6 +160,33 @@ def _change(rows: Rows, new: Tensor, mask: Tensor, measured: Measurements, row: 
     return Change(layer, layer.unmatrix(new, shape), layer.unmatrix(mask, shape), row)
 
 
+def _with_error(
+    row: LayerRow, w: Tensor, new: Tensor, mask: Tensor, stat: Statistic | None, shards: Shards
+) -> LayerRow:
+    """The row with the error of the layer's outputs, where the statistic can tell it."""
+    if not isinstance(stat, InputGram):
+        return row
+    gram = stat.matrix(w.device)
+    w, new = w.to(gram.dtype), torch.where(mask, new, 0).to(gram.dtype)
+    errors = [layer_error(w, t, gram).sum().cpu() for t in (new, torch.zeros_like(w))]
+    error, whole = shards.all_reduce(torch.stack(errors)).tolist()
+    return replace(row, error=error / whole if whole > 0 else 0.0)
+
+
+def _rebuilt(
+    method: Method, rows: Rows, stat: Statistic | None, choice: Choice, shards: Shards
+) -> Tensor:
+    """The new weights of some rows; the choice's mask may get better on the way."""
+    pruner, w, begin = method.pruner, rows.matrix(), choice.rows.begin
+    assert isinstance(pruner, ScorePruner)
+    mask = choice.mask[rows.begin - begin : rows.end - begin]
+    if isinstance(pruner, RefiningPruner):
+        mask.copy_(pruner.refine(w, stat, mask, method.pattern))
+    new = pruner.rebuild(w, stat, mask)
+    choice.row = _with_error(choice.row, w, new, mask, stat, shards)
+    return new
+
+
 @torch.no_grad()
 def rebuild(
     method: Method, measured: Measurements, choices: Sequence[Choice], shards: Shards
@@ -174,11 +203,8 @@ def rebuild(
         stats = measured[i]
         with shards.together(), no_autocast(measured.shares):
             for rows in track(measured.groups[i], f"{method.pruner.name}: weights"):
-                choice = masks[rows.layer]
-                begin = choice.rows.begin
-                mask = choice.mask[rows.begin - begin : rows.end - begin]
-                parts[rows] = method.pruner.rebuild(rows.matrix(), stats.get(rows), mask)
-        del stats
+                parts[rows] = _rebuilt(method, rows, stats.get(rows), masks[rows.layer], shards)
+        del stats  # or the next group would be measured beside this one
     ordered = dict(sorted(parts.items(), key=lambda item: item[0].begin))
     whole = _assembled(measured, ordered)
     changes = [
@@ -205,7 +231,7 @@ def swept(
     drop = [0] * len(weights)
     if pattern.fixed is None:
         counts = [(w.numel(), w.numel() - int(w.count_nonzero())) for w in weights]
-        drop = allocate(method, measured.shares, counts, target, shards, _no_scores)
+        drop = allocate(method, measured.shares, counts, target, shards, no_scores)
     drops = dict(zip((rows.layer for rows in measured.shares), drop, strict=True))
     changes: dict[Layer, Change] = {}
     for i, group in enumerate(measured.groups):
@@ -216,12 +242,13 @@ def swept(
                 new, mask = pruner.sweep(rows.matrix(), stats.get(rows), pattern, k, shards)
                 counted = torch.tensor([mask.numel(), mask.numel() - int(mask.count_nonzero())])
                 row = layer_row(rows, pattern, *shards.all_reduce(counted).tolist())
+                row = _with_error(row, rows.matrix(), new, mask, stats.get(rows), shards)
                 changes[rows.layer] = _change(rows, new, mask, measured, row)
         del stats
     return _checked(method, list(changes.values()), shards)
 
 
-def _no_scores(k: int) -> list[int]:
+def no_scores(k: int) -> list[int]:
     raise ValueError(
         "this pruner chooses while it solves, so there are no scores to rank all layers by; use "
         "allocator 'uniform', 'erk' or a table"

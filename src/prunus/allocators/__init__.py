@@ -1,17 +1,29 @@
 """How sparsity is spread over layers, one file each."""
 
-from prunus.allocators.base import ALLOCATORS, Allocation, Allocator, Problem, Unit
+from prunus.allocators.alphapruning import AlphaPruning
+from prunus.allocators.base import (
+    ALLOCATORS,
+    Allocation,
+    Allocator,
+    LookingAllocator,
+    Problem,
+    Unit,
+)
 from prunus.allocators.erk import ERK
 from prunus.allocators.globally import Global
+from prunus.allocators.owl import OWL
 from prunus.allocators.table import Table
 from prunus.allocators.uniform import Uniform
 
 __all__ = [
     "ALLOCATORS",
     "ERK",
+    "OWL",
     "Allocation",
     "Allocator",
+    "AlphaPruning",
     "Global",
+    "LookingAllocator",
     "Problem",
     "Table",
     "Uniform",

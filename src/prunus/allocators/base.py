@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
+from torch import Tensor
+
+from prunus.layers import Layer
 from prunus.names import Registry
+from prunus.stats import Statistic
 
 
 @dataclass(frozen=True)
@@ -25,11 +29,15 @@ class Unit:
 
 @dataclass(frozen=True)
 class Problem:
-    """``lowest(k)`` says how many of the k lowest-scored units of the model lie in each layer."""
+    """``lowest(k)`` says how many of the k lowest-scored units of the model lie in each layer.
+
+    ``looks`` are what a `LookingAllocator` has seen, by layer name.
+    """
 
     units: Sequence[Unit]
     target: float | None
     lowest: Callable[[int], list[int]]
+    looks: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -78,6 +86,22 @@ class Allocator(Protocol):
         ...
 
 
+@runtime_checkable
+class LookingAllocator(Allocator, Protocol):
+    """One that looks at the layers first, block by block."""
+
+    def statistic(self, layer: Layer) -> Statistic | None:
+        """What to measure on calibration data for this layer, if anything."""
+        ...
+
+    def look(self, block: Sequence[tuple[Tensor, Any]]) -> float:
+        """A number for the layers of one block, from their weights, (rows, cols), and statistics.
+
+        A layer that is in no block comes alone.
+        """
+        ...
+
+
 ALLOCATORS: Registry[Allocator] = Registry("allocator")
 
 
@@ -115,3 +139,18 @@ def fill(shares: Sequence[float], low: Sequence[int], high: Sequence[int], total
                 whole[i] += step
                 rest -= step
     return whole
+
+
+def places(problem: Problem) -> list[float]:
+    """Where the look of each unit lies: 0 for the lowest, 1 for the highest; 0.5 if all equal."""
+    looks = [problem.looks[unit.name] for unit in problem.units]
+    low, width = min(looks), max(looks) - min(looks)
+    return [(look - low) / width if width > 0 else 0.5 for look in looks]
+
+
+def filled(problem: Problem, rates: Sequence[float]) -> Allocation:
+    """Sparsities in proportion to `rates`, scaled to meet the target exactly."""
+    sizes = [unit.size for unit in problem.units]
+    shares = [rate * size for rate, size in zip(rates, sizes, strict=True)]
+    pruned = [unit.pruned for unit in problem.units]
+    return Allocation(problem.units, fill(shares, pruned, sizes, problem.drop))

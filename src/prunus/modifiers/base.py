@@ -13,6 +13,7 @@ from torch import nn
 from prunus.calibration import Calibration
 from prunus.masking import Masks
 from prunus.names import Registry
+from prunus.sequential import Sequential
 from prunus.timing import Timeline
 
 log = logging.getLogger("prunus")
@@ -35,6 +36,8 @@ class Context:
     owners: dict[str, object] = field(default_factory=dict)
     """which run keeps the mask of a weight: the one that pruned it last"""
     one_shot: bool = False
+    sequential: Sequential | None = None
+    """how to go through the blocks, where a recipe does not say it all"""
 
 
 class Run:

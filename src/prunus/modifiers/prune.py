@@ -11,12 +11,15 @@ from prunus.engine import check_reachable, prune_step, stage_count
 from prunus.layers import Layer
 from prunus.masking import Hard, Masking, zero_momentum
 from prunus.measuring import Measurements
-from prunus.method import Change, LayerRow, Method
+from prunus.method import LayerRow, Method
 from prunus.modifiers.base import MODIFIERS, Context, Run, log
 from prunus.patterns import Pattern, parse_pattern
+from prunus.permute.folds import Plan
+from prunus.permuting import Permute, permute_layers, plan_folds
 from prunus.pruners import Magnitude, Pruner, SweepPruner, supports
 from prunus.schedules import Schedule
 from prunus.selection import select
+from prunus.sequential import Sequential, Walked, blocks_for, check_sequential, prune_blocks
 from prunus.solving import plan_measurements
 from prunus.timing import Window
 
@@ -44,6 +47,11 @@ class PruningModifier:
     """when; default: at once, or over all of training for a schedule"""
     masking: Masking = field(default_factory=Hard)
     """how masked weights are treated between pruning steps"""
+    sequential: bool | str = False
+    """prune block by block, each on the outputs of the pruned ones before: the name of the list of
+    blocks, as `model.layers`, or true to find it"""
+    permute: Permute | None = None
+    """for N:M: regroup input channels first, so that less is lost; once on a finished model"""
 
     def __post_init__(self) -> None:
         if not isinstance(self.pruner, Pruner) or isinstance(self.pruner, type):
@@ -85,6 +93,12 @@ class PruningModifier:
             return self.sparsity
         return Schedule(to=self.sparsity)
 
+    def walk(self, context: Context) -> Sequential | None:
+        """How to go through the blocks; None if all layers are pruned together."""
+        if context.sequential is not None or not self.sequential:
+            return context.sequential
+        return Sequential(None if self.sequential is True else self.sequential)
+
     @property
     def at_once(self) -> bool:
         """Whether there is a single pruning step."""
@@ -115,6 +129,11 @@ class PruningRun(Run):
         if context.optimizer is not None:
             check_held(context.optimizer, self.layers)
         shards_of(self.layers, self.method.pattern)  # raises for what no step could prune
+        walk = modifier.walk(context)
+        if walk is not None:
+            check_sequential(self.method, self.layers)
+            blocks_for(context.model, self.layers, walk)
+        self.folds = self._folds()
         if isinstance(self.method.allocator, Table):  # now, not in the middle of training
             self.method.allocator.rates([layer.name for layer in self.layers])
         self.ticks = [0] if context.one_shot else self._ticks()
@@ -127,8 +146,18 @@ class PruningRun(Run):
                 total,
             )
         self.next = 0
-        self.rows: list[LayerRow] = []
-        self.changes: list[Change] = []
+        self.did = Walked()
+
+    def _folds(self) -> Plan:
+        permute = self.modifier.permute
+        if permute is None:
+            return Plan((), {})
+        if not self.context.one_shot:
+            raise ValueError(
+                "permute moves weights, which an optimizer knows by their places; "
+                "permute and prune the finished model, then train what is left"
+            )
+        return plan_folds(self.method, self.layers, self.context.model, permute)
 
     def _ticks(self) -> list[int]:
         window, timeline = self.modifier.window or Window(), self.context.timeline
@@ -136,7 +165,7 @@ class PruningRun(Run):
 
     def start(self) -> None:
         schedule, pattern = self.modifier.schedule, self.method.pattern
-        if schedule is None or pattern.fixed is not None:
+        if schedule is None or pattern.fixed is not None or self.layers[0].weight.is_meta:
             return
         check_reachable(self.layers, pattern, schedule.final)
 
@@ -167,16 +196,46 @@ class PruningRun(Run):
 
     def _tick(self, tick: int, step: int) -> None:
         context, target = self.context, self.target(tick)
-        changes = prune_step(self.method, self.layers, target, context.model, context.calibration)
+        self.did = self._prune(target)
+        changes = self.did.changes
         for change in changes:
             name, weight = change.layer.parameter_name, change.layer.weight
             context.masks.put(name, weight, change.mask)
             context.owners[name] = self
             if context.optimizer is not None:
                 zero_momentum(context.optimizer, weight, context.masks[name])
-        self.rows = [change.row for change in changes]
-        self.changes = changes if context.one_shot else []
+        if not context.one_shot:
+            self.did.changes = []
         context.record(pruning_event(self.modifier, self.rows, step, target))
+
+    def _prune(self, target: float | None) -> Walked:
+        context, modifier = self.context, self.modifier
+        what = self.method, self.layers, target, context.model, context.calibration
+        walk, permute = modifier.walk(context), modifier.permute
+        if permute is not None and len(context.masks):
+            raise ValueError(
+                "permute would move weights that are pruned already; let it be in the first 'prune'"
+            )
+        if walk is not None:
+            return prune_blocks(*what, walk, permute, self.folds.folds)
+        done = Walked()
+        try:
+            measured = None
+            if permute is not None:
+                args = self.method, self.layers, context.model, context.calibration
+                done.folded = [permute_layers(*args, self.folds.folds, permute)]
+                measured, done.folded[0].measured = done.folded[0].measured, None
+            done.changes = prune_step(*what, measured)
+        except BaseException:
+            done.undo()
+            raise
+        done.rows = [change.row for change in done.changes]
+        return done
+
+    @property
+    def rows(self) -> list[LayerRow]:
+        """What became of the layers in the last pruning step."""
+        return self.did.rows
 
     def plan(self) -> list[tuple[int, str]]:
         fixed = self.method.pattern.fixed

@@ -1,8 +1,11 @@
 """The methods, one file each."""
 
+from prunus.pruners.alps import ALPS
 from prunus.pruners.base import (
     PRUNERS,
     Pruner,
+    Ranks,
+    RefiningPruner,
     ScorePruner,
     SweepPruner,
     list_pruners,
@@ -13,16 +16,26 @@ from prunus.pruners.cap import CAP
 from prunus.pruners.fastcap import FastCAP
 from prunus.pruners.magnitude import Magnitude
 from prunus.pruners.obs import OBS
+from prunus.pruners.ria import RI, RIA
+from prunus.pruners.sparsegpt import SparseGPT
+from prunus.pruners.wanda import Wanda
 
 __all__ = [
+    "ALPS",
     "CAP",
     "OBS",
     "PRUNERS",
+    "RI",
+    "RIA",
     "FastCAP",
     "Magnitude",
     "Pruner",
+    "Ranks",
+    "RefiningPruner",
     "ScorePruner",
+    "SparseGPT",
     "SweepPruner",
+    "Wanda",
     "list_pruners",
     "register_pruner",
     "supports",

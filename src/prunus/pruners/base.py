@@ -35,12 +35,21 @@ class Pruner(Protocol):
 class ScorePruner(Pruner, Protocol):
     """Scores all weights, and rebuilds the layer once the mask is known."""
 
-    def scores(self, w: Tensor, stat: Any, pattern: Pattern) -> Tensor:
-        """(rows, cols) importances: the lowest go."""
+    def scores(self, w: Tensor, stat: Any, pattern: Pattern, ranks: Ranks) -> Tensor:
+        """(rows, cols) importances: the lowest go. `ranks` may hold other rows of the layer."""
         ...
 
     def rebuild(self, w: Tensor, stat: Any, mask: Tensor) -> Tensor:
         """The new weight for a keep-mask; what the mask drops is zeroed whatever stands there."""
+        ...
+
+
+@runtime_checkable
+class RefiningPruner(ScorePruner, Protocol):
+    """Looks at the mask once more before it rebuilds."""
+
+    def refine(self, w: Tensor, stat: Any, mask: Tensor, pattern: Pattern) -> Tensor:
+        """A keep-mask of the same pattern, with as many weights in each row."""
         ...
 
 

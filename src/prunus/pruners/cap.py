@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prunus.elimination import greedy_losses, greedy_losses_of_groups, group_solve
 from prunus.patterns import NM, Pattern
-from prunus.pruners.base import register_pruner
+from prunus.pruners.base import Ranks, register_pruner
 from prunus.pruners.second_order import SecondOrder
 from prunus.stats.fisher import BlockFisher
 
@@ -34,7 +34,7 @@ class CAP(SecondOrder):
     patterns: ClassVar[tuple[str, ...]] = ("unstructured", "row", "N:M")
     allocator: ClassVar[str] = "global"
 
-    def scores(self, w: Tensor, stat: BlockFisher, pattern: Pattern) -> Tensor:
+    def scores(self, w: Tensor, stat: BlockFisher, pattern: Pattern, ranks: Ranks) -> Tensor:
         if not isinstance(pattern, NM):
             return stat.per_block(lambda f, x: greedy_losses(f.inverse(), x.double()), w)
         n, m = pattern.n, pattern.m

@@ -15,12 +15,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from prunus.column_sweep import STRIPE, stripe_counts, sweep, upper_factor
+from prunus.column_sweep import choice, stripe_counts, sweep, upper_factor
 from prunus.layers import Layer
 from prunus.names import did_you_mean
 from prunus.patterns import NM, Pattern
 from prunus.pruners.base import Ranks, register_pruner
-from prunus.solvers import keep_highest_of_groups
 from prunus.stats.fisher import SAMPLES, Samples, Sampling
 from prunus.stats.shared_fisher import SharedFisher
 
@@ -107,14 +106,5 @@ class FastCAP:
         f = f[: w.shape[1], : w.shape[1]].to(w.device).clone()
         silent = f.diagonal() == 0  # no gradient ever: the first to go
         f.diagonal().add_(self.damp * f.diagonal().mean()).masked_fill_(silent, 1)
-        alive = w != 0
-
-        def choose(scores: Tensor, begin: int, end: int) -> Tensor:
-            here = alive[:, begin:end]
-            scores = scores.masked_fill(silent[begin:end], 0).masked_fill(~here, -1)
-            if isinstance(pattern, NM):
-                return keep_highest_of_groups(scores, pattern.n, pattern.m) & here
-            return ranks.keep_all_but_lowest(scores, drop[begin // STRIPE]) & here
-
-        every = pattern.m if isinstance(pattern, NM) else STRIPE
+        choose, every = choice(pattern, w != 0, silent, drop, ranks.keep_all_but_lowest)
         return sweep(w, upper_factor(f).to(w.dtype), choose, every)

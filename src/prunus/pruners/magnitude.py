@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prunus.layers import Layer
 from prunus.patterns import Pattern
-from prunus.pruners.base import register_pruner
+from prunus.pruners.base import Ranks, register_pruner
 from prunus.stats import Statistic
 
 
@@ -35,7 +35,7 @@ class Magnitude:
     def statistic(self, layer: Layer) -> Statistic | None:
         return None
 
-    def scores(self, w: Tensor, stat: Statistic | None, pattern: Pattern) -> Tensor:
+    def scores(self, w: Tensor, stat: Statistic | None, pattern: Pattern, ranks: Ranks) -> Tensor:
         return w.abs()
 
     def rebuild(self, w: Tensor, stat: Statistic | None, mask: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from prunus.elimination import first_order_step, saliency
 from prunus.patterns import Block, Pattern
-from prunus.pruners.base import register_pruner
+from prunus.pruners.base import Ranks, register_pruner
 from prunus.pruners.second_order import SecondOrder
 from prunus.stats.fisher import BlockFisher
 
@@ -38,7 +38,7 @@ class OBS(SecondOrder):
     damp: float = 1e-6
     """added to the diagonal; absolute, so it means something else for batches of another size"""
 
-    def scores(self, w: Tensor, stat: BlockFisher, pattern: Pattern) -> Tensor:
+    def scores(self, w: Tensor, stat: BlockFisher, pattern: Pattern, ranks: Ranks) -> Tensor:
         group = pattern.cols if isinstance(pattern, Block) else 1
         return stat.per_block(lambda f, x: saliency(f.inverse(), x.double(), group), w)
 

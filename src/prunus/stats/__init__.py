@@ -2,12 +2,13 @@
 
 from prunus.stats.base import GradientStatistic, RowStatistic, Statistic
 from prunus.stats.fisher import BlockFisher, Sampling
-from prunus.stats.inputs import InputNorm
+from prunus.stats.inputs import InputGram, InputNorm
 from prunus.stats.shared_fisher import SharedFisher
 
 __all__ = [
     "BlockFisher",
     "GradientStatistic",
+    "InputGram",
     "InputNorm",
     "RowStatistic",
     "Sampling",

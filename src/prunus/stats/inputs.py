@@ -7,6 +7,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from prunus.column_sweep import upper_factor
+
+STEP = 1 << 25  # entries of the inputs that are made single precision at a time
+
+
+def _single(inputs: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """The inputs in working precision, some rows at a time where that needs a copy."""
+    if inputs.dtype == dtype:
+        return [inputs]
+    rows = max(1, STEP // max(1, inputs.shape[1]))
+    return [part.to(dtype) for part in torch.split(inputs, rows)]
+
 
 class InputNorm:
     """Sum of squares of each input column, for the l2 norms ``||X_j||`` of Wanda and RIA."""
@@ -18,11 +30,15 @@ class InputNorm:
         self.sum_of_squares = torch.zeros(columns, dtype=torch.float32, device=device)
 
     def update(self, inputs: Tensor) -> None:
-        squares = inputs.float().square().sum(0)
-        self.sum_of_squares += squares.to(self.sum_of_squares.device)
+        for part in _single(inputs, torch.float32):
+            self.sum_of_squares += part.square().sum(0).to(self.sum_of_squares.device)
 
     def tensors(self) -> list[Tensor]:
         return [self.sum_of_squares]
+
+    def permute(self, perm: Tensor) -> None:
+        """Follow the layer's columns, of which the i-th is now what ``perm[i]`` was."""
+        self.sum_of_squares = self.sum_of_squares[perm.to(self.sum_of_squares.device)]
 
     @property
     def nbytes(self) -> int:
@@ -32,3 +48,79 @@ class InputNorm:
     def norm(self) -> Tensor:
         """(columns,) the l2 norm over all samples seen."""
         return self.sum_of_squares.sqrt()
+
+
+class InputGram:
+    """The Gram matrix ``X^T X`` of a layer's inputs, (columns, columns).
+
+    Held where the first inputs were, unless a `device` is given; in float64 for layers that are.
+    """
+
+    reads: Literal["inputs", "gradients"] = "inputs"
+    by_rows = False
+
+    def __init__(
+        self, columns: int, device: str | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.columns, self.device, self.dtype = columns, device, dtype
+        self._sum = torch.zeros(0)
+        self._count = torch.zeros(1, dtype=torch.float64)
+        self._factor: tuple[float, Tensor] | None = None
+
+    def _begin(self, device: torch.device | str) -> None:
+        if not self._sum.numel():
+            place = device if self.device is None else self.device
+            shape = self.columns, self.columns
+            self._sum = torch.zeros(shape, dtype=self.dtype, device=place)
+
+    def update(self, inputs: Tensor) -> None:
+        self._begin(inputs.device)
+        self._factor = None
+        self._count += len(inputs)
+        for part in _single(inputs, self.dtype):
+            if self._sum.device == part.device:
+                self._sum.addmm_(part.T, part)
+            else:
+                self._sum += (part.T @ part).to(self._sum.device)
+
+    def tensors(self) -> list[Tensor]:
+        self._begin("cpu")
+        return [self._sum, self._count]
+
+    def permute(self, perm: Tensor) -> None:
+        """Follow the layer's columns, of which the i-th is now what ``perm[i]`` was."""
+        perm = perm.to(self._sum.device)
+        self._sum, self._factor = self._sum[perm][:, perm], None
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.dtype.itemsize * self.columns**2 + 8)
+
+    @property
+    def count(self) -> int:
+        """Samples (tokens, or positions of a convolution) seen."""
+        return int(self._count)
+
+    @property
+    def norm(self) -> Tensor:
+        """(columns,) the l2 norm over all samples seen."""
+        self._begin("cpu")
+        return self._sum.diagonal().clamp(min=0).sqrt()
+
+    def matrix(self, device: torch.device | str) -> Tensor:
+        """(columns, columns) ``X^T X`` on this device; not a copy where it is there already."""
+        self._begin("cpu")
+        return self._sum.to(device)
+
+    def factor(self, damp: float, device: torch.device | str) -> Tensor:
+        """The upper factor of ``(2/n X^T X + damp * mean diagonal)^-1``, dead columns set to 1.
+
+        Computed once for all layers that share these inputs.
+        """
+        if self._factor is None or self._factor[0] != damp or self._factor[1].device != device:
+            h = self.matrix(device) * (2 / max(1, self.count))
+            dead = h.diagonal() == 0
+            h.diagonal().masked_fill_(dead, 1)
+            h.diagonal().add_(damp * h.diagonal().mean())
+            self._factor = (damp, upper_factor(h))
+        return self._factor[1]

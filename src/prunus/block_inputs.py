@@ -1,0 +1,249 @@
+"""What a model's blocks are given for each calibration batch, carried from block to block."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunus.blocks import Blocks
+from prunus.calibration import Calibration, to_device, undisturbed
+from prunus.progress import track
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _Enough(Exception):  # noqa: N818
+    """All that the blocks are called with is known."""
+
+
+@dataclass
+class Item:
+    """One calibration batch on its way: the stream's state, and what else each block is given."""
+
+    stream: Tensor
+    given: list[Arguments]
+    """arguments of each block; the stream's place is held by None"""
+    batch: Any = field(repr=False)
+    """for what it says about padding"""
+    beside: list[Tensor | None] = field(default_factory=list)
+    """what the first block returned beside the stream, and the recorded arguments hold"""
+
+
+def _place(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str:
+    """Where in a block's arguments the stream is."""
+    if args and isinstance(args[0], Tensor):
+        return 0
+    if isinstance(kwargs.get("hidden_states"), Tensor):
+        return "hidden_states"
+    raise ValueError("sequential: a block is called without a tensor in front; prune all at once")
+
+
+def _without(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Arguments]:
+    place = _place(args, kwargs)
+    if place == 0:
+        return args[0], ((None, *args[1:]), dict(kwargs))
+    return kwargs[str(place)], (args, {**kwargs, str(place): None})
+
+
+def _with(stream: Tensor, given: Arguments) -> Arguments:
+    args, kwargs = given
+    if args and args[0] is None:
+        return (stream, *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": stream}
+
+
+def _stream_of(output: Any) -> Tensor:
+    stream = output[0] if isinstance(output, tuple | list) else output
+    if not isinstance(stream, Tensor):
+        raise ValueError(
+            f"sequential: a block returns {type(stream).__name__}, not a tensor; prune all at once"
+        )
+    return stream
+
+
+def _others(output: Any) -> bool:
+    return isinstance(output, tuple | list) and any(x is not None for x in output[1:])
+
+
+def _beside(output: Any) -> list[Tensor | None]:
+    """The tensors that a block returns beside the stream, None for anything else."""
+    others = output[1:] if isinstance(output, tuple | list) else ()
+    return [x if isinstance(x, Tensor) else None for x in others]
+
+
+@contextlib.contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Language models must not remember keys and values from one forward pass to the next."""
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = [config for config in found if hasattr(config, "use_cache")]
+    saved = [config.use_cache for config in configs]
+    for config in configs:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config, value in zip(configs, saved, strict=True):
+            config.use_cache = value
+
+
+class _Recorder:
+    """Stands in for the blocks while the model runs around them.
+
+    Each block hands its input on as it is, in the form in which the first one returns its output,
+    so that all blocks are reached without being computed: but for the first one on the first batch,
+    or on all batches where it returns more tensors, which later blocks may be given.
+    """
+
+    def __init__(self, blocks: Blocks) -> None:
+        self.blocks = blocks
+        self.output: Any = None
+        self.begin()
+
+    def begin(self) -> None:
+        self.stream: Tensor | None = None
+        self.passed: Tensor | None = None
+        self.given: list[Arguments] = []
+
+    def standin(self, number: int) -> Callable[..., Any]:
+        real = self.blocks.modules[number].forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            stream, given = _without(args, kwargs)
+            if number != len(self.given) or (number and stream is not self.passed):
+                raise ValueError(
+                    f"sequential: something is computed between {self.blocks.name_of(number - 1)} "
+                    f"and {self.blocks.name_of(number)}, so blocks cannot run one by one; prune "
+                    "all at once, or name another list of blocks"
+                )
+            if number == 0:
+                self.stream = stream
+                if self.output is None or _others(self.output):
+                    self.output = real(*args, **kwargs)
+                    _stream_of(self.output)
+            self.passed = stream
+            self.given.append(given)
+            if number == len(self.blocks) - 1:
+                raise _Enough
+            if isinstance(self.output, tuple | list):
+                return type(self.output)([stream, *self.output[1:]])
+            return stream
+
+        return forward
+
+
+@contextlib.contextmanager
+def _forward(module: nn.Module, standin: Callable[..., Any]) -> Iterator[None]:
+    """Lets a function stand in for a module's forward, which may be a wrapper of its own."""
+    own = module.__dict__.get("forward")
+    module.forward = standin
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
+def record(model: nn.Module, blocks: Blocks, calibration: Calibration) -> list[Item]:
+    """What each block is given for each calibration batch, kept where the model is.
+
+    The first block must be where the rest of the model is. Raises ValueError for empty data, and
+    for a model that computes something between its blocks.
+    """
+    items, recorder = [], _Recorder(blocks)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(undisturbed(model, calibration))
+        stack.enter_context(without_cache(model))
+        stack.enter_context(torch.no_grad())
+        for number, module in enumerate(blocks.modules):
+            stack.enter_context(_forward(module, recorder.standin(number)))
+        for batch in track(calibration, "inputs of the first block"):
+            recorder.begin()
+            try:
+                calibration.run(model, batch)
+            except _Enough:
+                assert recorder.stream is not None
+                beside = _beside(recorder.output)
+                items.append(Item(recorder.stream, recorder.given, batch, beside))
+            else:
+                raise ValueError(f"sequential: the model does not call all of '{blocks.name}'")
+    if not items:
+        raise ValueError("the calibration data is empty; nothing was pruned")
+    return items
+
+
+def as_calibration(
+    items: list[Item],
+    number: int,
+    memory: str | int | None,
+    outputs: dict[int, Any] | None = None,
+) -> Calibration:
+    """The items as calibration batches of the block of this number.
+
+    What the block makes of them is put into `outputs`, where that is given, by the items' `id`: a
+    batch may be run more than once.
+    """
+
+    def forward(block: nn.Module, batch: _Batch) -> None:
+        output = _run(block, batch)
+        if outputs is not None:
+            outputs[id(batch.item)] = to_device(output, batch.item.stream.device)
+
+    return Calibration([_Batch(item, number) for item in items], forward=forward, memory=memory)
+
+
+def carry_on(items: list[Item], number: int, outputs: dict[int, Any]) -> None:
+    """The outputs of a block become what the next one is given."""
+    for item in items:
+        _carry(item, number, outputs[id(item)])
+
+
+def _carry(item: Item, number: int, output: Any) -> None:
+    """The stream, and what the next block is given of the tensors returned beside it."""
+    place = item.stream.device
+    item.stream, item.given[number] = _stream_of(output).to(place), ((), {})
+    pairs = zip(item.beside, _beside(output), strict=False)
+    fresh = {id(a): b.to(place) for a, b in pairs if a is not None and b is not None}
+    if fresh and number + 1 < len(item.given):
+        args, kwargs = item.given[number + 1]
+        kwargs = {key: fresh.get(id(x), x) for key, x in kwargs.items()}
+        item.given[number + 1] = tuple(fresh.get(id(x), x) for x in args), kwargs
+
+
+class _Batch(Mapping[str, Any]):
+    """A batch as the block sees it: says what the user's batch says about padding."""
+
+    def __init__(self, item: Item, number: int) -> None:
+        self.item, self.number = item, number
+
+    def __getitem__(self, key: str) -> Any:
+        if isinstance(self.item.batch, Mapping):
+            return self.item.batch[key]
+        raise KeyError(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.item.batch if isinstance(self.item.batch, Mapping) else ())
+
+    def __len__(self) -> int:
+        return len(self.item.batch) if isinstance(self.item.batch, Mapping) else 0
+
+
+def _run(block: nn.Module, batch: _Batch) -> Any:
+    device = next(block.parameters()).device
+    stream, given = batch.item.stream.to(device), batch.item.given[batch.number]
+    args, kwargs = _with(stream, to_device(given, device))
+    return block(*args, **kwargs)
+
+
+@torch.no_grad()
+def advance(block: nn.Module, items: list[Item], number: int) -> None:
+    """Carry the items on to the next block, one after the other."""
+    calibration = as_calibration(items, number, None)
+    with undisturbed(block, calibration):
+        for item in track(items, "outputs"):
+            _carry(item, number, _run(block, _Batch(item, number)))

@@ -1,0 +1,1 @@
+"""Column orders in which the N:M pattern costs less."""

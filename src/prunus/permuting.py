@@ -1,0 +1,259 @@
+"""Channel permutation before N:M pruning: found from scores, folded into the network, verified."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from prunus.block_inputs import without_cache
+from prunus.calibration import Calibration, undisturbed
+from prunus.distributed import Shards
+from prunus.layers import Layer
+from prunus.measuring import Measurements
+from prunus.memory import Rows
+from prunus.method import Method
+from prunus.names import did_you_mean
+from prunus.patterns import NM
+from prunus.permute.folds import Fold, Plan
+from prunus.permute.rules import find_folds
+from prunus.permute.search import SEARCHES, retained
+from prunus.permute.verify import verify
+from prunus.progress import track
+from prunus.pruners import ScorePruner
+from prunus.solving import no_autocast, ready
+from prunus.stats import Statistic
+
+log = logging.getLogger("prunus")
+SHARED = ("leave", "residual", "gather")
+
+
+@dataclass(frozen=True)
+class Permute:
+    """Regroup input channels before N:M pruning, so that less of the score is lost."""
+
+    search: str = "lsa"
+    """`reallocate` deals channels to groups by their sums; `lsa` goes on from there with linear sum
+    assignments"""
+    shared: Literal["leave", "residual", "gather"] = "leave"
+    """layers whose input others read too: left as they are, permuted together with the whole
+    residual stream, or given an index to gather their input by at run time"""
+    max_rows: int | None = None
+    """search on so many rows of scores, evenly spaced; default: all of them"""
+
+    def __post_init__(self) -> None:
+        for value, known in ((self.search, SEARCHES), (self.shared, SHARED)):
+            if value not in known:
+                raise ValueError(f"permute: {value!r} is not known{did_you_mean(value, known)}")
+        if self.max_rows is not None and self.max_rows < 1:
+            raise ValueError(f"permute: max_rows={self.max_rows}; use at least 1, or leave it out")
+
+    def perm(self, scores: Tensor, n: int, m: int) -> Tensor:
+        """The order of columns found for (rows, cols) scores."""
+        step = 1 if self.max_rows is None else max(1, -(-len(scores) // self.max_rows))
+        return SEARCHES[self.search](scores[::step], n, m).cpu()
+
+
+@dataclass(frozen=True)
+class FoldRow:
+    """What one permutation has brought."""
+
+    name: str
+    kind: str
+    channels: int
+    before: float
+    """share of the score that the best N:M mask kept"""
+    after: float
+
+
+@dataclass
+class Folded:
+    """The permutations that a network has taken, and the statistics that have followed them."""
+
+    rows: list[FoldRow] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+    done: list[tuple[Fold, Tensor]] = field(default_factory=list)
+    measured: tuple[Measurements, Shards] | None = None
+
+    def undo(self) -> None:
+        for fold, perms in reversed(self.done):
+            fold.undo(perms)
+        self.done = []
+
+
+def plan_folds(method: Method, layers: Sequence[Layer], model: nn.Module, permute: Permute) -> Plan:
+    """What can be permuted, and for every other layer the reason.
+
+    Raises ValueError for patterns that no permutation helps.
+    """
+    pattern = method.pattern
+    if not isinstance(pattern, NM):
+        raise ValueError(
+            f"permute is for N:M patterns; pattern '{pattern}' has no order of columns"
+        )
+    plan = find_folds(model, layers, permute.shared)
+    folds, refused = [], dict(plan.refused)
+    for fold in plan.folds:
+        if fold.positions.shape[2] % pattern.m or bool((fold.positions[..., 0] % pattern.m).any()):
+            width = fold.positions.shape[2]
+            said = f"groups of {pattern.m} do not divide its parts of {width} channels"
+            refused |= {reader.name: said for reader in fold.readers}
+        else:
+            folds.append(fold)
+    return Plan(tuple(folds), refused)
+
+
+@torch.no_grad()
+def permute_layers(
+    method: Method,
+    layers: Sequence[Layer],
+    model: nn.Module,
+    calibration: Calibration | None,
+    folds: Sequence[Fold],
+    permute: Permute,
+) -> Folded:
+    """Search and apply the folds whose readers are all among the layers.
+
+    The statistics that were measured for it follow, and serve the pruning step after it. A fold
+    after which the network computes something else is taken back. All are on failure.
+    """
+    names = {layer.name for layer in layers}
+    folds = [fold for fold in folds if {reader.name for reader in fold.readers} <= names]
+    folded = Folded()
+    if not folds:
+        return folded
+    if calibration is None:
+        raise ValueError(
+            "permute runs the model to see that its function stays the same; pass "
+            "calibration=prunus.Calibration(batches)"
+        )
+    measured, shards = ready(method, layers, model, calibration)
+    try:
+        found = _search(method, measured, shards, folds, permute)
+        inputs = _scope_inputs(model, calibration, folds)
+        for fold, (perms, row) in zip(folds, found, strict=True):
+            _apply(fold, perms, row, inputs, measured, folded)
+    except BaseException:
+        folded.undo()
+        raise
+    folded.measured = measured, shards
+    return folded
+
+
+def _importance(method: Method, rows: Rows, stat: Statistic | None, shards: Shards) -> Tensor:
+    """The pruner's scores; for those that choose while they solve, magnitudes times inputs."""
+    w = rows.matrix()
+    if isinstance(method.pruner, ScorePruner):
+        return method.pruner.scores(w, stat, method.pattern, shards).abs()
+    norm = getattr(stat, "norm", None)
+    size = w.abs().to(torch.promote_types(w.dtype, torch.float32))
+    return size if norm is None else size * norm.to(w.device)
+
+
+def _search(
+    method: Method, measured: Measurements, shards: Shards, folds: Sequence[Fold], permute: Permute
+) -> list[tuple[Tensor, FoldRow]]:
+    """For each fold its permutations, and what they keep, from scores of one group at a time."""
+    wanted = {reader.name for fold in folds for reader in fold.readers}
+    scores: dict[str, list[Tensor]] = {}
+    for i, group in enumerate(measured.groups):
+        stats = measured[i]
+        with shards.together(), no_autocast(measured.shares):
+            for rows in group:
+                if rows.layer.name in wanted:
+                    part = _importance(method, rows, stats.get(rows), shards)
+                    scores.setdefault(rows.layer.name, []).append(part)
+        del stats
+    pattern = method.pattern
+    assert isinstance(pattern, NM)
+    found = []
+    for fold in track(folds, f"permutations: {permute.search}"):
+        whole = [torch.cat(scores[reader.name]) for reader in fold.readers]
+        matrices = fold.gather_scores(whole)
+        perms = torch.stack([permute.perm(m, pattern.n, pattern.m) for m in matrices])
+        kept = [
+            sum(retained(m, pattern.n, pattern.m, p) for m, p in zip(matrices, each, strict=True))
+            for each in ([None] * len(perms), perms)
+        ]
+        total = max(sum(float(m.sum(dtype=torch.float64)) for m in matrices), 1e-300)
+        row = FoldRow(fold.name, fold.kind, perms.numel(), kept[0] / total, kept[1] / total)
+        found.append((perms, row))
+    return found
+
+
+Inputs = Mapping[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+def _scope_inputs(model: nn.Module, calibration: Calibration, folds: Sequence[Fold]) -> Inputs:
+    """What the folds' modules are given for the first calibration batch."""
+    found: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.setdefault(module, (args, kwargs))
+
+    with contextlib.ExitStack() as stack:
+        for scope in {model, *(fold.scope for fold in folds)}:
+            handle = scope.register_forward_pre_hook(hook, with_kwargs=True)
+            stack.callback(handle.remove)
+        stack.enter_context(undisturbed(model, calibration))
+        stack.enter_context(without_cache(model))
+        for batch in calibration:
+            calibration.run(model, batch)
+            break
+    return found
+
+
+def _apply(
+    fold: Fold, perms: Tensor, row: FoldRow, inputs: Inputs, measured: Measurements, folded: Folded
+) -> None:
+    if row.after <= row.before:
+        reason = "no other order keeps more of the score"
+    else:
+        # a list that is only iterated over has no inputs of its own
+        scope = fold.scope if fold.scope in inputs else measured.model
+        args, kwargs = inputs[scope]
+        with without_cache(scope):
+            reason = verify(replace(fold, scope=scope), perms, args, kwargs)
+    if reason:
+        folded.refused |= {reader.name: reason for reader in fold.readers}
+        log.info("not permuted: %s: %s", fold.name, reason)
+        return
+    folded.done.append((fold, perms))
+    folded.rows.append(row)
+    log.info("permuted %s: score kept %.4f -> %.4f", fold.name, row.before, row.after)
+    _follow(fold, perms, measured)
+
+
+def _follow(fold: Fold, perms: Tensor, measured: Measurements) -> None:
+    """Permute the statistics at hand; those that cannot follow are measured again."""
+    if measured.held is None:
+        return
+    stats = measured.held[1]
+    readers = {reader.name for reader in fold.readers}
+    mine = [rows for rows in stats if rows.layer.name in readers]
+    if any(not hasattr(stats[rows], "permute") for rows in mine):
+        measured.held = None
+        return
+    moved: dict[int, Statistic] = {}
+    for rows in mine:
+        stat = stats[rows]
+        if id(stat) not in moved:
+            # layers outside the fold may share it
+            shared = any(stats[other] is stat for other in stats if other not in mine)
+            moved[id(stat)] = copy.deepcopy(stat) if shared else stat
+            moved[id(stat)].permute(_columns(fold, perms, rows.layer))  # type: ignore[attr-defined]
+        stats[rows] = moved[id(stat)]
+
+
+def _columns(fold: Fold, perms: Tensor, layer: Layer) -> Tensor:
+    """The permutation of a layer's columns, in which channels are innermost."""
+    channels = fold.columns(perms)
+    kernel = layer.matrix_shape()[1] // len(channels)
+    starts = torch.arange(kernel).unsqueeze(1) * len(channels)
+    return (starts + channels).flatten()

@@ -1,0 +1,65 @@
+"""ALPS: masks and weights found together by operator splitting.
+
+X. Meng, K. Behdin, H. Wang, R. Mazumder, "ALPS: improved optimization for highly sparse one-shot
+pruning for large language models", 2024, https://arxiv.org/abs/2406.07831, algorithm 1.
+
+Here every pattern is a projection, and the solution is never worse than that of Wanda's mask. Where
+rows lie on several ranks, each keeps as many weights as Wanda's scores give it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from prunus.admm import solve
+from prunus.layers import Layer
+from prunus.patterns import Pattern
+from prunus.pruners.base import Ranks, register_pruner
+from prunus.pruners.layerwise import gram_of, working
+from prunus.stats import InputGram
+
+
+@register_pruner
+@dataclass(frozen=True)
+class ALPS:
+    """Minimize ``||(w_new - w) X||`` over weights and masks at once, by ADMM; then refit.
+
+    The strongest of the layerwise methods, and the slowest.
+    """
+
+    name: ClassVar[str] = "alps"
+    patterns: ClassVar[tuple[str, ...]] = ("unstructured", "row", "N:M")
+    allocator: ClassVar[str] = "uniform"
+
+    iterations: int = 300
+    """of ADMM, at most; it ends when the mask stands still"""
+    damp: float = 1e-2
+    """added to the diagonal of the Gram matrix while masks are sought, relative to its mean"""
+    device: str | None = None
+    """where the Gram matrix of the inputs is stored; default: where the inputs are"""
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1 or not 0 < self.damp < math.inf:
+            raise ValueError("iterations must be at least 1, and damp above 0")
+
+    def statistic(self, layer: Layer) -> InputGram:
+        return gram_of(layer, self.device)
+
+    def sweep(
+        self, w: Tensor, stat: InputGram, pattern: Pattern, drop: int, ranks: Ranks
+    ) -> tuple[Tensor, Tensor]:
+        dense, alive = working(w), w != 0
+        gram = stat.matrix(w.device).to(dense.dtype)
+        if pattern.kind == "unstructured":
+            first = dense.square().mul_(gram.diagonal()).masked_fill_(~alive, -1)
+            keep = ranks.keep_all_but_lowest(first, drop)
+            drop = keep.numel() - int(keep.count_nonzero())
+
+        def project(scores: Tensor) -> Tensor:
+            return pattern.mask(scores.masked_fill(~alive, -1), drop) & alive
+
+        return solve(dense, gram, project, self.iterations, self.damp)

@@ -1,0 +1,74 @@
+"""What the methods that look at one layer's inputs have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunus.layers import Layer
+from prunus.patterns import NM, Block, Pattern
+from prunus.refitting import refit
+from prunus.stats import InputGram, InputNorm
+from prunus.swapping import swap
+
+SWAPS = 100  # in a row, at most
+PASSES = 10  # over the groups of a row, at most; later ones gain little
+InputStatistic = InputNorm | InputGram
+
+
+def working(w: Tensor) -> Tensor:
+    """The weights in at least single precision."""
+    return w.to(torch.promote_types(w.dtype, torch.float32))
+
+
+def gram_of(layer: Layer, device: str | None) -> InputGram:
+    """An empty Gram matrix of a layer's inputs."""
+    exact = layer.weight.dtype == torch.float64
+    dtype = torch.float64 if exact else torch.float32
+    return InputGram(layer.matrix_shape()[1], device, dtype)
+
+
+@dataclass(frozen=True)
+class Layerwise:
+    """Settings of methods that score weights by a layer's inputs, and what may follow the scores.
+
+    Both options look at the layer's output error ``||(w_new - w) X||``, by way of ``X^T X``.
+    """
+
+    swap: bool = False
+    """exchange a kept weight for a dropped one of the same row (N:M: group) while that lowers the
+    error; needs the Gram matrix of the inputs"""
+    refit: bool = False
+    """solve for the weights that stay, by conjugate gradients; needs the Gram matrix too"""
+    device: str | None = None
+    """where a Gram matrix is stored; default: where the inputs are"""
+
+    def check(self, cols: int, pattern: Pattern) -> None:
+        """Raises ValueError if the options do not go with the pattern."""
+        if self.swap and isinstance(pattern, Block):
+            raise ValueError(f"swap exchanges single weights, not blocks of '{pattern}'; drop swap")
+
+    def statistic(self, layer: Layer) -> InputStatistic | None:
+        if self.swap or self.refit:
+            return gram_of(layer, self.device)
+        return InputNorm(layer.matrix_shape()[1])
+
+    def refine(self, w: Tensor, stat: Any, mask: Tensor, pattern: Pattern) -> Tensor:
+        """A keep-mask with as many weights in each row (N:M: group), and no larger an error."""
+        if not self.swap or not isinstance(stat, InputGram):
+            return mask
+        dense = working(w)
+        gram = stat.matrix(w.device).to(dense.dtype)
+        if isinstance(pattern, NM):
+            return swap(dense, gram, mask, PASSES, pattern.m)
+        return swap(dense, gram, mask, SWAPS)
+
+    def rebuild(self, w: Tensor, stat: Any, mask: Tensor) -> Tensor:
+        if not self.refit or not isinstance(stat, InputGram):
+            return w
+        dense = working(w)
+        gram = stat.matrix(w.device).to(dense.dtype)
+        return refit(dense, torch.where(mask, dense, 0), gram, mask)

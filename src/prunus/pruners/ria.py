@@ -1,0 +1,71 @@
+"""Relative importance, and relative importance and activations.
+
+Y. Zhang, H. Bai, H. Lin, J. Zhao, L. Hou, C. V. Cannistraci, "Plug-and-play: an efficient
+post-training pruning method for large language models", 2024,
+https://openreview.net/forum?id=Tr0lPx9woF, eq. 3 and 4.
+
+Here a column or row of zeros scores zero, where the division would give NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from prunus.layers import Layer
+from prunus.patterns import Pattern
+from prunus.pruners.base import Ranks, register_pruner
+from prunus.pruners.layerwise import InputStatistic, Layerwise, working
+
+
+def relative_importance(w: Tensor, ranks: Ranks) -> Tensor:
+    """``|w_ij| / sum_i |w_ij| + |w_ij| / sum_j |w_ij|`` of a (rows, cols) matrix."""
+    size = working(w).abs()
+    columns, rows = ranks.all_reduce(size.sum(0)), size.sum(1, keepdim=True)
+    shares = (
+        columns.masked_fill(columns == 0, math.inf).reciprocal()
+        + rows.masked_fill(rows == 0, math.inf).reciprocal()
+    )
+    return size.mul_(shares)
+
+
+@register_pruner
+@dataclass(frozen=True)
+class RI(Layerwise):
+    """Remove the weights that matter least to their input and their output: no data needed.
+
+    Score ``|w_ij| / sum_i |w_ij| + |w_ij| / sum_j |w_ij|``, so that no channel is emptied.
+    """
+
+    name: ClassVar[str] = "ri"
+    patterns: ClassVar[tuple[str, ...]] = ("unstructured", "row", "N:M", "block")
+    allocator: ClassVar[str] = "uniform"
+
+    def statistic(self, layer: Layer) -> InputStatistic | None:
+        return super().statistic(layer) if self.swap or self.refit else None
+
+    def scores(self, w: Tensor, stat: Any, pattern: Pattern, ranks: Ranks) -> Tensor:
+        return relative_importance(w, ranks)
+
+
+@register_pruner
+@dataclass(frozen=True)
+class RIA(Layerwise):
+    """Relative importance times the norms of the inputs: score ``RI_ij ||X_j||^a``."""
+
+    name: ClassVar[str] = "ria"
+    patterns: ClassVar[tuple[str, ...]] = ("unstructured", "row", "N:M", "block")
+    allocator: ClassVar[str] = "uniform"
+
+    a: float = 0.5
+    """exponent of the norm; at 0 the score is that of `ri`"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.a < math.inf:
+            raise ValueError(f"a={self.a}; an exponent of 0 or more is needed, such as 0.5")
+
+    def scores(self, w: Tensor, stat: InputStatistic, pattern: Pattern, ranks: Ranks) -> Tensor:
+        return relative_importance(w, ranks).mul_(stat.norm.to(w.device) ** self.a)

@@ -1,0 +1,69 @@
+"""SparseGPT: a sweep over the columns that passes each column's error on to the next ones.
+
+E. Frantar and D. Alistarh, "SparseGPT: massive language models can be accurately pruned in
+one-shot", 2023, https://arxiv.org/abs/2301.00774, algorithm 1.
+
+Here the factor comes from one factorization, several columns are solved at once, layers with the
+same inputs share both, and a failing factorization is never replaced by an identity.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from prunus.column_sweep import choice, row_counts, stripe_counts, sweep
+from prunus.layers import Layer
+from prunus.patterns import Pattern
+from prunus.pruners.base import Ranks, register_pruner
+from prunus.pruners.layerwise import gram_of, working
+from prunus.refitting import refit
+from prunus.stats import InputGram
+
+
+@register_pruner
+@dataclass(frozen=True)
+class SparseGPT:
+    """Sweep over the columns with ``H = 2/n X X^T``: score ``w^2 / U_jj^2`` with ``U^T U = H^-1``.
+
+    The mask of 128 columns (for N:M of each M) is chosen when the sweep gets there; the error of
+    what goes is made up for in the columns to the right.
+    """
+
+    name: ClassVar[str] = "sparsegpt"
+    patterns: ClassVar[tuple[str, ...]] = ("unstructured", "row", "N:M")
+    allocator: ClassVar[str] = "uniform"
+
+    damp: float = 1e-2
+    """added to the diagonal of H, relative to its mean"""
+    refit: bool = False
+    """afterwards solve for the weights that stay, by conjugate gradients"""
+    device: str | None = None
+    """where the Gram matrix of the inputs is stored; default: where the inputs are"""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damp < math.inf:
+            raise ValueError(f"damp={self.damp}; a number above 0 is needed, such as 1e-2")
+
+    def statistic(self, layer: Layer) -> InputGram:
+        return gram_of(layer, self.device)
+
+    def sweep(
+        self, w: Tensor, stat: InputGram, pattern: Pattern, drop: int, ranks: Ranks
+    ) -> tuple[Tensor, Tensor]:
+        dense, gram = working(w), stat.matrix(w.device)
+        dead = gram.diagonal() == 0
+        counts: Sequence[int] | Sequence[Tensor] = []
+        if pattern.kind == "row":
+            counts = row_counts(w, drop)
+        elif pattern.fixed is None:
+            counts = stripe_counts([w], drop, ranks.all_reduce)[0]
+        choose, every = choice(pattern, w != 0, dead, counts, ranks.keep_all_but_lowest)
+        new, mask = sweep(dense, stat.factor(self.damp, w.device).to(dense.dtype), choose, every)
+        if self.refit:
+            new = refit(dense, new, gram.to(dense.dtype), mask)
+        return new, mask

@@ -1,0 +1,35 @@
+"""Wanda: magnitudes times the norms of the inputs.
+
+M. Sun, Z. Liu, A. Bair, J. Z. Kolter, "A simple and effective pruning approach for large language
+models", 2023, https://arxiv.org/abs/2306.11695, eq. 1.
+
+Here a row loses an exact count, padding tokens are not counted, and convolutions are measured too.
+The paper compares within each output: pattern ``row``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from prunus.patterns import Pattern
+from prunus.pruners.base import Ranks, register_pruner
+from prunus.pruners.layerwise import InputStatistic, Layerwise, working
+
+
+@register_pruner
+@dataclass(frozen=True)
+class Wanda(Layerwise):
+    """Remove the weights whose product with their inputs is smallest: score ``|w_ij| ||X_j||``.
+
+    The best choice for a row when its inputs are uncorrelated and survivors stay as they are.
+    """
+
+    name: ClassVar[str] = "wanda"
+    patterns: ClassVar[tuple[str, ...]] = ("unstructured", "row", "N:M", "block")
+    allocator: ClassVar[str] = "uniform"
+
+    def scores(self, w: Tensor, stat: InputStatistic, pattern: Pattern, ranks: Ranks) -> Tensor:
+        return working(w).abs() * stat.norm.to(w.device)
