@@ -23,6 +23,7 @@ from prunus.distributed import Shards, gather, ranks_of, shard
 from prunus.layers import clean_name, unwrap
 from prunus.masking import local, pack, unpack
 from prunus.names import did_you_mean
+from prunus.permute.gather import BUFFER, restore_gathers
 from prunus.recipe import Recipe
 from prunus.records import atomic_write, is_main
 from prunus.results import Result
@@ -200,15 +201,21 @@ def _expand(stored: dict[str, Tensor], header: Mapping[str, Any]) -> dict[str, T
 
 def _load_into(model: nn.Module, state: Mapping[str, Tensor], path: Any) -> None:
     target = unwrap(model)
+    gathers = {name: t for name, t in state.items() if name.rpartition(".")[2] == BUFFER}
     parts = target.state_dict()
     mine = {clean_name(name): name for name in parts}
     for name in mine:
         if name not in state:
             raise ValueError(f"'{path}' has no {name!r}{did_you_mean(name, state)}")
     for name, t in state.items():
+        if name in gathers:
+            continue
         if name not in mine:
             raise ValueError(f"'{path}' has {name!r}, the model has not{did_you_mean(name, mine)}")
         shape = tuple(parts[mine[name]].shape)
         if tuple(t.shape) != shape:
             raise ValueError(f"'{path}' has {name!r} as {tuple(t.shape)}, the model as {shape}")
+    restore_gathers(target, gathers)
+    parts = target.state_dict()
+    mine = {clean_name(name): name for name in parts}
     target.load_state_dict({mine[n]: shard(t, parts[mine[n]]) for n, t in state.items()})

@@ -300,17 +300,19 @@ class _Pruning:
         """Load the block, which was pruned before."""
         old = {name: t.clone() for name, t in block.state_dict().items()}
         name = self.walk.blocks.name_of(number)
+        if self.walk.weights is None:
+            self.did.taken.append(lambda: put_back(block, old))
         finished.load(number, name, block, self.walk.model)
         self.did.rows += finished.rows[number]
         if self.walk.weights is not None:
             return []
-        self.did.taken.append(lambda: put_back(block, old))
         layers = {layer.name: layer for layer in self.walk.layers.get(number, [])}
         changes = []
         for row in finished.rows[number]:
             layer = layers[row.name]
             before = old[layer.parameter_name.removeprefix(f"{name}.")]
-            changes.append(Change(layer, before, layer.local != 0, row))
+            # a copy: whoever undoes the change swaps it with what was loaded
+            changes.append(Change(layer, before.clone(), layer.local != 0, row))
         self.did.changes += changes
         return changes
 
