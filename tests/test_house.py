@@ -15,7 +15,19 @@ LEVELS = [
     {"pruners", "allocators", "permute"},
     {"calibration", "engine", "method", "distributed", "progress"}
     | {"memory", "gradients", "gradient_pass", "measuring", "shares", "solving", "tally"}
-    | {"curvature", "recalibration", "input_pass", "sequential", "blocks", "looking", "permuting", "block_inputs", "lazy_weights", "finished_blocks"},
+    | {
+        "curvature",
+        "recalibration",
+        "input_pass",
+        "sequential",
+        "blocks",
+        "looking",
+        "permuting",
+        "block_inputs",
+        "block_walk",
+        "lazy_weights",
+        "finished_blocks",
+    },
     {"modifiers"},
     {"recipe", "records", "report", "results", "session", "oneshot", "checkpoint"},
     {"cli", "preview", "integrations", "__init__", "__main__"},

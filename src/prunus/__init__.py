@@ -1,5 +1,6 @@
 """prunus prunes PyTorch models by recipe, during training or in one shot."""
 
+from prunus.block_walk import Sequential
 from prunus.calibration import Calibration
 from prunus.checkpoint import load, save
 from prunus.curvature import Fisher, fisher
@@ -21,7 +22,6 @@ from prunus.pruners import (
 )
 from prunus.recipe import Recipe
 from prunus.results import sparsity
-from prunus.sequential import Sequential
 from prunus.session import Session, attach
 
 __version__ = "0.1.0"

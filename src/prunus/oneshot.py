@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from prunus import engine
 from prunus.allocators import ALLOCATORS, Allocator, Table
+from prunus.block_walk import Sequential
 from prunus.calibration import Calibration
 from prunus.layers import reshard
 from prunus.method import Method
-from prunus.modifiers import Context, PruningModifier
+from prunus.modifiers import Context, PruningModifier, pruning_event
 from prunus.modifiers.base import log
-from prunus.modifiers.prune import pruning_event
 from prunus.patterns import parse_pattern
 from prunus.permuting import Permute
 from prunus.progress import track
@@ -28,7 +28,6 @@ from prunus.recipe.native import is_text
 from prunus.records import Recorder, number, start_event
 from prunus.results import Evaluate, Result, SweepResult
 from prunus.selection import select
-from prunus.sequential import Sequential
 
 AllocatorLike = str | Mapping[str, float] | Allocator | None
 RECIPE_ENDINGS = (".yaml", ".yml")

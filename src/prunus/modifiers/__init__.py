@@ -3,7 +3,8 @@
 from prunus.modifiers.base import MODIFIERS, Context, Modifier, Run
 from prunus.modifiers.freeze import Freeze
 from prunus.modifiers.param_groups import LearningRate, WeightDecay
-from prunus.modifiers.prune import PruningModifier, PruningRun
+from prunus.modifiers.prune import PruningModifier
+from prunus.modifiers.pruning_run import PruningRun, pruning_event
 
 __all__ = [
     "MODIFIERS",
@@ -15,4 +16,5 @@ __all__ = [
     "PruningRun",
     "Run",
     "WeightDecay",
+    "pruning_event",
 ]

@@ -10,10 +10,10 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from prunus.block_walk import Sequential
 from prunus.calibration import Calibration
 from prunus.masking import Masks
 from prunus.names import Registry
-from prunus.sequential import Sequential
 from prunus.timing import Timeline
 
 log = logging.getLogger("prunus")

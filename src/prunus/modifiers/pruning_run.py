@@ -1,0 +1,232 @@
+"""The recipe entry ``prune`` at work."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from prunus.allocators import Table
+from prunus.block_walk import Walked
+from prunus.distributed import shards_of
+from prunus.engine import check_reachable, prune_step, stage_count
+from prunus.layers import Layer
+from prunus.masking import Hard, zero_momentum
+from prunus.measuring import Measurements
+from prunus.method import LayerRow
+from prunus.modifiers.base import Context, Run, log
+from prunus.permute.folds import Plan
+from prunus.permuting import permute_layers, plan_folds
+from prunus.pruners import SweepPruner
+from prunus.selection import select
+from prunus.sequential import blocks_for, check_sequential, prune_blocks
+from prunus.solving import plan_measurements
+from prunus.timing import Window
+
+if TYPE_CHECKING:
+    from prunus.modifiers.prune import PruningModifier
+
+
+class PruningRun(Run):
+    """Prunes at its ticks and keeps the masks of its weights in between."""
+
+    def __init__(self, modifier: PruningModifier, context: Context) -> None:
+        self.modifier, self.context, self.method = modifier, context, modifier.method
+        chosen = select(context.model, modifier.layers, modifier.exclude)
+        self.layers: list[Layer] = self.method.fit(chosen.layers)
+        self.left_dense = chosen.left_dense
+        self.names = [layer.parameter_name for layer in self.layers]
+        if context.optimizer is not None:
+            check_held(context.optimizer, self.layers)
+        shards_of(self.layers, self.method.pattern)  # raises for what no step could prune
+        walk = modifier.walk(context)
+        if walk is not None:
+            check_sequential(self.method, self.layers)
+            blocks_for(context.model, self.layers, walk)
+        self.folds = self._folds()
+        if isinstance(self.method.allocator, Table):  # now, not in the middle of training
+            self.method.allocator.rates([layer.name for layer in self.layers])
+        self.ticks = [0] if context.one_shot else self._ticks()
+        total = context.timeline.total
+        if total is not None and self.ticks[-1] > total:
+            log.warning(
+                "last pruned after step %d, but training ends after step %d: "
+                "closing the session then prunes to the target at once",
+                self.ticks[-1],
+                total,
+            )
+        self.next = 0
+        self.did = Walked()
+
+    def _folds(self) -> Plan:
+        permute = self.modifier.permute
+        if permute is None:
+            return Plan((), {})
+        if not self.context.one_shot:
+            raise ValueError(
+                "permute moves weights, which an optimizer knows by their places; "
+                "permute and prune the finished model, then train what is left"
+            )
+        return plan_folds(self.method, self.layers, self.context.model, permute)
+
+    def _ticks(self) -> list[int]:
+        window, timeline = self.modifier.window or Window(), self.context.timeline
+        return [window.begin(timeline)] if self.modifier.at_once else window.ticks(timeline)
+
+    def start(self) -> None:
+        schedule, pattern = self.modifier.schedule, self.method.pattern
+        if schedule is None or pattern.fixed is not None or self.layers[0].weight.is_meta:
+            return
+        check_reachable(self.layers, pattern, schedule.final)
+
+    def target(self, tick: int) -> float | None:
+        """Sparsity after the tick of this number."""
+        schedule = self.modifier.schedule
+        if schedule is None or tick == len(self.ticks) - 1:
+            return None if schedule is None else schedule.final
+        begin, end = self.ticks[0], self.ticks[-1]
+        cycle = schedule.cycle and self.context.timeline.cycle(schedule.cycle, end - begin)
+        return schedule((self.ticks[tick] - begin) / (end - begin), cycle or None)
+
+    def after_step(self, step: int) -> None:
+        if self.next < len(self.ticks) and step >= self.ticks[self.next]:
+            # the optimizer may just have moved what is pruned, by other modifiers too
+            Hard().hide(*self.context.masks.parts(self.context.masks), 1.0)
+            while self.next < len(self.ticks) and step >= self.ticks[self.next]:
+                self.next += 1  # of several that are due, the last says it all
+            self._tick(self.next - 1, step)
+        owned = [name for name in self.names if self.context.owners.get(name) is self]
+        weights, masks = self.context.masks.parts(owned)
+        self.modifier.masking.hide(weights, masks, min(1.0, step / max(1, self.ticks[-1])))
+
+    def finish(self, step: int) -> None:
+        if self.next < len(self.ticks):
+            self.next = len(self.ticks)
+            self._tick(self.next - 1, step)
+
+    def _tick(self, tick: int, step: int) -> None:
+        context, target = self.context, self.target(tick)
+        self.did = self._prune(target)
+        changes = self.did.changes
+        for change in changes:
+            name, weight = change.layer.parameter_name, change.layer.weight
+            context.masks.put(name, weight, change.mask)
+            context.owners[name] = self
+            if context.optimizer is not None:
+                zero_momentum(context.optimizer, weight, context.masks[name])
+        if not context.one_shot:
+            self.did.changes = []
+        context.record(pruning_event(self.modifier, self.rows, step, target))
+
+    def _prune(self, target: float | None) -> Walked:
+        context, modifier = self.context, self.modifier
+        what = self.method, self.layers, target, context.model, context.calibration
+        walk, permute = modifier.walk(context), modifier.permute
+        if permute is not None and len(context.masks):
+            raise ValueError(
+                "permute would move weights that are pruned already; let it be in the first 'prune'"
+            )
+        if walk is not None:
+            return prune_blocks(*what, walk, permute, self.folds.folds)
+        done = Walked()
+        try:
+            measured = None
+            if permute is not None:
+                args = self.method, self.layers, context.model, context.calibration
+                done.folded = [permute_layers(*args, self.folds.folds, permute)]
+                measured, done.folded[0].measured = done.folded[0].measured, None
+            done.changes = prune_step(*what, measured)
+        except BaseException:
+            done.undo()
+            raise
+        done.rows = [change.row for change in done.changes]
+        return done
+
+    @property
+    def rows(self) -> list[LayerRow]:
+        """What became of the layers in the last pruning step."""
+        return self.did.rows
+
+    def plan(self) -> list[tuple[int, str]]:
+        fixed = self.method.pattern.fixed
+        targets = [
+            (step, fixed if fixed is not None else self.target(i))
+            for i, step in enumerate(self.ticks)
+        ]
+        said = f"{self.method.pruner.name} to {self.modifier.pattern}"
+        return [
+            (s, f"{said}, sparsity {'by table' if t is None else f'{t:.4f}'}") for s, t in targets
+        ]
+
+    def measurements(self) -> Measurements:
+        """What a pruning step measures, in how many passes over the calibration data."""
+        context = self.context
+        return plan_measurements(self.method, self.layers, context.model, context.calibration)
+
+    def passes(self) -> int:
+        """Readings of the calibration data in a pruning step.
+
+        All groups of statistics are measured for the scores, and but the last again to rebuild.
+        """
+        groups = len(self.measurements().groups)
+        once = groups if isinstance(self.method.pruner, SweepPruner) else 2 * groups - 1
+        return once * stage_count(self.method)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes beyond the model: always, for data, and while a pruning step runs."""
+        weights = [layer.local for layer in self.layers]
+        masks = sum(w.numel() for w in weights)
+        return {
+            "masks": masks,
+            "statistics": self.measurements().nbytes,
+            "a pruning step": sum(w.nbytes for w in weights) + masks,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        owned = [name for name in self.names if self.context.owners.get(name) is self]
+        return {"next": self.next, "owned": owned, "ticks": self.ticks}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["ticks"] != self.ticks:
+            log.warning(
+                "resuming with pruning after steps %s; it was after %s: are steps_per_epoch and "
+                "epochs the same?",
+                self.ticks,
+                state["ticks"],
+            )
+        self.next = int(state["next"])
+        for name in state["owned"]:
+            self.context.owners[name] = self
+
+
+def pruning_event(
+    modifier: PruningModifier, rows: list[LayerRow], step: int, target: float | None
+) -> dict[str, Any]:
+    """What records and reports know of one pruning step."""
+    zeros, size = sum(row.zeros for row in rows), sum(row.size for row in rows)
+    return {
+        "event": "prune",
+        "step": step,
+        "pruner": modifier.pruner.name,
+        "pattern": modifier.pattern,
+        "target": target,
+        "sparsity": zeros / max(1, size),
+        "layers": {row.name: row.sparsity for row in rows},
+        "sizes": {row.name: row.size for row in rows},
+        "saved": {row.name: row.saved for row in rows},
+    }
+
+
+def check_held(optimizer: Any, layers: list[Layer]) -> None:
+    """Raises ValueError unless the optimizer holds every weight that will be pruned."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [layer.parameter_name for layer in layers if id(layer.weight) not in held]
+    if not missing:
+        return
+    if any(hasattr(layer.weight, "ds_id") for layer in layers):
+        raise ValueError(
+            "DeepSpeed ZeRO flattens the weights, so masks cannot hold; use DDP or FSDP2"
+        )
+    count = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+    raise ValueError(
+        f"the optimizer does not hold {', '.join(missing[:3])}{count}; attach the optimizer that "
+        "trains these weights, built after the model was moved or sharded, or exclude them"
+    )
