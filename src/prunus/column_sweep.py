@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from prunus.linalg import cholesky
+from prunus.linalg import cholesky, invert_lower
 from prunus.patterns import NM, Pattern
 from prunus.solvers import keep_all_but_lowest_of_each, keep_highest_of_groups
 
@@ -25,12 +25,10 @@ KeepAllButLowest = Callable[[Tensor, int], Tensor]
 def upper_factor(h: Tensor) -> Tensor:
     """The upper triangular U with ``U^T U = H^-1``, from one factorization.
 
-    With J the reversal of rows and columns and ``L L^T = J H J``, it is ``J L^-1 J``.
+    With J the reversal of rows and columns and ``L L^T = J H J``, it is ``J L^-1 J``. Takes the
+    memory of two more matrices on the way.
     """
-    flipped = cholesky(h.flip(0, 1).unsqueeze(0))[0]
-    eye = torch.eye(len(h), dtype=h.dtype, device=h.device)
-    inverse: Tensor = torch.linalg.solve_triangular(flipped, eye, upper=False)
-    return inverse.flip(0, 1)
+    return invert_lower(cholesky(h.flip(0, 1).unsqueeze(0)))[0].flip(0, 1)
 
 
 def errors_by_columns(wt: Tensor, u: Tensor, drop: Tensor, errors: Tensor) -> None:

@@ -51,24 +51,25 @@ def cholesky(a: Tensor) -> Tensor:
     return factor
 
 
-def _triangular_inverse(lower: Tensor) -> Tensor:
-    """The inverse by halves: most of the work is products of matrices, which batch well."""
+def invert_lower(lower: Tensor) -> Tensor:
+    """Invert lower triangular matrices, (n, d, d), in place; zeros above stay.
+
+    By halves: most of the work is products of matrices, which batch well.
+    """
     d = lower.shape[-1]
     if d <= 32:
         eye = torch.eye(d, dtype=lower.dtype, device=lower.device).expand_as(lower)
-        small: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
-        return small
+        return lower.copy_(torch.linalg.solve_triangular(lower, eye, upper=False))
     half = d // 2
-    result = torch.zeros_like(lower)
-    first = result[:, :half, :half] = _triangular_inverse(lower[:, :half, :half])
-    second = result[:, half:, half:] = _triangular_inverse(lower[:, half:, half:])
-    result[:, half:, :half] = -(second @ lower[:, half:, :half] @ first)
-    return result
+    first, second = invert_lower(lower[:, :half, :half]), invert_lower(lower[:, half:, half:])
+    below = lower[:, half:, :half]
+    below.copy_(second @ (below @ first)).neg_()
+    return lower
 
 
 def inverse(a: Tensor) -> Tensor:
     """Inverses of ``a``, (n, d, d) and positive definite. Raises ValueError as `cholesky` does."""
-    inv = _triangular_inverse(cholesky(a))
+    inv = invert_lower(cholesky(a))
     return inv.mT @ inv
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from prunus.allocators import Allocation, LookingAllocator, Problem
 from prunus.block_inputs import as_calibration, carry_on
@@ -22,6 +22,7 @@ from prunus.lazy_weights import Weights, materialize
 from prunus.looking import look, looked_for
 from prunus.memory import Rows
 from prunus.method import Method
+from prunus.patterns import Pattern
 from prunus.permute.folds import Fold
 from prunus.permuting import Permute
 from prunus.shares import allocate
@@ -114,14 +115,17 @@ def _decided(method: Method, layers: Sequence[Layer], target: float | None, walk
     if isinstance(allocator, LookingAllocator):
         method = replace(method, looks=_looks(allocator, walk))
     rows = [Rows(layer, 0, layer.matrix_shape()[0]) for layer in layers]
-    counts = [(layer.weight.numel(), _zeros(layer.weight)) for layer in layers]
+    counts = [_units(layer, method.pattern) for layer in layers]
     drop = allocate(method, rows, counts, target, Shards(), no_scores)
     given = {layer.name: k for layer, k in zip(layers, drop, strict=True)}
     return replace(method, allocator=_Given(given), looks={})
 
 
-def _zeros(weight: Tensor) -> int:
-    return 0 if weight.is_meta else weight.numel() - int(weight.detach().count_nonzero())
+def _units(layer: Layer, pattern: Pattern) -> tuple[int, int]:
+    """How many of the pattern's units a layer has, and how many are gone; not known on meta."""
+    alive = pattern.pool(layer.matrix(layer.local != 0))
+    kept = alive.numel() if alive.is_meta else int(alive.count_nonzero())
+    return alive.numel(), alive.numel() - kept
 
 
 def _looks(allocator: LookingAllocator, walk: Walk) -> dict[str, float]:

@@ -56,11 +56,11 @@ def _local_drops(
     if shards.group is None:
         return drop
     if method.pattern.kind == "row":
-        return _drops_of_rows(drop, [len(s) for s in scores], shards)
+        return drops_of_rows(drop, [len(s) for s in scores], shards)
     return [lowest([s], d)[0][0] for s, d in zip(scores, drop, strict=True)]
 
 
-def _drops_of_rows(drop: Sequence[int], rows: Sequence[int], shards: Shards) -> list[int]:
+def drops_of_rows(drop: Sequence[int], rows: Sequence[int], shards: Shards) -> list[int]:
     """What falls to this rank's rows, where the first rows of the layer lose one more."""
     table = torch.zeros(shards.world_size, len(rows), dtype=torch.int64)
     table[shards.rank] = torch.tensor(rows)

@@ -22,7 +22,7 @@ from prunus.patterns import Block
 from prunus.progress import track
 from prunus.pruners import RefiningPruner, ScorePruner, SweepPruner
 from prunus.refitting import layer_error
-from prunus.shares import allocate, layer_row
+from prunus.shares import allocate, drops_of_rows, layer_row
 from prunus.stats import InputGram, Statistic
 
 log = logging.getLogger("prunus")
@@ -166,10 +166,13 @@ def _with_error(
     """The row with the error of the layer's outputs, where the statistic can tell it."""
     if not isinstance(stat, InputGram):
         return row
-    gram = stat.matrix(w.device)
-    w, new = w.to(gram.dtype), torch.where(mask, new, 0).to(gram.dtype)
-    errors = [layer_error(w, t, gram).sum().cpu() for t in (new, torch.zeros_like(w))]
-    error, whole = shards.all_reduce(torch.stack(errors)).tolist()
+    gram, errors = stat.matrix(w.device), torch.zeros(2, dtype=torch.float64)
+    rows = max(1, solvers.CHUNK // max(1, w.shape[1]))
+    for parts in zip(*(torch.split(t, rows) for t in (w, new, mask)), strict=True):
+        dense, kept = parts[0].to(gram.dtype), torch.where(parts[2], parts[1], 0).to(gram.dtype)
+        for i, t in enumerate((kept, torch.zeros_like(dense))):
+            errors[i] += layer_error(dense, t, gram).sum().cpu()
+    error, whole = shards.all_reduce(errors).tolist()
     return replace(row, error=error / whole if whole > 0 else 0.0)
 
 
@@ -232,19 +235,27 @@ def swept(
     if pattern.fixed is None:
         counts = [(w.numel(), w.numel() - int(w.count_nonzero())) for w in weights]
         drop = allocate(method, measured.shares, counts, target, shards, no_scores)
+    if pattern.kind == "row" and shards.group is not None:
+        drop = drops_of_rows(drop, [len(w) for w in weights], shards)
     drops = dict(zip((rows.layer for rows in measured.shares), drop, strict=True))
     changes: dict[Layer, Change] = {}
     for i, group in enumerate(measured.groups):
         stats = measured[i]
         with shards.together(), no_autocast(measured.shares):
-            for rows in track(group, f"{pruner.name}: weights"):
-                k = drops[rows.layer]
-                new, mask = pruner.sweep(rows.matrix(), stats.get(rows), pattern, k, shards)
+            for rows, following in zip(
+                track(group, f"{pruner.name}: weights"), [*group[1:], None], strict=True
+            ):
+                stat, k = stats.get(rows), drops[rows.layer]
+                new, mask = pruner.sweep(rows.matrix(), stat, pattern, k, shards)
                 counted = torch.tensor([mask.numel(), mask.numel() - int(mask.count_nonzero())])
                 row = layer_row(rows, pattern, *shards.all_reduce(counted).tolist())
-                row = _with_error(row, rows.matrix(), new, mask, stats.get(rows), shards)
+                row = _with_error(row, rows.matrix(), new, mask, stat, shards)
                 changes[rows.layer] = _change(rows, new, mask, measured, row)
-        del stats
+                if isinstance(stat, InputGram) and (
+                    following is None or stats[following] is not stat
+                ):
+                    stat.forget()
+        del stats, stat
     return _checked(method, list(changes.values()), shards)
 
 

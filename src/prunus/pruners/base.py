@@ -62,7 +62,8 @@ class SweepPruner(Pruner, Protocol):
     ) -> tuple[Tensor, Tensor]:
         """New weight and keep-mask, with `drop` weights gone in all, zeros of before included.
 
-        `drop` counts the whole layer, of which `ranks` may hold other rows.
+        `drop` counts the whole layer, of which `ranks` may hold other rows; for pattern `row` it
+        counts the rows of `w`.
         """
         ...
 

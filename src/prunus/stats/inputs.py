@@ -118,9 +118,15 @@ class InputGram:
         Computed once for all layers that share these inputs.
         """
         if self._factor is None or self._factor[0] != damp or self._factor[1].device != device:
-            h = self.matrix(device) * (2 / max(1, self.count))
-            dead = h.diagonal() == 0
-            h.diagonal().masked_fill_(dead, 1)
-            h.diagonal().add_(damp * h.diagonal().mean())
-            self._factor = (damp, upper_factor(h))
+            self._factor = None  # frees the memory first
+            gram = self.matrix(device)
+            diagonal = gram.diagonal().clone()
+            scale = 2 / max(1, self.count)
+            filled = torch.where(diagonal == 0, 1 / scale, diagonal)
+            h = gram.diagonal_scatter(filled + damp * filled.mean())
+            self._factor = (damp, upper_factor(h.mul_(scale)))
         return self._factor[1]
+
+    def forget(self) -> None:
+        """Free the factor, which is as large as the matrix."""
+        self._factor = None
