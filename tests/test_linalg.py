@@ -118,7 +118,7 @@ def test_the_inverse_of_a_shifted_matrix_is_positive_definite(caplog):
 )
 def test_a_hopeless_matrix_is_refused_with_the_remedy(f):
     batch = torch.stack([torch.eye(3), f]).double()
-    with pytest.raises(ValueError, match=r"1 of 2 blocks .* not positive definite; raise 'damp'"):
+    with pytest.raises(ValueError, match=r"1 of 2 matrices .* not positive definite; raise 'damp'"):
         linalg.inverse(batch)
 
 

@@ -16,13 +16,13 @@ from timm.layers import BlurPool2d, SEModule
 from timm.layers.mlp import GatedMlp
 from timm.models.resnet import BasicBlock
 
-from permute_models import MODELS, built, outputs, random_perms, randomize, small_resnet
 from prunus.layers import all_layers
 from prunus.permute.attention import FUSED
 from prunus.permute.folds import moved
 from prunus.permute.rules import RULES, find_folds
 
 from oracles import nm_keep
+from permute_models import MODELS, built, outputs, random_perms, randomize, small_resnet
 
 
 def plan_of(model, shared="leave"):

@@ -10,6 +10,12 @@ import transformers as hf
 from timm.layers import Mlp
 from torch import nn
 
+from prunus.layers import all_layers
+from prunus.permute.gather import BUFFER, restore_gathers
+from prunus.permute.rules import find_folds
+from prunus.permute.verify import same_function, verify
+from test_permute_folds import assert_same_state, close, plan_of, prune_stored, state_of
+
 from permute_models import (
     MODELS,
     OPT,
@@ -21,11 +27,6 @@ from permute_models import (
     random_perms,
     randomize,
 )
-from prunus.layers import all_layers
-from prunus.permute.gather import BUFFER, restore_gathers
-from prunus.permute.rules import find_folds
-from prunus.permute.verify import same_function, verify
-from test_permute_folds import assert_same_state, close, plan_of, prune_stored, state_of
 
 STREAMS = ["llama", "qwen2", "qwen3", "mistral", "phi3", "opt", "gpt2", "bert", "hf_vit"]
 STREAMS += ["vit", "deit3", "deit_distilled", "eva02"]

@@ -63,6 +63,16 @@ def test_groups_keep_their_n_highest(rows, groups, m, data):
     assert torch.equal(solvers.keep_highest_of_groups(scores, n, m), nm_keep(scores, n, m))
 
 
+@pytest.mark.parametrize("m", [2, 4, 8, 16, 32])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_a_rank_without_rows_has_empty_masks(groups, m):
+    scores = torch.empty(0, groups * m)
+    assert solvers.keep_highest_of_groups(scores, 1, m).shape == scores.shape
+    assert solvers.keep_all_but_lowest_of_rows(scores, 1).shape == scores.shape
+    none = torch.empty(0, dtype=torch.int64)
+    assert solvers.keep_all_but_lowest_of_each(scores, none).shape == scores.shape
+
+
 @given(st.integers(1, 5), st.integers(1, 8), DTYPES, st.data())
 @settings(deadline=None)
 def test_each_row_loses_as_many_as_it_is_told(rows, cols, dtype, data):

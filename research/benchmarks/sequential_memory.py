@@ -7,7 +7,8 @@ for each, it is pruned by SparseGPT to 2:4
 - block by block, the whole model in memory;
 - all at once, the whole model in memory.
 
-Counted is memory beyond the process with its imports, but for pages of the mapped file.
+Counted is memory beyond the process with its imports, but for pages of the mapped file; the C
+library is told to hand freed memory back, which else keeps as much again for later.
 
     python research/benchmarks/sequential_memory.py
 """
@@ -15,6 +16,7 @@ Counted is memory beyond the process with its imports, but for pages of the mapp
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -37,6 +39,7 @@ CONFIG = LlamaConfig(
     num_attention_heads=8,
     max_position_embeddings=128,
 )
+FRUGAL = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000"}
 SAMPLES, SEQLEN = 32, 128
 
 
@@ -80,7 +83,7 @@ def main() -> None:
             command = [sys.executable, __file__, "--way", way, "--folder", folder]
             if args.threads:
                 command += ["--threads", str(args.threads)]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            done = subprocess.run(command, check=True, capture_output=True, text=True, env=FRUGAL)
             peak, took = map(float, done.stdout.split())
             rows.append((way, f"{peak / 2**20:.0f}", f"{peak / whole:.2f}", f"{took:.0f}"))
     print_table(("pruned", "peak MiB", "over the weights", "s"), rows)

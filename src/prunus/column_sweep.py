@@ -26,9 +26,12 @@ def upper_factor(h: Tensor) -> Tensor:
     """The upper triangular U with ``U^T U = H^-1``, from one factorization.
 
     With J the reversal of rows and columns and ``L L^T = J H J``, it is ``J L^-1 J``. Takes the
-    memory of two more matrices on the way.
+    memory of two more matrices on the way, where the caller does not keep `h`.
     """
-    return invert_lower(cholesky(h.flip(0, 1).unsqueeze(0)))[0].flip(0, 1)
+    h = h.flip(0, 1)
+    lower = cholesky(h.unsqueeze(0))
+    del h
+    return invert_lower(lower)[0].flip(0, 1)
 
 
 def errors_by_columns(wt: Tensor, u: Tensor, drop: Tensor, errors: Tensor) -> None:

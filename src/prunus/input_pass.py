@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.calibration import Calibration, in_common, undisturbed
+from prunus.distributed import all_ranks
 from prunus.layers import Layer
 from prunus.progress import track
 from prunus.stats import Statistic
@@ -90,13 +91,24 @@ def measure_inputs(
     layer, which is one and the same for layers that have the same input; those must not be used
     beside it. Raises ValueError for empty data, and for a layer that no batch has reached.
     """
-    try:
-        return _pass(model, _Inputs(stats, share=True), calibration)
-    except _Apart:
-        for stat in stats.values():
-            for t in stat.tensors():
-                t.zero_()
-        return _pass(model, _Inputs(stats, share=False), calibration)
+    shared: dict[Layer, Statistic] = {}
+    inputs = _Inputs(stats, share=True)
+    with all_ranks().together(), contextlib.suppress(_Apart):
+        shared = _pass(model, inputs, calibration)
+    if _on_all_ranks(inputs.leaders if shared else {}, stats) and shared:
+        return shared
+    for stat in stats.values():
+        for t in stat.tensors():
+            t.zero_()
+    return _pass(model, _Inputs(stats, share=False), calibration)
+
+
+def _on_all_ranks(leaders: Mapping[Layer, Layer], stats: Mapping[Layer, Statistic]) -> bool:
+    """Whether the same layers share on all ranks, where routing may depend on the data."""
+    places = {layer: i for i, layer in enumerate(stats)}
+    mine = torch.tensor([places[leaders[x]] if x in leaders else -1 for x in stats])
+    total, squares = all_ranks().all_reduce(torch.stack([mine, mine.square()]))
+    return bool((squares * all_ranks().world_size == total.square()).all())
 
 
 def _pass(model: nn.Module, inputs: _Inputs, calibration: Calibration) -> dict[Layer, Statistic]:

@@ -31,7 +31,7 @@ def cholesky(a: Tensor) -> Tensor:
     while len(bad):
         if jitter > LAST_JITTER * 1.5 or not bool((mean > 0).all()):
             raise ValueError(
-                f"{len(bad)} of {len(a)} blocks of the Fisher matrix are not positive definite; "
+                f"{len(bad)} of {len(a)} matrices of the statistics are not positive definite; "
                 "raise 'damp'"
             )
         shifted = a[bad].clone()

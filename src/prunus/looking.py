@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -37,6 +38,11 @@ def look(
         for layer in block
     ]
     seen = allocator.look(parts)
+    if not math.isfinite(seen):
+        raise ValueError(
+            f"allocator {allocator.name!r} sees {seen} in {block[0].name}: are there NaN in its "
+            "weights or in the calibration data? nothing was pruned"
+        )
     return {layer.name: seen for layer in block}
 
 

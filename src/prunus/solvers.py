@@ -169,7 +169,7 @@ def keep_highest_of_groups(scores: Tensor, n: int, m: int) -> Tensor:
     if scores.shape[1] == m:
         return _higher_at_once(scores.T) < n
     keep = torch.empty_like(scores, dtype=torch.bool)
-    shape = len(scores), -1, m
+    shape = len(scores), scores.shape[1] // m, m  # there may be no rows
     for lane, count in enumerate(_higher(scores.reshape(shape).unbind(2))):
         torch.lt(count, n, out=keep.view(shape)[:, :, lane])
     return keep
@@ -187,7 +187,7 @@ def _pairs(m: int, device: torch.device) -> Tensor:
 def _higher_at_once(lanes: Tensor) -> Tensor:
     """The same in few operations, for one group of each row: (m, rows) entries -> (rows, m)."""
     m = len(lanes)
-    later = (lanes.unsqueeze(0) >= lanes.unsqueeze(1)).view(m * m, -1)
+    later = (lanes.unsqueeze(0) >= lanes.unsqueeze(1)).view(m * m, lanes.shape[1])
     places = torch.arange(m, dtype=torch.float32, device=lanes.device)
     return torch.addmm(places.unsqueeze(1), _pairs(m, lanes.device), later.float()).T
 

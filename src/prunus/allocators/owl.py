@@ -35,7 +35,10 @@ class OWL:
 
     def __post_init__(self) -> None:
         if self.outlier <= 0 or not 0 <= self.spread < 1:
-            raise ValueError("outlier must be above 0, and spread within [0, 1)")
+            raise ValueError(
+                f"outlier={self.outlier}, spread={self.spread}; use an outlier above 0, and a "
+                "spread within [0, 1)"
+            )
 
     def statistic(self, layer: Layer) -> InputNorm:
         return InputNorm(layer.matrix_shape()[1])

@@ -44,7 +44,10 @@ class ALPS:
 
     def __post_init__(self) -> None:
         if self.iterations < 1 or not 0 < self.damp < math.inf:
-            raise ValueError("iterations must be at least 1, and damp above 0")
+            raise ValueError(
+                f"iterations={self.iterations}, damp={self.damp}; use at least 1 iteration, and a "
+                "damp above 0"
+            )
 
     def statistic(self, layer: Layer) -> InputGram:
         return gram_of(layer, self.device)

@@ -123,8 +123,8 @@ class InputGram:
             diagonal = gram.diagonal().clone()
             scale = 2 / max(1, self.count)
             filled = torch.where(diagonal == 0, 1 / scale, diagonal)
-            h = gram.diagonal_scatter(filled + damp * filled.mean())
-            self._factor = (damp, upper_factor(h.mul_(scale)))
+            damped = filled + damp * filled.mean()
+            self._factor = (damp, upper_factor(gram.diagonal_scatter(damped).mul_(scale)))
         return self._factor[1]
 
     def forget(self) -> None:
