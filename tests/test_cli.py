@@ -30,6 +30,16 @@ def batches():
 def number():
     return 3
 
+def llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    return LlamaForCausalLM(LlamaConfig(num_attention_heads=2, num_key_value_heads=1, **sizes))
+
+def tokens():
+    return [{"input_ids": torch.randint(32, (2, 12))} for _ in range(2)]
+
 def labelled():
     import prunus
     pairs = [(torch.randn(4, 8), torch.randn(4, 4)) for _ in range(5)]
@@ -39,6 +49,15 @@ SECOND = """
 modifiers:
   - prune: {pruner: {name: cap, block_size: 8, num_recomputations: 2}, sparsity: 0.5}
 """
+PERMUTED = """
+modifiers:
+  - prune:
+      pruner: ria
+      pattern: 2:4
+      layers: ["*.q_proj", "*.o_proj", "*.down_proj"]
+      permute: {search: lsa}
+      sequential: true
+"""
 
 
 @pytest.fixture
@@ -47,6 +66,7 @@ def run(tmp_path, monkeypatch, capsys):
     (tmp_path / "user_module.py").write_text(MODULE)
     (tmp_path / "r.yaml").write_text(RECIPE)
     (tmp_path / "second.yaml").write_text(SECOND)
+    (tmp_path / "permuted.yaml").write_text(PERMUTED)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(cli.out, "_width", 100)
@@ -207,6 +227,32 @@ def test_prune_takes_memory_and_recalibrates(run):
     )
     assert code == 0, error
     assert "0.5000" in screen
+
+
+def test_check_shows_what_will_be_folded_and_why_the_rest_will_not(run):
+    code, out, _ = run("check", "permuted.yaml", "--model", "user_module:llama")
+    text = " ".join(out.split())
+    assert code == 0
+    assert "permutations to be folded in" in text
+    assert "down_proj <- up_proj" in text
+    assert "mlp: 32 channels" in text
+    assert "2 copies" in text  # of the heads that share their keys and values
+    assert "none: its input is shared with" in text
+
+
+def test_prune_goes_block_by_block_and_permutes(run, tmp_path):
+    arguments = ["prune", "ria", "--model", "user_module:llama", "--pattern", "2:4"]
+    arguments += ["--calibration", "user_module:tokens", "--output", "sparse.safetensors"]
+    code, out, err = run(*arguments, "--sequential", "auto", "--permute", "lsa")
+    assert (code, err) == (0, "")
+    assert "channel permutations: score kept" in " ".join(out.split())
+    code, out, _ = run(*arguments, "--sequential", "model.layers")
+    assert code == 0
+    code, _, err = run(*arguments, "--sequential", "model.layer")
+    assert code == 2
+    assert "did you mean 'model.layers'" in err
+    code, _, err = run(*arguments, "--device", "cpu")
+    assert (code, "--sequential auto" in err) == (2, True)
 
 
 def test_report_makes_the_page(run, tmp_path):

@@ -251,4 +251,6 @@ def _inputs_first_refused():
 def test_layers_cut_along_their_inputs_are_refused_where_columns_count(ranks):
     for row, data in ranks(_inputs_first_refused):
         assert row.startswith("ValueError: 0 is sharded along its inputs, so pattern 'row' cannot")
-        assert data.startswith("ValueError: 0, 2: sharded along the inputs, which pruner 'input_scaled'")
+        assert data.startswith(
+            "ValueError: 0, 2: sharded along the inputs, which pruner 'input_scaled'"
+        )

@@ -300,7 +300,9 @@ def test_the_sparsities_of_a_sweep_may_come_from_a_generator():
 
 def test_what_is_no_pruner_or_allocator_is_refused_with_what_is():
     model = small_mlp()
-    with pytest.raises(ValueError, match=r"is no pruner; give a name \(alps, cap, fastcap, magnitude"):
+    with pytest.raises(
+        ValueError, match=r"is no pruner; give a name \(alps, cap, fastcap, magnitude"
+    ):
         prunus.prune(model, prunus.Magnitude, sparsity=0.5)
     with pytest.raises(ValueError, match="is no allocator; one of: alphapruning, erk, global"):
         prunus.prune(model, "magnitude", sparsity=0.5, allocator=prunus.allocators.ERK)

@@ -20,7 +20,7 @@ from prunus.measuring import Measurements
 from prunus.memory import Rows
 from prunus.method import Method
 from prunus.names import did_you_mean
-from prunus.patterns import NM
+from prunus.patterns import NM, Unstructured
 from prunus.permute.folds import Fold, Plan
 from prunus.permute.rules import find_folds
 from prunus.permute.search import SEARCHES, retained
@@ -149,8 +149,8 @@ def permute_layers(
 def _importance(method: Method, rows: Rows, stat: Statistic | None, shards: Shards) -> Tensor:
     """The pruner's scores; for those that choose while they solve, magnitudes times inputs."""
     w = rows.matrix()
-    if isinstance(method.pruner, ScorePruner):
-        return method.pruner.scores(w, stat, method.pattern, shards).abs()
+    if isinstance(method.pruner, ScorePruner):  # of single weights, whatever group they will be in
+        return method.pruner.scores(w, stat, Unstructured(), shards)
     norm = getattr(stat, "norm", None)
     size = w.abs().to(torch.promote_types(w.dtype, torch.float32))
     return size if norm is None else size * norm.to(w.device)

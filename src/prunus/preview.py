@@ -60,7 +60,7 @@ def _memory(run: PruningRun) -> list[str]:
     dense = [f"left dense: {', '.join(run.left_dense)}"] if run.left_dense else []
     measured = run.measurements()
     plan = []
-    if len(measured.groups) > 1:
+    if len(measured.groups) > 1 and run.modifier.walk(run.context) is None:
         whole = sum(stat.nbytes for stat in measured.stats.values())
         plan = [
             f"statistics of {_size(whole)} in {len(measured.groups)} groups, one at a time: "

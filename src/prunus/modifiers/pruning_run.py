@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from prunus.allocators import Table
 from prunus.block_walk import Walked
+from prunus.blocks import by_block
 from prunus.distributed import shards_of
 from prunus.engine import check_reachable, prune_step, stage_count
 from prunus.layers import Layer
@@ -174,9 +175,15 @@ class PruningRun(Run):
         """Bytes beyond the model: always, for data, and while a pruning step runs."""
         weights = [layer.local for layer in self.layers]
         masks = sum(w.numel() for w in weights)
+        measured = self.measurements()
+        statistics = measured.nbytes
+        if (walk := self.modifier.walk(self.context)) is not None:  # of one block at a time
+            blocks = by_block(blocks_for(self.context.model, self.layers, walk), self.layers)
+            each = (sum(measured.stats[x].nbytes for x in b if x in measured.stats) for b in blocks)
+            statistics = min(statistics, max(each))
         return {
             "masks": masks,
-            "statistics": self.measurements().nbytes,
+            "statistics": statistics,
             "a pruning step": sum(w.nbytes for w in weights) + masks,
         }
 
