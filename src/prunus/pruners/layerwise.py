@@ -26,9 +26,12 @@ def working(w: Tensor) -> Tensor:
 
 def gram_of(layer: Layer, device: str | None) -> InputGram:
     """An empty Gram matrix of a layer's inputs."""
-    exact = layer.weight.dtype == torch.float64
-    dtype = torch.float64 if exact else torch.float32
-    return InputGram(layer.matrix_shape()[1], device, dtype)
+    return InputGram(layer.matrix_shape()[1], device, dtype_of(layer))
+
+
+def dtype_of(layer: Layer) -> torch.dtype:
+    """In which statistics of a layer are summed."""
+    return torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Layerwise:
     def statistic(self, layer: Layer) -> InputStatistic | None:
         if self.swap or self.refit:
             return gram_of(layer, self.device)
-        return InputNorm(layer.matrix_shape()[1])
+        return InputNorm(layer.matrix_shape()[1], dtype=dtype_of(layer))
 
     def refine(self, w: Tensor, stat: Any, mask: Tensor, pattern: Pattern) -> Tensor:
         """A keep-mask with as many weights in each row (N:M: group), and no larger an error."""

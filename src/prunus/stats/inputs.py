@@ -26,11 +26,16 @@ class InputNorm:
     reads: Literal["inputs", "gradients"] = "inputs"
     by_rows = False
 
-    def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
-        self.sum_of_squares = torch.zeros(columns, dtype=torch.float32, device=device)
+    def __init__(
+        self,
+        columns: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.sum_of_squares = torch.zeros(columns, dtype=dtype, device=device)
 
     def update(self, inputs: Tensor) -> None:
-        for part in _single(inputs, torch.float32):
+        for part in _single(inputs, self.sum_of_squares.dtype):
             self.sum_of_squares += part.square().sum(0).to(self.sum_of_squares.device)
 
     def tensors(self) -> list[Tensor]:
