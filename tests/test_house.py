@@ -10,7 +10,7 @@ import pytest
 SRC = Path(__file__).parent.parent / "src" / "prunus"
 LEVELS = [
     {"names", "patterns", "schedules", "solvers", "masking", "timing"}
-    | {"linalg", "elimination", "column_sweep", "refitting", "swapping", "admm"},
+    | {"linalg", "elimination", "column_sweep", "group_sweep", "refitting", "swapping", "admm"},
     {"layers", "selection", "stats"},
     {"pruners", "allocators", "permute"},
     {"calibration", "engine", "method", "distributed", "progress"}
@@ -88,7 +88,7 @@ def test_third_parties_live_where_they_belong(path):
         top = {name.split(".")[0] for name in imports(path, top_only=True)}
         assert not top & EXTRAS
     if LEVEL[part(path)] == 0:
-        standard = set(sys.stdlib_module_names) | {"torch", "prunus"}
+        standard = set(sys.stdlib_module_names) | {"torch", "numpy", "prunus"}
         assert names <= standard
 
 

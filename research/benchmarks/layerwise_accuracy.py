@@ -55,13 +55,17 @@ def methods() -> dict[str, Run]:
         "ALPS": {"pruner": ALPS()},
         "ALPS + permutation": {"pruner": ALPS(), "permute": RESIDUAL},
         "Wanda, OWL": {"pruner": Wanda(), "pattern": "row", "allocator": "owl"},
+        "Wanda per layer": {"pruner": Wanda(), "allocator": "uniform"},
+        "Wanda per layer, OWL": {"pruner": Wanda(), "allocator": "owl"},
+        "RIA, OWL": {"pruner": RIA(), "allocator": "owl"},
+        "ALPS, OWL": {"pruner": ALPS(), "allocator": "owl"},
         "SparseGPT, OWL": {"pruner": SparseGPT(), "allocator": "owl"},
         "SparseGPT, AlphaPruning": {"pruner": SparseGPT(), "allocator": "alphapruning"},
     }
 
 
 def fits(run: Run, setting: str) -> bool:
-    if setting == "2:4":
+    if setting == "2:4":  # fixes every layer's share
         return run.get("allocator") in (None, "uniform")
     return "permute" not in run
 

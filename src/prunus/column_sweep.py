@@ -7,10 +7,12 @@ one-shot", 2023, https://arxiv.org/abs/2301.00774, algorithm 1.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from prunus.group_sweep import sweep_groups
 from prunus.linalg import cholesky, invert_lower
 from prunus.patterns import NM, Pattern
 from prunus.solvers import keep_all_but_lowest_of_each, keep_highest_of_groups
@@ -79,12 +81,14 @@ class _Sweep:
     def __init__(self, w: Tensor, u: Tensor, choose: Choose, every: int) -> None:
         self.wt, self.u = w.T.clone(memory_format=torch.contiguous_format), u
         self.choose, self.every = choose, every
+        on_cpu = self.wt.device.type == "cpu"
+        self.groups = choose if on_cpu and isinstance(choose, Groups) else None
         self.scale = u.diagonal().square().reciprocal().unsqueeze(1)
         self.drop = torch.zeros_like(self.wt, dtype=torch.bool)
         panel = max(1, PANEL // every) * every if every < PANEL else PANEL
         stripe = max(1, STRIPE // max(panel, every)) * max(panel, every)
-        self.widths = sorted({stripe, panel, every}, reverse=True)
-        self.leaf = errors_by_columns if self.wt.device.type == "cpu" else errors_by_solving
+        self.widths = sorted({stripe, panel} if self.groups else {stripe, panel, every})[::-1]
+        self.leaf = errors_by_columns if on_cpu else errors_by_solving
         self.errors = self.wt.new_empty(stripe, self.wt.shape[1])
 
     def solve(self, begin: int, end: int) -> None:
@@ -94,11 +98,14 @@ class _Sweep:
         self._pass_on(begin, end, len(self.wt), errors)
 
     def _solve(self, begin: int, end: int, errors: Tensor, level: int) -> None:
-        if self.widths[level - 1] == self.every:
+        if self.widths[level - 1] == self.every and not self.groups:
             self._choose(begin, end)
         if level == len(self.widths):
-            here = self.wt[begin:end]
-            self.leaf(here, self.u[begin:end, begin:end], self.drop[begin:end], errors)
+            u, here = self.u[begin:end, begin:end], (self.wt[begin:end], self.drop[begin:end])
+            if self.groups:
+                sweep_groups(here[0], u, here[1], errors, self.groups.n, self.groups.m)
+            else:
+                self.leaf(here[0], u, here[1], errors)
             return
         for low in range(begin, end, self.widths[level]):
             high = min(low + self.widths[level], end)
@@ -133,6 +140,17 @@ def stripe_counts(
     return [part.tolist() for part in torch.split(each_drop, [len(each) for each in stripes])]
 
 
+@dataclass(frozen=True)
+class Groups:
+    """Keeps the n highest of every m columns, where nothing was pruned before."""
+
+    n: int
+    m: int
+
+    def __call__(self, scores: Tensor, begin: int, end: int) -> Tensor:
+        return keep_highest_of_groups(scores, self.n, self.m)
+
+
 def row_counts(w: Tensor, drop: int) -> list[Tensor]:
     """For each `STRIPE` columns, how many weights each row is to be without, zeros included.
 
@@ -163,6 +181,8 @@ def choice(
     """
 
     plain = bool(alive.all()) and not bool(useless.any())
+    if plain and isinstance(pattern, NM):
+        return Groups(pattern.n, pattern.m), pattern.m
 
     def keep(scores: Tensor, begin: int) -> Tensor:
         if isinstance(pattern, NM):

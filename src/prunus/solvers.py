@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 1 << 20  # scores looked at in one go: few enough for the cache, many enough to share
-FEW = 1 << 18  # up to here, histograms of 65,536 counts cost more than a partial sort
+FEW = 1 << 16  # up to here, histograms of 65,536 counts cost more than a partial sort
 
 SMALL_GROUP = 8  # up to here comparing all pairs of a group beats a partial sort of it
 
@@ -166,30 +165,11 @@ def keep_highest_of_groups(scores: Tensor, n: int, m: int) -> Tensor:
     """
     if m > SMALL_GROUP:
         return keep_all_but_lowest_of_rows(scores.reshape(-1, m), m - n).reshape(scores.shape)
-    if scores.shape[1] == m:
-        return _higher_at_once(scores.T) < n
     keep = torch.empty_like(scores, dtype=torch.bool)
     shape = len(scores), scores.shape[1] // m, m  # there may be no rows
     for lane, count in enumerate(_higher(scores.reshape(shape).unbind(2))):
         torch.lt(count, n, out=keep.view(shape)[:, :, lane])
     return keep
-
-
-@functools.lru_cache
-def _pairs(m: int, device: torch.device) -> Tensor:
-    """(m, m * m) what each pair i < j adds to the counts of both if entry j is higher."""
-    table = torch.zeros(m, m, m, device=device)
-    for i, j in itertools.combinations(range(m), 2):
-        table[i, i, j], table[j, i, j] = 1, -1
-    return table.flatten(1)
-
-
-def _higher_at_once(lanes: Tensor) -> Tensor:
-    """The same in few operations, for one group of each row: (m, rows) entries -> (rows, m)."""
-    m = len(lanes)
-    later = (lanes.unsqueeze(0) >= lanes.unsqueeze(1)).view(m * m, lanes.shape[1])
-    places = torch.arange(m, dtype=torch.float32, device=lanes.device)
-    return torch.addmm(places.unsqueeze(1), _pairs(m, lanes.device), later.float()).T
 
 
 def _higher(lanes: Sequence[Tensor]) -> list[Tensor]:

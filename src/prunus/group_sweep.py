@@ -1,0 +1,66 @@
+"""A few columns of an N:M sweep on a CPU, in numpy.
+
+A group is some thirty operations on a few thousand numbers each, and there are hundreds of groups
+one after the other; starting an operation of torch takes longer than doing it, of numpy a third.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prunus.solvers import keep_highest_of_groups
+
+Array = Any  # numpy.ndarray of single or double precision
+
+
+def sweep_groups(wt: Tensor, u: Tensor, drop: Tensor, errors: Tensor, n: int, m: int) -> None:
+    """Choose and sweep k columns, group by group of m; all but `u` are updated in place.
+
+    ``wt``, ``drop`` and ``errors`` are (k, rows), columns one after the other in memory, ``u`` is
+    (k, k). The error of column j is ``e_j = (w_j - q_j) / u_jj``, and ``w_i -= u_ji e_j``.
+    """
+    w, factor, gone, e = wt.numpy(), u.numpy(), drop.numpy(), errors.numpy()
+    inverse = (1 / u.diagonal()).unsqueeze(1).numpy()
+    scale, room = inverse * inverse, np.empty_like(w[:m])
+    for begin in range(0, len(w), m):
+        at = slice(begin, begin + m)
+        np.multiply(w[at], w[at], out=room)
+        np.multiply(room, scale[at], out=room)
+        _drop_lowest(room, n, gone[at])
+        np.multiply(gone[at], inverse[at], out=room)
+        _errors(w[at], factor[at, at], room, e[at])
+        if begin + m < len(w):
+            w[begin + m :] -= factor[at, begin + m :].T @ e[at]
+
+
+def _drop_lowest(scores: Array, n: int, out: Array) -> None:
+    """(m, rows) which of m entries are not among the n highest; of equal ones the first go."""
+    np.less(scores, _nth_largest(scores, n), out=out)
+    m, rows = scores.shape
+    if np.count_nonzero(out) != (m - n) * rows:  # some are equal
+        out[:] = ~keep_highest_of_groups(torch.from_numpy(scores.T.copy()), n, m).T.numpy()
+
+
+def _nth_largest(lanes: Sequence[Array], n: int) -> Array:
+    best: list[Array] = []
+    for lane in lanes:
+        for i, held in enumerate(best):
+            best[i], lane = np.maximum(held, lane), np.minimum(held, lane)
+        if len(best) < n:
+            best.append(lane)
+    return best[-1]
+
+
+def _errors(w: Array, u: Array, scale: Array, errors: Array) -> None:
+    """The errors of one group, which its later columns make up for; ``scale`` is 0 where kept."""
+    room = np.empty_like(w[0])
+    for j in range(len(w)):
+        np.multiply(w[j], scale[j], out=errors[j])
+        for i in range(j + 1, len(w)):
+            np.multiply(errors[j], u[j, i], out=room)
+            np.subtract(w[i], room, out=w[i])
