@@ -71,14 +71,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where one block at a time is pruned, and the model evaluated",
+        help="where one block at a time is pruned",
     )
+    add("--eval-device", help="where the whole model is evaluated; default: --device")
     dtypes = ("auto", "float32", "bfloat16", "float16")
     add("--dtype", choices=dtypes, default="auto", help="of the loaded model")
     add("--memory", help="for statistics, such as 8GiB")
     add("--save", help="folder for the pruned model, which from_pretrained opens")
     args = parser.parse_args([dashed(argument) for argument in argv])
     check(parser, args)
+    args.eval_device = args.eval_device or args.device
     return args
 
 
@@ -205,7 +207,7 @@ def main(argv: Sequence[str]) -> None:
 
     def perplexity() -> float:
         home = next(model.parameters()).device
-        model.to(args.device)
+        model.to(args.eval_device)
         found = language_model.perplexity(model, tokenizer, held_out, args.seqlen)
         model.to(home)
         return found
@@ -225,7 +227,7 @@ def main(argv: Sequence[str]) -> None:
         tokenizer.save_pretrained(args.save)
         console.print(f"saved to {Path(args.save)}")
     if args.eval_zero_shot:
-        zero_shot(model.to(args.device), tokenizer)
+        zero_shot(model.to(args.eval_device), tokenizer)
     if args.semi_sparse_acc:
         window = torch.randint(model.config.vocab_size, (1, args.seqlen), device=args.device)
         semi_sparse(model.to(args.device), result, {"input_ids": window})

@@ -114,3 +114,77 @@ def test_blocks_are_pruned_and_permuted_alike_on_all_ranks(ranks):
     one = _block_by_block(alone=True)
     for answer in ranks(_block_by_block):
         assert_same(answer, one)
+
+
+class Picky(nn.Module):
+    """Its hidden channels are alike, unless the inputs are those of the second rank."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.register_buffer("scale", torch.linspace(0.1, 2, 16))
+
+    def forward(self, x):
+        hidden = self.fc1(x).relu()
+        if x.mean() > 2:
+            if self.scale.sum() < 0:
+                raise ArithmeticError("a rank of its own")
+            hidden = hidden * self.scale
+        return x + self.fc2(hidden)
+
+
+def _picky(case):
+    torch.manual_seed(0)
+    model, (rank, _) = Picky().double(), world()
+    if case == "fails":
+        model.scale.neg_()
+    data = [torch.randn(8, 8, dtype=torch.float64) + 5 * rank * (case != "alike")]
+    data = [] if case == "empty" and rank else data
+    before = whole_state(model)
+    try:
+        result = prunus.prune(
+            model,
+            "magnitude",
+            pattern="2:4",
+            layers=["fc2"],
+            calibration=prunus.Calibration(data),
+            permute="lsa",
+        )
+    except (ArithmeticError, RuntimeError) as error:
+        return str(error), all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    return len(result.permuted), result.not_permuted, whole_state(model)
+
+
+@pytest.mark.parametrize("case", ["alike", "differs", "empty"])
+def test_ranks_take_a_fold_all_or_none(ranks, case):
+    (count, _, one), (other, why, two) = ranks(_picky, case)
+    assert count == other == (case == "alike")
+    assert (case == "alike") or why
+    assert all(torch.equal(t, two[name]) for name, t in one.items())
+
+
+def test_a_rank_whose_verification_fails_does_not_leave_the_others_waiting(ranks):
+    for said, untouched in ranks(_picky, "fails"):
+        assert "a rank of its own" in said
+        assert untouched
+
+
+def _cap_permuted():
+    torch.manual_seed(3)
+    model, (rank, _) = Blocks().double(), world()
+    generator = torch.Generator().manual_seed(4 + rank)
+    data = [torch.randn(6, 8, generator=generator, dtype=torch.float64) for _ in range(2)]
+    prunus.prune(
+        model,
+        prunus.CAP(block_size=8, num_grads=2),
+        pattern="2:4",
+        layers=["blocks.*"],
+        calibration=prunus.Calibration(data, forward=lambda model, x: model(x).square().mean()),
+        permute="lsa",
+    )
+    return whole_state(model)
+
+
+def test_rows_dealt_out_among_ranks_take_one_order(ranks):
+    one, two = ranks(_cap_permuted)
+    assert all(torch.equal(t, two[name]) for name, t in one.items())

@@ -18,7 +18,7 @@ from timm.models.resnet import BasicBlock
 
 from prunus.layers import all_layers
 from prunus.permute.attention import FUSED
-from prunus.permute.folds import moved
+from prunus.permute.folds import Taken, moved
 from prunus.permute.rules import RULES, find_folds
 
 from oracles import nm_keep
@@ -360,3 +360,60 @@ def test_every_rule_finds_its_layers(rule):
     (fold,) = [f for f in plan_of(model).folds if f.readers[0].name == rule.reader]
     assert fold.kind == rule.kind
     assert fold.name == f"{rule.reader} <- {', '.join(rule.writers)}"
+
+
+def test_buffers_that_moving_the_model_replaces_are_the_ones_that_move():
+    model, args, kwargs = built("bottleneck")
+    before, folds = outputs(model, args, kwargs), plan_of(model).folds
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.clone()
+    state, taken = state_of(model), [(fold, random_perms(fold)) for fold in folds]
+    for fold, perms in taken:
+        fold.apply(perms)
+    close(outputs(model, args, kwargs), before)
+    for fold, perms in taken:
+        fold.undo(perms)
+    assert_same_state(model, state)
+
+
+def test_a_fold_names_every_tensor_that_moves_tied_ones_by_all_their_names():
+    first, second = nn.Linear(8, 8), nn.Linear(8, 8)
+    model = Parts(block=nn.Sequential(first, nn.ReLU(), second), again=nn.Linear(8, 8))
+    (fold,) = plan_of(model).folds
+    assert set(fold.names) == {"block.2.weight", "block.0.weight", "block.0.bias"}
+
+
+@given(st.integers(0, 9), st.integers(0, 3), st.booleans())
+@settings(deadline=None, max_examples=40)
+def test_a_fold_taken_back_at_any_point_leaves_every_bit(seed, at, late):
+    torch.manual_seed(seed)
+    model = linears(nn.BatchNorm1d(8), nn.ReLU())
+    (fold,), state = plan_of(model).folds, state_of(model)
+    perms = random_perms(fold)
+    taken, real = Taken(fold, perms), torch.Tensor.copy_
+
+    def interrupted(tensor, other):
+        nonlocal at
+        at -= 1
+        if at == -1 and not late:
+            raise KeyboardInterrupt
+        real(tensor, other)
+        if at == -1:
+            raise KeyboardInterrupt
+        return tensor
+
+    taken.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "copy_", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            taken.apply()
+    taken.undo()
+    assert_same_state(model, state)
+    taken.apply()
+    moved_state = state_of(model)
+    taken.undo()
+    taken.undo()
+    assert_same_state(model, state)
+    fold.apply(perms)
+    assert_same_state(model, moved_state)

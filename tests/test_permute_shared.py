@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -258,6 +259,44 @@ def test_verification_keeps_a_right_fold_and_undoes_a_wrong_one(dtype):
         else:
             assert reason.startswith("fc2 <- fc1: the output changed by")
         assert_same_state(model, state)
+
+
+class Scaled(nn.Module):
+    """A pre-norm block whose hidden channels are scaled where no rule sees it."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.fc1, self.fc2 = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
+        self.scale = torch.linspace(0.1, 2, 32)
+
+    def forward(self, x):
+        return x + self.fc2(self.fc1(self.norm(x)).relu() * self.scale.to(x.dtype))
+
+
+@pytest.mark.parametrize(("dtype", "outlier"), [(torch.float32, 1e5), (torch.bfloat16, 3e3)])
+def test_no_outlier_of_the_stream_hides_a_wrong_fold(dtype, outlier):
+    model = Scaled().to(dtype)
+    (fold,) = plan_of(model).folds
+    state, perms = state_of(model), random_perms(fold)
+    x = torch.randn(9, 16)
+    x[:, 3] = outlier
+    out = model(x.to(dtype)).detach()
+    fold.apply(perms)
+    assert (model(x.to(dtype)) - out).abs().max() < 1e-3 * outlier
+    fold.undo(perms)
+    assert "the output of fc2 changed by" in verify(fold, perms, (x.to(dtype),))
+    assert_same_state(model, state)
+    model.scale = torch.ones(32)
+    assert verify(fold, perms, (x.to(dtype),)) == ""
+
+
+@pytest.mark.parametrize("shared", ["leave", "residual", "gather"])
+@pytest.mark.parametrize("name", ["llama", "bert", "vit", "multihead", "bottleneck"])
+def test_right_folds_pass_verification(name, shared):
+    model, args, kwargs = built(name)
+    for fold in plan_of(model, shared).folds:
+        scoped = replace(fold, scope=model)
+        assert verify(scoped, random_perms(fold), args, kwargs) == "", fold.name
 
 
 def test_verification_compares_what_is_not_finite_by_place_and_needs_an_output():

@@ -13,6 +13,7 @@ from prunus import block_walk, permuting
 from prunus.layers import all_layers
 from prunus.method import Method
 from prunus.patterns import parse_pattern
+from prunus.permute import folds, gather
 from prunus.permute.search import retained
 
 
@@ -85,12 +86,13 @@ def test_pruning_follows_as_if_the_model_had_been_stored_that_way(build, sequent
     batches = tokens() if build is llama else [torch.randn(4, 3, 8, 8).double() for _ in range(3)]
     data = prunus.Calibration(batches)
     done = []
-    apply = permuting.Fold.apply
-    monkeypatch.setattr(
-        permuting.Fold,
-        "apply",
-        lambda fold, perms: (done.append((fold.name, perms)), apply(fold, perms))[1],
-    )
+    take = permuting.take
+
+    def recorded(taken, *args):
+        done.append((taken.fold.name, taken.perms))
+        return take(taken, *args)
+
+    monkeypatch.setattr(permuting, "take", recorded)
     before = copy.deepcopy(model)
     result = prunus.prune(
         model, "sparsegpt", pattern="1:4", calibration=data, permute="lsa", sequential=sequential
@@ -100,9 +102,9 @@ def test_pruning_follows_as_if_the_model_had_been_stored_that_way(build, sequent
     layers = prunus.selection.select(before).layers
     method = Method(prunus.SparseGPT(), parse_pattern("1:4"), prunus.allocators.Uniform())
     plan = permuting.plan_folds(method, method.fit(layers), before, prunus.Permute())
-    folds = {fold.name: fold for fold in plan.folds}
+    by_name = {fold.name: fold for fold in plan.folds}
     for name, perms in done:
-        folds[name].apply(perms)
+        by_name[name].apply(perms)
     prunus.prune(before, "sparsegpt", pattern="1:4", calibration=data, sequential=sequential)
     for (name, a), b in zip(model.named_parameters(), before.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9, msg=name)
@@ -282,3 +284,74 @@ def test_heads_that_groups_do_not_divide_are_left_with_the_reason():
     plan = permuting.plan_folds(method, method.fit(layers), model, prunus.Permute())
     assert {fold.kind for fold in plan.folds} == {"mlp"}
     assert "groups of 16 do not divide" in plan.refused["model.layers.0.self_attn.o_proj"]
+
+
+def interrupted_run(shared, at, late, patch):
+    """A run interrupted at this change of a tensor or an index, within a fold; was it?"""
+    torch.manual_seed(0)
+    model, inside, left = llama(), [], [at]
+    before = state(model)
+
+    def watch(owner, name):
+        real = getattr(owner, name)
+
+        def call(*args):
+            due = bool(inside) and left[0] == 0
+            left[0] -= bool(inside)
+            if due and not late:
+                raise KeyboardInterrupt
+            done = real(*args)
+            if due:
+                raise KeyboardInterrupt
+            return done
+
+        patch.setattr(owner, name, call)
+
+    apply = folds.Taken.apply
+
+    def watched(taken):
+        inside.append(1)
+        try:
+            apply(taken)
+        finally:
+            inside.pop()
+
+    watch(torch.Tensor, "copy_")
+    watch(gather, "_set")
+    patch.setattr(folds.Taken, "apply", watched)
+    data = prunus.Calibration(tokens(1))
+    permute = prunus.Permute(shared=shared)
+    try:
+        prunus.prune(model, "ria", pattern="2:4", calibration=data, permute=permute)
+    except KeyboardInterrupt:
+        patch.undo()
+        after = state(model)
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], t) for name, t in before.items())
+        return True
+    patch.undo()
+    return False
+
+
+@pytest.mark.parametrize("shared", ["leave", "residual", "gather"])
+def test_an_interrupt_anywhere_in_a_fold_leaves_the_model_as_it_was(shared, monkeypatch):
+    at = 0
+    while interrupted_run(shared, at, at % 2, monkeypatch):
+        at += 1
+    assert at > 8
+
+
+def test_a_model_with_zeros_is_permuted_with_a_warning(caplog):
+    model, data = llama(), prunus.Calibration(tokens())
+    arguments = {"layers": ["*down_proj"], "calibration": data}
+    prunus.prune(model, "ria", pattern="2:4", permute="lsa", **arguments)
+    assert "zero already" not in caplog.text
+    prunus.prune(model, "ria", pattern="1:4", permute="lsa", **arguments)
+    assert caplog.text.count("50.0% of the weights are zero already") == 1
+
+
+def test_without_a_batch_nothing_is_permuted():
+    model, data = llama(), prunus.Calibration([])
+    result = prunus.prune(model, "magnitude", pattern="2:4", calibration=data, permute="lsa")
+    assert not result.permuted
+    assert "no calibration batch" in str(result.not_permuted)

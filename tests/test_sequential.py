@@ -471,7 +471,7 @@ def test_a_name_that_is_no_list_is_refused(name, message):
 
 
 def test_a_model_that_computes_between_its_blocks_is_refused():
-    refused("something is computed between layers.0 and layers.1, so", toy(Doubling))
+    refused("something is computed between layers.0 and layers.1;", toy(Doubling))
 
 
 def test_a_model_that_leaves_blocks_out_is_refused():

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunus import solvers
+from prunus.solvers import keep_all_but_lowest
 
 from oracles import global_keep, lowest, nm_keep
 
@@ -107,3 +108,12 @@ def test_non_finite_entries_are_counted():
     assert solvers.count_non_finite(t) == 3
     assert solvers.count_non_finite(torch.full((4,), 60000.0, dtype=torch.float16)) == 0
     assert solvers.count_non_finite(torch.full((4,), 3e38)) == 0  # the sum overflows, they do not
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ties_among_transposed_scores_go_to_the_first_of_a_row(dtype):
+    scores = torch.randint(3, (6, 5), generator=torch.Generator().manual_seed(0)).to(dtype)
+    for k in range(1, 30):
+        assert torch.equal(
+            keep_all_but_lowest(scores.T.contiguous().T, k), keep_all_but_lowest(scores, k)
+        )

@@ -21,6 +21,13 @@ class _Enough(Exception):  # noqa: N818
     """All that the blocks are called with is known."""
 
 
+class BlockError(ValueError):
+    """Why the blocks cannot be run one by one."""
+
+    def __init__(self, said: str) -> None:
+        super().__init__(f"sequential: {said}; prune all at once, or name another list of blocks")
+
+
 @dataclass
 class Item:
     """One calibration batch on its way: the stream's state, and what else each block is given."""
@@ -32,6 +39,8 @@ class Item:
     """for what it says about padding"""
     beside: list[Tensor | None] = field(default_factory=list)
     """what the first block returned beside the stream, and the recorded arguments hold"""
+    autocast: torch.dtype | None = None
+    """in which dtype the model runs by `torch.autocast`, if it does"""
 
 
 def _place(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str:
@@ -40,14 +49,16 @@ def _place(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str:
         return 0
     if isinstance(kwargs.get("hidden_states"), Tensor):
         return "hidden_states"
-    raise ValueError("sequential: a block is called without a tensor in front; prune all at once")
+    raise BlockError("a block is called without a tensor in front")
 
 
 def _without(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Arguments]:
     place = _place(args, kwargs)
+    # a cache would grow with each pass
+    caches = {key: None for key, x in kwargs.items() if type(x).__name__.endswith("Cache")}
     if place == 0:
-        return args[0], ((None, *args[1:]), dict(kwargs))
-    return kwargs[str(place)], (args, {**kwargs, str(place): None})
+        return args[0], ((None, *args[1:]), {**kwargs, **caches})
+    return kwargs[str(place)], (args, {**kwargs, **caches, str(place): None})
 
 
 def _with(stream: Tensor, given: Arguments) -> Arguments:
@@ -60,9 +71,7 @@ def _with(stream: Tensor, given: Arguments) -> Arguments:
 def _stream_of(output: Any) -> Tensor:
     stream = output[0] if isinstance(output, tuple | list) else output
     if not isinstance(stream, Tensor):
-        raise ValueError(
-            f"sequential: a block returns {type(stream).__name__}, not a tensor; prune all at once"
-        )
+        raise BlockError(f"a block returns {type(stream).__name__}, not a tensor")
     return stream
 
 
@@ -91,6 +100,14 @@ def without_cache(model: nn.Module) -> Iterator[None]:
             config.use_cache = value
 
 
+def _like(output: Any, stream: Tensor) -> Any:
+    """The stream in the form of a block's output."""
+    if not isinstance(output, tuple | list):
+        return stream
+    items = [stream, *output[1:]]
+    return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+
+
 class _Recorder:
     """Stands in for the blocks while the model runs around them.
 
@@ -102,38 +119,50 @@ class _Recorder:
     def __init__(self, blocks: Blocks) -> None:
         self.blocks = blocks
         self.output: Any = None
+        self.single = False  # whether a batch has shown that each block is called once
         self.begin()
 
     def begin(self) -> None:
         self.stream: Tensor | None = None
-        self.passed: Tensor | None = None
+        self.passed: list[Tensor] = []
         self.given: list[Arguments] = []
+        self.autocast: torch.dtype | None = None
+
+    @property
+    def complete(self) -> bool:
+        return len(self.given) == len(self.blocks)
 
     def standin(self, number: int) -> Callable[..., Any]:
         real = self.blocks.modules[number].forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             stream, given = _without(args, kwargs)
-            if number != len(self.given) or (number and stream is not self.passed):
-                raise ValueError(
-                    f"sequential: something is computed between {self.blocks.name_of(number - 1)} "
-                    f"and {self.blocks.name_of(number)}, so blocks cannot run one by one; prune "
-                    "all at once, or name another list of blocks"
-                )
+            self._check(number, stream, given)
             if number == 0:
-                self.stream = stream
+                self.stream, kind = stream, stream.device.type
+                on = torch.is_autocast_enabled(kind)
+                self.autocast = torch.get_autocast_dtype(kind) if on else None
                 if self.output is None or _others(self.output):
                     self.output = real(*args, **kwargs)
                     _stream_of(self.output)
-            self.passed = stream
             self.given.append(given)
-            if number == len(self.blocks) - 1:
+            if self.complete and self.single:
                 raise _Enough
-            if isinstance(self.output, tuple | list):
-                return type(self.output)([stream, *self.output[1:]])
-            return stream
+            self.passed.append(stream.view_as(stream))  # another object for each block
+            return _like(self.output, self.passed[-1])
 
         return forward
+
+    def _check(self, number: int, stream: Tensor, given: Arguments) -> None:
+        name = self.blocks.name_of(number)
+        if number < len(self.given):
+            raise BlockError(f"{name} is called more than once in a forward pass")
+        if number > len(self.given) or (number and stream is not self.passed[-1]):
+            before = self.blocks.name_of(number - 1)
+            raise BlockError(f"something is computed between {before} and {name}")
+        args, kwargs = given
+        if any(x is y for x in (*args, *kwargs.values()) for y in self.passed):
+            raise BlockError(f"{name} is given what an earlier block puts out, too")
 
 
 @contextlib.contextmanager
@@ -162,19 +191,45 @@ def record(model: nn.Module, blocks: Blocks, calibration: Calibration) -> list[I
         stack.enter_context(torch.no_grad())
         for number, module in enumerate(blocks.modules):
             stack.enter_context(_forward(module, recorder.standin(number)))
+        stack.enter_context(eager(model))
         for batch in track(calibration, "inputs of the first block"):
             recorder.begin()
-            try:
-                calibration.run(model, batch)
-            except _Enough:
-                assert recorder.stream is not None
-                beside = _beside(recorder.output)
-                items.append(Item(recorder.stream, recorder.given, batch, beside))
-            else:
-                raise ValueError(f"sequential: the model does not call all of '{blocks.name}'")
+            _run_around(model, calibration, batch, recorder)
+            recorder.single = True
+            assert recorder.stream is not None
+            beside, stream = _beside(recorder.output), recorder.stream
+            items.append(Item(stream, recorder.given, batch, beside, recorder.autocast))
     if not items:
         raise ValueError("the calibration data is empty; nothing was pruned")
     return items
+
+
+def _run_around(
+    model: nn.Module, calibration: Calibration, batch: Any, recorder: _Recorder
+) -> None:
+    try:
+        calibration.run(model, batch)
+    except BlockError:
+        raise
+    except Exception:  # what comes after the blocks may not like what no block has computed
+        if not recorder.complete:
+            raise
+    if not recorder.complete:
+        raise BlockError(f"the model does not call all of '{recorder.blocks.name}'")
+
+
+@contextlib.contextmanager
+def eager(module: nn.Module) -> Iterator[None]:
+    """Compiled modules run as they were written, so that hooks and stand-ins are called."""
+    compiled = any(
+        getattr(m, "_compiled_call_impl", None) is not None or "_orig_mod" in m._modules
+        for m in module.modules()
+    )
+    if not compiled:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def as_calibration(
@@ -234,10 +289,12 @@ class _Batch(Mapping[str, Any]):
 
 
 def _run(block: nn.Module, batch: _Batch) -> Any:
-    device = next(block.parameters()).device
-    stream, given = batch.item.stream.to(device), batch.item.given[batch.number]
-    args, kwargs = _with(stream, to_device(given, device))
-    return block(*args, **kwargs)
+    item, first = batch.item, next(block.parameters(), None)
+    device = item.stream.device if first is None else first.device
+    args, kwargs = _with(item.stream.to(device), to_device(item.given[batch.number], device))
+    on = item.autocast is not None
+    with eager(block), torch.autocast(device.type, item.autocast, enabled=on):
+        return block(*args, **kwargs)
 
 
 @torch.no_grad()

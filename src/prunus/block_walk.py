@@ -6,15 +6,17 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from prunus.block_inputs import Item, advance, as_calibration, record
 from prunus.blocks import Blocks
 from prunus.calibration import Calibration
+from prunus.distributed import all_ranks
 from prunus.engine import commit, prune_step
-from prunus.finished_blocks import FinishedBlocks, put_back
+from prunus.finished_blocks import FinishedBlocks, Record, Sums, copy_into, sums_of, tensors_of
 from prunus.layers import Layer, unwrap
-from prunus.lazy_weights import Weights, materialize, release
+from prunus.lazy_weights import Weights, materialize, move, release
 from prunus.method import Change, LayerRow, Method
 from prunus.permute.folds import Fold
 from prunus.permuting import Folded, Permute, permute_layers
@@ -41,6 +43,12 @@ class Sequential:
                 "sequential: weights are read block by block; say in which folder to "
                 "write the pruned ones, as folder='pruned'"
             )
+        try:
+            torch.device(self.device or "cpu")
+        except RuntimeError:
+            raise ValueError(
+                f"sequential: device={self.device!r} is none; use 'cuda', 'cuda:1' or 'cpu'"
+            ) from None
 
 
 @dataclass
@@ -73,21 +81,39 @@ class Walk:
     weights: Weights | None
 
     def items(self) -> list[Item]:
-        with self.block(0, at_home=True):
+        with all_ranks().together(), self.block(0, at_home=True):
             return record(self.model, self.blocks, self.calibration)
 
     @contextlib.contextmanager
     def block(self, number: int, at_home: bool = False) -> Iterator[nn.Module]:
         """The block, read from disk and moved to where it is worked on, and back again."""
-        block, filled = self.blocks.modules[number], []
-        if self.weights is not None:
-            filled = materialize(block, self.blocks.name_of(number), self.weights)
-        home = next(block.parameters()).device
+        block = self.blocks.modules[number]
+        with self._read(block, number):
+            held = [*block.parameters(), *block.buffers()]
+            home = held[0].device if held else torch.device("cpu")
+            try:
+                if not at_home and self.how.device is not None:
+                    move(block, self.how.device)
+                yield block
+            finally:
+                move(block, home)
+
+    @contextlib.contextmanager
+    def _read(self, block: nn.Module, number: int) -> Iterator[None]:
+        """With its weights from disk, where there are any; afterwards it is as it was."""
+        if self.weights is None:
+            yield
+            return
+        there = [t for t in [*block.parameters(), *block.buffers()] if not t.is_meta]
+        old = [t.detach().clone() for t in there]
+        filled = materialize(block, self.blocks.name_of(number), self.weights)
         try:
-            yield block if at_home or self.how.device is None else block.to(self.how.device)
+            yield
         finally:
-            block.to(home)
             release(filled)
+            with torch.no_grad():
+                for t, was in zip(there, old, strict=True):
+                    t.copy_(was)
 
 
 class BlockPruning:
@@ -111,7 +137,9 @@ class BlockPruning:
             self._permute_across()
             self.items = walk.items()
             folder = walk.how.folder
-            self.finished = None if folder is None else FinishedBlocks(folder, self._identity())
+            self.finished = (
+                None if folder is None else FinishedBlocks(folder, self._identity(self.items))
+            )
             for number in range(count):
                 bar.step(number, f"block {number + 1} of {count}{self._said()}")
                 self._block(number)
@@ -127,12 +155,16 @@ class BlockPruning:
     def _permute_across(self) -> None:
         """Folds that reach over several blocks come first, on the model as it is."""
         walk = self.walk
-        numbers = [{walk.blocks.number_of(r.name) for r in fold.readers} for fold in self.folds]
-        across = [f for f, blocks in zip(self.folds, numbers, strict=True) if len(blocks) > 1]
+        across: list[Fold] = []
+        within: list[Fold] = []
+        for fold in self.folds:
+            numbers = {walk.blocks.number_of(name) for name in fold.names}
+            (within if len(numbers) == 1 and None not in numbers else across).append(fold)
+        self.folds = within
         if across and walk.how.folder is not None:
             raise ValueError(
-                "permute: the residual stream reaches over all blocks, which a folder takes one at "
-                "a time; use shared: leave or gather, or no folder"
+                f"permute: {across[0].name} reaches over several blocks, which a folder takes one "
+                "at a time; use shared: leave, exclude its layers, or use no folder"
             )
         if across:
             layers = [layer for group in walk.layers.values() for layer in group]
@@ -140,14 +172,16 @@ class BlockPruning:
             self.did.folded.append(permute_layers(*what, across, self.permute))
             self.did.folded[-1].measured = None  # of the dense model
 
-    def _identity(self) -> dict[str, str]:
+    def _identity(self, items: Sequence[Item]) -> dict[str, str]:
         """What must be the same for a run to go on from the blocks of another one."""
-        total = sum(float(item.stream.double().sum()) for item in self.items)
+        total = sum(float(item.stream.double().sum()) for item in items)
+        mine = torch.tensor([len(items), total], dtype=torch.float64)
+        count, total = all_ranks().all_reduce(mine).tolist()
         layers = [layer.name for group in self.walk.layers.values() for layer in group]
         return {
             "settings": f"{self.method}, {self.target}, {self.permute if self.folds else ''}",
             "layers": f"{self.walk.blocks.name}: {', '.join(layers)}",
-            "calibration data": f"{len(self.items)} batches, {total:.6e}",
+            "calibration data": f"{count:.0f} batches, {total:.6e}",
         }
 
     def _said(self) -> str:
@@ -158,53 +192,58 @@ class BlockPruning:
         return f"; {row.name}: sparsity {row.sparsity:.3f}{error}"
 
     def _block(self, number: int) -> None:
-        with self.walk.block(number) as block:
+        walk = self.walk
+        with walk.block(number) as block:
+            layers = walk.layers.get(number, [])
+            dense = {} if self.finished is None else sums_of(layers)
             if self.finished is not None and self.finished.has(number):
-                changes = self._take(block, number, self.finished)
+                changes = self._take(block, number, self.finished, dense)
             else:
-                changes = self._prune(block, number)
-            if number + 1 < len(self.walk.blocks):
+                changes = self._prune(block, number, dense)
+            if number + 1 < len(walk.blocks):
                 advance(block, self.items, number)
         for change in changes:  # the block is back at home
             home = change.layer.local.device
             change.weight, change.mask = change.weight.to(home), change.mask.to(home)
 
-    def _take(self, block: nn.Module, number: int, finished: FinishedBlocks) -> list[Change]:
+    def _take(
+        self, block: nn.Module, number: int, finished: FinishedBlocks, dense: Sums
+    ) -> list[Change]:
         """Load the block, which was pruned before."""
-        old = {name: t.clone() for name, t in block.state_dict().items()}
-        name = self.walk.blocks.name_of(number)
-        if self.walk.weights is None:
-            self.did.taken.append(lambda: put_back(block, old))
-        finished.load(number, name, block, self.walk.model)
-        self.did.rows += finished.rows[number]
-        if self.walk.weights is not None:
-            return []
+        in_memory = self.walk.weights is None
         layers = {layer.name: layer for layer in self.walk.layers.get(number, [])}
-        changes = []
-        for row in finished.rows[number]:
-            layer = layers[row.name]
-            before = old[layer.parameter_name.removeprefix(f"{name}.")]
-            # a copy: whoever undoes the change swaps it with what was loaded
-            changes.append(Change(layer, before.clone(), layer.local != 0, row))
+        if in_memory:
+            old = {name: t.detach().clone() for name, t in tensors_of(block).items()}
+            self.did.taken.append(lambda: copy_into(block, old))
+        # whoever undoes a change swaps it with what was loaded, so this is a copy of its own
+        before = {name: x.local.clone() for name, x in layers.items() if in_memory}
+        record = finished.load(number, self.walk.blocks.name_of(number), block, dense)
+        self.did.rows += record.rows
+        self.did.folded.append(record.folded)
+        rows = record.rows if in_memory else []
+        changes = [
+            Change(layers[x.name], before[x.name], layers[x.name].local != 0, x) for x in rows
+        ]
         self.did.changes += changes
         return changes
 
-    def _prune(self, block: nn.Module, number: int) -> list[Change]:
+    def _prune(self, block: nn.Module, number: int, dense: Sums) -> list[Change]:
         layers, name = self.walk.layers.get(number, []), self.walk.blocks.name_of(number)
-        changes: list[Change] = []
+        changes, folded = list[Change](), Folded()
         if layers:
             data = as_calibration(self.items, number, self.walk.calibration.memory)
             folded = permute_layers(self.method, layers, block, data, self.folds, self.permute)
-            self.did.folded.append(folded)
+            if self.walk.weights is None:
+                self.did.folded.append(folded)
             step = self.method, layers, self.target, block, data
             changes = prune_step(*step, folded.measured)
             folded.measured = None
         rows = [change.row for change in changes]
         self.did.rows += rows
         if self.walk.weights is not None:
-            changes = []  # old weights are in the file they were read from
-            self.did.folded.clear()
+            changes = []  # the block goes back to what it was read from
+            self.did.folded.append(Folded(folded.rows, folded.refused))
         self.did.changes += changes
         if self.finished is not None:
-            self.finished.put(number, name, block, rows)
+            self.finished.put(number, name, block, Record.of(dense, rows, folded))
         return changes

@@ -216,7 +216,9 @@ def prune(
     pattern: Annotated[str | None, typer.Option(help="unstructured, row, 2:4, 4x1")] = None,
     layers: Annotated[list[str] | None, typer.Option(help="name, glob, class or re:")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="what to leave out")] = None,
-    allocator: Annotated[str | None, typer.Option(help="global, uniform, erk")] = None,
+    allocator: Annotated[
+        str | None, typer.Option(help="global, uniform, erk, owl, alphapruning")
+    ] = None,
     calibration: Annotated[
         str | None, typer.Option(help="package.module:function, a Calibration or batches")
     ] = None,
@@ -234,14 +236,20 @@ def prune(
     device: Annotated[
         str | None, typer.Option(help="where the block is that is worked on, with --sequential")
     ] = None,
+    folder: Annotated[
+        str | None, typer.Option(help="where finished blocks are written, with --sequential")
+    ] = None,
+    shared: Annotated[
+        str, typer.Option(help="channels that several layers read: leave, residual or gather")
+    ] = "leave",
     permute: Annotated[
-        str | None, typer.Option(help="regroup channels for N:M: lsa or reallocate")
+        str | None, typer.Option(help="regroup channels before N:M pruning: lsa or reallocate")
     ] = None,
     report: Annotated[Path | None, typer.Option(help="folder for report.html")] = None,
 ) -> None:
     """Prune a model at once and save it."""
-    if device is not None and sequential is None:
-        raise ValueError("--device is for --sequential; give --sequential auto as well")
+    if (device or folder) and sequential is None:
+        raise ValueError("--device and --folder are for --sequential; give --sequential auto too")
     blocks = None if sequential == "auto" else sequential
     network = call_model(model)
     if weights is not None:
@@ -261,8 +269,8 @@ def prune(
         allocator=allocator,
         calibration=data,
         recalibrate=recalibrate,
-        sequential=sequential is not None and prunus.Sequential(blocks, device),
-        permute=permute,
+        sequential=sequential is not None and prunus.Sequential(blocks, device, folder=folder),
+        permute=None if permute is None else prunus.Permute(permute, shared),  # type: ignore[arg-type]
     )
     out.print(result)
     prunus.save(network, output, pruning=result, compact=compact)

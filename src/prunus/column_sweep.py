@@ -82,7 +82,8 @@ class _Sweep:
         self.wt, self.u = w.T.clone(memory_format=torch.contiguous_format), u
         self.choose, self.every = choose, every
         on_cpu = self.wt.device.type == "cpu"
-        self.groups = choose if on_cpu and isinstance(choose, Groups) else None
+        small = on_cpu and every <= PANEL
+        self.groups = choose if small and isinstance(choose, Groups) else None
         self.scale = u.diagonal().square().reciprocal().unsqueeze(1)
         self.drop = torch.zeros_like(self.wt, dtype=torch.bool)
         panel = max(1, PANEL // every) * every if every < PANEL else PANEL

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from prunus import solvers
 from prunus.layers import Layer
 from prunus.masking import Masks
 from prunus.patterns import Pattern
+from prunus.stats import Statistic
 
 
 @dataclass(frozen=True)
@@ -218,8 +219,9 @@ def shard(whole: Tensor, like: Tensor) -> Tensor:
     return result
 
 
-def all_reduce_statistics(tensors: Sequence[Tensor]) -> None:
-    """Add statistics up over all data-parallel ranks, in place."""
+def all_reduce_statistics(stats: Iterable[Statistic]) -> None:
+    """Add statistics up over all data-parallel ranks, in place; shared ones once."""
     everyone = all_ranks()
-    for tensor in tensors if everyone.group is not None else ():
-        tensor.copy_(everyone.all_reduce(tensor))
+    for stat in {id(stat): stat for stat in stats}.values() if everyone.group is not None else ():
+        for tensor in stat.tensors():
+            tensor.copy_(everyone.all_reduce(tensor))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from prunus.calibration import Calibration, in_common, undisturbed
 from prunus.distributed import all_ranks
-from prunus.layers import Layer
+from prunus.layers import Layer, unwrap
 from prunus.progress import track
 from prunus.stats import Statistic
 
@@ -20,8 +20,13 @@ class _Apart(Exception):  # noqa: N818
     """Layers that had the same input at first have different ones now."""
 
 
-def real_tokens(batch: Any) -> Tensor | None:
-    """(examples, tokens) which tokens are no padding, if a batch says so and has any padding."""
+def real_tokens(batch: Any, model: nn.Module) -> Tensor | None:
+    """(examples, tokens) which tokens are no padding, if a batch says so and has any padding.
+
+    Not for encoder-decoder models, whose mask is of the encoder's tokens only.
+    """
+    if getattr(getattr(unwrap(model), "config", None), "is_encoder_decoder", False):
+        return None
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
         return None
@@ -121,7 +126,7 @@ def _pass(model: nn.Module, inputs: _Inputs, calibration: Calibration) -> dict[L
             handle = layer.module.register_forward_pre_hook(hook(layer), with_kwargs=True)
             stack.callback(handle.remove)
         for batch in track(in_common(model, calibration), "calibration"):
-            inputs.real, inputs.last = real_tokens(batch), None
+            inputs.real, inputs.last = real_tokens(batch, model), None
             calibration.run(model, batch)
             count += 1
     inputs.check()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 
 import safetensors
@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from prunus.layers import clean_name
 from prunus.names import did_you_mean
 
 INDEX = "model.safetensors.index.json"
@@ -70,7 +71,7 @@ def _on_meta(module: nn.Module, prefix: str, skip: Set[nn.Module]) -> Iterator[t
         if inner in skip:
             continue
         for key, t in [*inner._parameters.items(), *inner._buffers.items()]:
-            name = f"{inner_name}.{key}" if inner_name else key
+            name = clean_name(f"{inner_name}.{key}" if inner_name else key)
             if t is None or not t.is_meta:
                 continue
             if key in inner._non_persistent_buffers_set:
@@ -87,18 +88,23 @@ def materialize(
 ) -> list[Tensor]:
     """Fill what is on the meta device, but for modules in `skip`; Parameters stay the same objects.
 
-    ``name`` is the module's. Returns what was filled. Raises ValueError for what is in no file.
+    ``name`` is the module's. Returns what was filled. Raises ValueError for what is in no file; all
+    is on the meta device again then.
     """
-    filled = []
-    for key, t in _on_meta(module, name, skip):
-        read = weights.read(key)
-        if read.shape != t.shape:
-            raise ValueError(
-                f"{key} is {tuple(t.shape)} in the model, and {tuple(read.shape)} in "
-                f"'{weights.path}'"
-            )
-        _replace(t, read.to(t.dtype))
-        filled.append(t)
+    filled: list[Tensor] = []
+    try:
+        for key, t in _on_meta(module, name, skip):
+            read = weights.read(key)
+            if read.shape != t.shape:
+                raise ValueError(
+                    f"{key} is {tuple(t.shape)} in the model, and {tuple(read.shape)} in "
+                    f"'{weights.path}'"
+                )
+            _replace(t, read.to(t.dtype))
+            filled.append(t)
+    except BaseException:
+        release(filled)
+        raise
     return filled
 
 
@@ -115,10 +121,25 @@ def _replace(t: Tensor, value: Tensor) -> None:
     torch.utils.swap_tensors(t, value)  # type: ignore[no-untyped-call]
 
 
-def write_index(folder: Path) -> None:
-    """The table by which loaders find each tensor among the files of a folder."""
+@torch.no_grad()
+def move(module: nn.Module, device: torch.device | str) -> None:
+    """As `Module.to`, but buffers stay the same objects, as parameters do.
+
+    Whoever knows a buffer by itself, as a fold or `release` do, then still has the module's.
+    """
+    buffers = [(m, key, t) for m in module.modules() for key, t in m._buffers.items()]
+    module.to(device)
+    for inner, key, t in buffers:
+        now = inner._buffers[key]
+        if t is not None and now is not None and now is not t:
+            t.data = now
+            inner._buffers[key] = t
+
+
+def write_index(folder: Path, files: Sequence[str]) -> None:
+    """The table by which loaders find each tensor among these files of a folder."""
     table, size = {}, 0
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in [folder / name for name in files]:
         with safetensors.safe_open(file, "pt") as opened:
             table.update(dict.fromkeys(opened.keys(), file.name))
         size += file.stat().st_size

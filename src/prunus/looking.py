@@ -59,8 +59,7 @@ def looked(
         assert calibration is not None
         with all_ranks().together():
             stats = measure_inputs(model, stats, calibration)
-        for stat in {id(stat): stat for stat in stats.values()}.values():
-            all_reduce_statistics(stat.tensors())
+        all_reduce_statistics(stats.values())
     looks: dict[str, float] = {}
     for block in by_block(find_blocks(model), layers):
         looks |= look(allocator, block, stats)

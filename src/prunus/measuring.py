@@ -107,9 +107,7 @@ class Measurements:
                 by_layer = {rows.layer: stat for rows, stat in stats.items()}
                 shared = measure_inputs(self.model, by_layer, self.calibration)
                 stats = {rows: shared[rows.layer] for rows in stats}
-        for stat in {id(stat): stat for stat in stats.values()}.values():
-            if not stat.by_rows:
-                all_reduce_statistics(stat.tensors())
+        all_reduce_statistics(stat for stat in stats.values() if not stat.by_rows)
         _check_finite({rows.layer: stat for rows, stat in stats.items() if stat.reads == "inputs"})
         return stats
 

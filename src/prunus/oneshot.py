@@ -141,6 +141,7 @@ def prune(
         sequential=_walk(sequential),
     )
     runs = [modifier.bind(context) for modifier in modifiers]
+    _check_together(modifiers, context)
     norms = _norms_data(recalibrate, calibration)
     recorder(start_event(model, 0, recipe=recipe.to_yaml()))
     try:
@@ -149,12 +150,12 @@ def prune(
             run.finish(0)
         if norms is not None:
             estimate_norms(model, norms)
+        if output_dir is not None:
+            recorder.save(output_dir)
     except BaseException:
         for run in reversed(runs):
             run.did.undo()
         raise
-    if output_dir is not None:
-        recorder.save(output_dir)
     rows = {row.name: row for run in runs for row in run.rows}
     left_dense = [name for name in runs[0].left_dense if name not in rows]
     result = Result(list(rows.values()), dict(context.masks), recipe, left_dense, recorder)
@@ -164,6 +165,19 @@ def prune(
             result.not_permuted |= folded.refused
         result.not_permuted |= run.folds.refused
     return result
+
+
+def _check_together(modifiers: Sequence[PruningModifier], context: Context) -> None:
+    """Raises ValueError for entries that no later entry can follow."""
+    if len(modifiers) > 1 and context.sequential is not None and context.sequential.folder:
+        raise ValueError(
+            "sequential: a folder holds the blocks of one 'prune' entry, and the recipe has "
+            f"{len(modifiers)}; join them, or leave out folder"
+        )
+    if any(modifier.permute is not None for modifier in modifiers[1:]):
+        raise ValueError(
+            "permute would move weights that are pruned already; let it be in the first 'prune'"
+        )
 
 
 def _walk(sequential: bool | str | Sequential) -> Sequential | None:

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from prunus.block_inputs import without_cache
 from prunus.calibration import Calibration, undisturbed
-from prunus.distributed import Shards
-from prunus.layers import Layer
+from prunus.distributed import Shards, all_ranks
+from prunus.layers import Layer, unwrap
 from prunus.measuring import Measurements
 from prunus.memory import Rows
 from prunus.method import Method
 from prunus.names import did_you_mean
 from prunus.patterns import NM, Unstructured
-from prunus.permute.folds import Fold, Plan
-from prunus.permute.rules import find_folds
-from prunus.permute.search import SEARCHES, retained
-from prunus.permute.verify import verify
+from prunus.permute.folds import Fold, Plan, Taken
+from prunus.permute.follow import columns_of, follow, share_of_zeros
+from prunus.permute.rules import find_folds, with_whole_groups
+from prunus.permute.search import SEARCHES, kept_shares
+from prunus.permute.verify import Inputs, first_calls, take
 from prunus.progress import track
 from prunus.pruners import ScorePruner
 from prunus.solving import no_autocast, ready
@@ -78,13 +77,13 @@ class Folded:
 
     rows: list[FoldRow] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
-    done: list[tuple[Fold, Tensor]] = field(default_factory=list)
+    done: list[Taken] = field(default_factory=list)
     measured: tuple[Measurements, Shards] | None = None
 
     def undo(self) -> None:
-        for fold, perms in reversed(self.done):
-            fold.undo(perms)
-        self.done = []
+        while self.done:
+            self.done[-1].undo()
+            self.done.pop()
 
 
 def plan_folds(method: Method, layers: Sequence[Layer], model: nn.Module, permute: Permute) -> Plan:
@@ -97,16 +96,19 @@ def plan_folds(method: Method, layers: Sequence[Layer], model: nn.Module, permut
         raise ValueError(
             f"permute is for N:M patterns; pattern '{pattern}' has no order of columns"
         )
-    plan = find_folds(model, layers, permute.shared)
-    folds, refused = [], dict(plan.refused)
-    for fold in plan.folds:
-        if fold.positions.shape[2] % pattern.m or bool((fold.positions[..., 0] % pattern.m).any()):
-            width = fold.positions.shape[2]
-            said = f"groups of {pattern.m} do not divide its parts of {width} channels"
-            refused |= {reader.name: said for reader in fold.readers}
-        else:
-            folds.append(fold)
-    return Plan(tuple(folds), refused)
+    plan = with_whole_groups(find_folds(model, layers, permute.shared), pattern.m)
+    _warn_of_zeros(plan.folds)
+    return plan
+
+
+def _warn_of_zeros(folds: Sequence[Fold]) -> None:
+    if (
+        share := share_of_zeros(r for fold in folds for r in fold.readers)
+    ) > 0.01:  # dense weights have some, by rounding
+        log.warning(
+            f"permute: {share:.1%} of the weights are zero already; they move to other groups, so "
+            "N:M may drop more, or less, than without permute"
+        )
 
 
 @torch.no_grad()
@@ -121,7 +123,7 @@ def permute_layers(
     """Search and apply the folds whose readers are all among the layers.
 
     The statistics that were measured for it follow, and serve the pruning step after it. A fold
-    after which the network computes something else is taken back. All are on failure.
+    after which the network computes something else on any rank is taken back. All are on failure.
     """
     names = {layer.name for layer in layers}
     folds = [fold for fold in folds if {reader.name for reader in fold.readers} <= names]
@@ -136,7 +138,8 @@ def permute_layers(
     measured, shards = ready(method, layers, model, calibration)
     try:
         found = _search(method, measured, shards, folds, permute)
-        inputs = _scope_inputs(model, calibration, folds)
+        with all_ranks().together():
+            inputs = _scope_inputs(unwrap(model), calibration, folds)
         for fold, (perms, row) in zip(folds, found, strict=True):
             _apply(fold, perms, row, inputs, measured, folded)
     except BaseException:
@@ -174,86 +177,73 @@ def _search(
     assert isinstance(pattern, NM)
     found = []
     for fold in track(folds, f"permutations: {permute.search}"):
-        whole = [torch.cat(scores[reader.name]) for reader in fold.readers]
+        whole = [_whole(torch.cat(scores[r.name]), r.name, measured) for r in fold.readers]
         matrices = fold.gather_scores(whole)
         perms = torch.stack([permute.perm(m, pattern.n, pattern.m) for m in matrices])
-        kept = [
-            sum(retained(m, pattern.n, pattern.m, p) for m, p in zip(matrices, each, strict=True))
-            for each in ([None] * len(perms), perms)
-        ]
-        total = max(sum(float(m.sum(dtype=torch.float64)) for m in matrices), 1e-300)
-        row = FoldRow(fold.name, fold.kind, perms.numel(), kept[0] / total, kept[1] / total)
-        found.append((perms, row))
+        kept = kept_shares(matrices, perms, pattern.n, pattern.m)
+        found.append((perms, FoldRow(fold.name, fold.kind, perms.numel(), *kept)))
     return found
 
 
-Inputs = Mapping[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]
+def _whole(part: Tensor, name: str, measured: Measurements) -> Tensor:
+    """The scores of all rows of a layer, which ranks may have dealt out among them."""
+    if measured.everyone.group is None:
+        return part
+    (mine,) = (rows for rows in measured.shares if rows.layer.name == name)
+    return measured.gathered(mine, part)
+
+
+def _apply(
+    fold: Fold, perms: Tensor, row: FoldRow, inputs: Inputs, measured: Measurements, folded: Folded
+) -> None:
+    everyone = all_ranks()
+    # a list that is only iterated over has no inputs of its own
+    scope = fold.scope if fold.scope in inputs else unwrap(measured.model)
+    taken = Taken(replace(fold, scope=scope), fold.checked(perms))
+    folded.done.append(taken)  # before it begins, so that no interrupt can come between
+    with everyone.together():
+        reason = _tried(taken, row, inputs)
+    if refusals := int(everyone.all_reduce(torch.tensor(int(bool(reason))))):
+        taken.undo()
+        folded.done.pop()
+        reason = reason or f"{fold.name}: refused on {refusals} other ranks; undone"
+        folded.refused |= {reader.name: reason for reader in fold.readers}
+        log.info("not permuted: %s: %s", fold.name, reason)
+        return
+    folded.rows.append(row)
+    log.info("permuted %s: score kept %.4f -> %.4f", fold.name, row.before, row.after)
+    _follow(fold, perms, measured)
+
+
+def _tried(taken: Taken, row: FoldRow, inputs: Inputs) -> str:
+    """Why this rank would not take the fold, and then it is undone; else empty."""
+    if row.after <= row.before:
+        return "no other order keeps more of the score"
+    scope = taken.fold.scope
+    if scope not in inputs:
+        return f"{taken.fold.name}: there is no calibration batch to verify it with"
+    with without_cache(scope):
+        return take(taken, *inputs[scope])
 
 
 def _scope_inputs(model: nn.Module, calibration: Calibration, folds: Sequence[Fold]) -> Inputs:
-    """What the folds' modules are given for the first calibration batch."""
-    found: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    """What the folds' modules are given for the first calibration batch; nothing if there is none.
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.setdefault(module, (args, kwargs))
-
-    with contextlib.ExitStack() as stack:
-        for scope in {model, *(fold.scope for fold in folds)}:
-            handle = scope.register_forward_pre_hook(hook, with_kwargs=True)
-            stack.callback(handle.remove)
-        stack.enter_context(undisturbed(model, calibration))
-        stack.enter_context(without_cache(model))
+    ``model`` is unwrapped: DDP talks to the other ranks, which may have no batch.
+    """
+    scopes = {model, *(fold.scope for fold in folds)}
+    with first_calls(scopes) as found, undisturbed(model, calibration), without_cache(model):
         for batch in calibration:
             calibration.run(model, batch)
             break
     return found
 
 
-def _apply(
-    fold: Fold, perms: Tensor, row: FoldRow, inputs: Inputs, measured: Measurements, folded: Folded
-) -> None:
-    if row.after <= row.before:
-        reason = "no other order keeps more of the score"
-    else:
-        # a list that is only iterated over has no inputs of its own
-        scope = fold.scope if fold.scope in inputs else measured.model
-        args, kwargs = inputs[scope]
-        with without_cache(scope):
-            reason = verify(replace(fold, scope=scope), perms, args, kwargs)
-    if reason:
-        folded.refused |= {reader.name: reason for reader in fold.readers}
-        log.info("not permuted: %s: %s", fold.name, reason)
-        return
-    folded.done.append((fold, perms))
-    folded.rows.append(row)
-    log.info("permuted %s: score kept %.4f -> %.4f", fold.name, row.before, row.after)
-    _follow(fold, perms, measured)
-
-
 def _follow(fold: Fold, perms: Tensor, measured: Measurements) -> None:
     """Permute the statistics at hand; those that cannot follow are measured again."""
     if measured.held is None:
         return
-    stats = measured.held[1]
-    readers = {reader.name for reader in fold.readers}
+    stats, readers = measured.held[1], {reader.name for reader in fold.readers}
     mine = [rows for rows in stats if rows.layer.name in readers]
-    if any(not hasattr(stats[rows], "permute") for rows in mine):
+    if not follow(stats, {rows: columns_of(fold, perms, rows.layer) for rows in mine}):
         measured.held = None
-        return
-    moved: dict[int, Statistic] = {}
-    for rows in mine:
-        stat = stats[rows]
-        if id(stat) not in moved:
-            # layers outside the fold may share it
-            shared = any(stats[other] is stat for other in stats if other not in mine)
-            moved[id(stat)] = copy.deepcopy(stat) if shared else stat
-            moved[id(stat)].permute(_columns(fold, perms, rows.layer))  # type: ignore[attr-defined]
-        stats[rows] = moved[id(stat)]
-
-
-def _columns(fold: Fold, perms: Tensor, layer: Layer) -> Tensor:
-    """The permutation of a layer's columns, in which channels are innermost."""
-    channels = fold.columns(perms)
-    kernel = layer.matrix_shape()[1] // len(channels)
-    starts = torch.arange(kernel).unsqueeze(1) * len(channels)
-    return (starts + channels).flatten()

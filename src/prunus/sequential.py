@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from prunus.allocators import Allocation, LookingAllocator, Problem
 from prunus.block_inputs import as_calibration, carry_on
 from prunus.block_walk import BlockPruning, Sequential, Walk, Walked
 from prunus.blocks import Blocks, find_blocks
 from prunus.calibration import Calibration
-from prunus.distributed import Shards, all_reduce_statistics
+from prunus.distributed import Shards, all_ranks, all_reduce_statistics
+from prunus.finished_blocks import check_folder
 from prunus.gradients import is_sharded
 from prunus.input_pass import measure_inputs
 from prunus.layers import Layer, unwrap
-from prunus.lazy_weights import Weights, materialize
+from prunus.lazy_weights import Weights, materialize, release
 from prunus.looking import look, looked_for
 from prunus.memory import Rows
 from prunus.method import Method
@@ -92,21 +94,55 @@ def prune_blocks(
     """
     if calibration is None:
         raise ValueError("sequential: blocks need inputs; pass calibration=prunus.Calibration(...)")
+    permute = permute or Permute()
+    _check_places(model, how, permute, folds)
     blocks = blocks_for(model, layers, how)
     grouped: dict[int, list[Layer]] = {}
     for layer in layers:
         grouped.setdefault(blocks.number_of(layer.name) or 0, []).append(layer)
     weights = None if how.weights is None else Weights(how.weights)
-    if weights is not None:
-        inside = {m for block in blocks.modules for m in block.modules()}
-        tie = getattr(unwrap(model), "tie_weights", None)  # lost on the meta device
+    walk = Walk(model, calibration, blocks, grouped, how, weights)
+    with _rest(walk):
+        if method.pattern.fixed is None:
+            method = _decided(method, layers, target, walk)
+        return BlockPruning(walk, method, target, permute, folds).run()
+
+
+def _check_places(
+    model: nn.Module, how: Sequential, permute: Permute, folds: Sequence[Fold]
+) -> None:
+    """Raises ValueError if blocks cannot be read or written where they should be."""
+    if how.folder is not None and permute.shared == "gather" and folds:
+        raise ValueError(
+            "permute: shared='gather' gives layers an index that loaders of a folder do not know; "
+            "use shared: leave, or no folder and prunus.save"
+        )
+    if how.folder is not None:
+        with all_ranks().together():
+            check_folder(how.folder, how.weights)
+    absent = [name for name, p in unwrap(model).named_parameters() if p.is_meta]
+    if absent and how.weights is None:
+        raise ValueError(
+            f"sequential: {absent[0]} is on the meta device; load the model without device_map or "
+            "offloading, or name its files, as Sequential(weights=..., folder=...)"
+        )
+
+
+@contextlib.contextmanager
+def _rest(walk: Walk) -> Iterator[None]:
+    """With all that is in no block, read from disk where it is there; gone again afterwards."""
+    filled: list[Tensor] = []
+    model = unwrap(walk.model)
+    if walk.weights is not None:
+        inside = {m for block in walk.blocks.modules for m in block.modules()}
+        tie = getattr(model, "tie_weights", None)  # lost on the meta device
         if callable(tie):
             tie()
-        materialize(unwrap(model), "", weights, inside)
-    walk = Walk(model, calibration, blocks, grouped, how, weights)
-    if method.pattern.fixed is None:
-        method = _decided(method, layers, target, walk)
-    return BlockPruning(walk, method, target, permute or Permute(), folds).run()
+        filled = materialize(model, "", walk.weights, inside)
+    try:
+        yield
+    finally:
+        release(filled)
 
 
 def _decided(method: Method, layers: Sequence[Layer], target: float | None, walk: Walk) -> Method:
@@ -142,8 +178,7 @@ def _looks(allocator: LookingAllocator, walk: Walk) -> dict[str, float]:
                 data = as_calibration(items, number, None, outputs)
                 stats = measure_inputs(block, stats, data)
                 carry_on(items, number, outputs)
-            for stat in {id(stat): stat for stat in stats.values()}.values():
-                all_reduce_statistics(stat.tensors())
+            all_reduce_statistics(stats.values())
             if layers:
                 looks |= look(allocator, layers, stats)
     return looks

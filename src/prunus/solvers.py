@@ -132,6 +132,7 @@ def keep_all_but_lowest(scores: Tensor, k: int) -> Tensor:
     keep = scores > threshold
     surplus = keep.numel() - int(torch.count_nonzero(keep)) - k  # ties that must stay
     if surplus:
+        keep = keep.contiguous()  # scores may be transposed
         ties = (scores == threshold).reshape(-1).nonzero().squeeze(1)
         keep.view(-1)[ties[ties.numel() - surplus :]] = True
     return keep

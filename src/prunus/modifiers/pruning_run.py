@@ -121,10 +121,6 @@ class PruningRun(Run):
         context, modifier = self.context, self.modifier
         what = self.method, self.layers, target, context.model, context.calibration
         walk, permute = modifier.walk(context), modifier.permute
-        if permute is not None and len(context.masks):
-            raise ValueError(
-                "permute would move weights that are pruned already; let it be in the first 'prune'"
-            )
         if walk is not None:
             return prune_blocks(*what, walk, permute, self.folds.folds)
         done = Walked()

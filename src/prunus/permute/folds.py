@@ -8,8 +8,9 @@ searches such permutations of linear layers; to store them in the weights before
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,16 @@ def inverse(perms: Tensor) -> Tensor:
     return perms.argsort(dim=1)
 
 
+class Move(Protocol):
+    """One thing that moves with a fold."""
+
+    def permute(self, perms: Tensor) -> None:
+        """``perms`` is (groups, width)."""
+
+    def saved(self) -> Callable[[], None]:
+        """What puts back the present state, as often as it is called."""
+
+
 @dataclass(frozen=True, eq=False)
 class Slot:
     """One parameter or buffer that takes part: where along ``dim`` its channels lie.
@@ -45,15 +56,31 @@ class Slot:
     """
 
     name: str
-    tensor: Tensor
+    module: nn.Module
+    attribute: str
     dim: int
     positions: Tensor
 
+    @property
+    def tensor(self) -> Tensor:
+        # looked up anew: moving a module to a device keeps its parameters, but replaces its buffers
+        tensor: Tensor = getattr(self.module, self.attribute)
+        return tensor
+
+    @torch.no_grad()
     def permute(self, perms: Tensor) -> None:
         """In place, so that strides, ties and requires_grad stay."""
-        index = moved(self.tensor.shape[self.dim], self.positions, perms).to(self.tensor.device)
-        with torch.no_grad():
-            self.tensor.copy_(self.tensor.index_select(self.dim, index))
+        tensor = self.tensor
+        index = moved(tensor.shape[self.dim], self.positions, perms).to(tensor.device)
+        tensor.copy_(tensor.index_select(self.dim, index))
+
+    def saved(self) -> Callable[[], None]:
+        old = self.tensor.detach().clone()
+
+        def put_back() -> None:
+            self.tensor.detach().copy_(old)
+
+        return put_back
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +90,8 @@ class Fold:
     ``positions`` (groups, copies, width) are the readers' input channels: each group is permuted
     within itself, in the same way in each of its copies. ``slots`` are all tensors that are
     permuted, the readers' weights among them. ``scope`` is the smallest module that holds all of
-    it, so the one whose function must not change.
+    it, so the one whose function must not change. ``names`` are the clean names of the slots and
+    of what is tied to them.
     """
 
     name: str
@@ -72,6 +100,11 @@ class Fold:
     positions: Tensor
     slots: tuple[Slot, ...]
     scope: nn.Module
+    names: tuple[str, ...]
+
+    def moves(self) -> Sequence[Move]:
+        """All that `apply` permutes, in its order."""
+        return self.slots
 
     def checked(self, perms: Tensor) -> Tensor:
         """The permutations on the CPU. Raises ValueError if they are none of this fold's shape."""
@@ -89,14 +122,17 @@ class Fold:
         return perms
 
     def apply(self, perms: Tensor) -> None:
-        """Permute every slot in place; ``perms`` is (groups, width).
+        """Permute every slot in place, or on an interrupt none; ``perms`` is (groups, width).
 
         Gradients and optimizer states are left as they are: do this before training starts.
         Raises ValueError if ``perms`` holds no permutations of this shape.
         """
-        perms = self.checked(perms)
-        for slot in self.slots:
-            slot.permute(perms)
+        taken = Taken(self, self.checked(perms))
+        try:
+            taken.apply()
+        except BaseException:
+            taken.undo()
+            raise
 
     def undo(self, perms: Tensor) -> None:
         """Bit for bit what was there before `apply`."""
@@ -120,6 +156,42 @@ class Fold:
             torch.cat([score[:, at.to(score.device)] for score in by_channel for at in copies])
             for copies in self.positions
         ]
+
+
+@dataclass
+class Taken:
+    """A fold on its way into the weights, which can be taken back whatever has interrupted it."""
+
+    fold: Fold
+    perms: Tensor
+    """(groups, width) as `Fold.checked` gives them"""
+    _at: tuple[int, Callable[[], None] | None] = field(default=(0, None), repr=False)
+    # so many moves are made once the function, if there is one, has put back the one under way;
+    # one tuple, because an interrupt may come between any two statements
+
+    def apply(self) -> None:
+        """Make the moves that are not made yet."""
+        moves, begin = self.fold.moves(), self._steady()
+        for i in range(begin, len(moves)):
+            self._at = i, moves[i].saved()
+            moves[i].permute(self.perms)
+        self._at = len(moves), None
+
+    def undo(self) -> None:
+        """Bit for bit what was there before; nothing happens where nothing was applied."""
+        moves, back = self.fold.moves(), inverse(self.perms)
+        for i in reversed(range(self._steady())):
+            self._at = i + 1, moves[i].saved()
+            moves[i].permute(back)
+            self._at = i, None
+
+    def _steady(self) -> int:
+        """How many moves are made, none of them by halves."""
+        count, put_back = self._at
+        if put_back is not None:
+            put_back()
+            self._at = count, None
+        return count
 
 
 @dataclass(frozen=True)

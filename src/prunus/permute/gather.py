@@ -6,14 +6,16 @@ so it is saved with the weights; `restore_gathers` makes a fresh model ready to 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prunus.layers import Layer, clean_name, unwrap
-from prunus.permute.folds import Fold, FoldError, Plan
+from prunus.permute.folds import Fold, FoldError, Move, Plan
 from prunus.permute.network import Network, as_layer, straight
 
 BUFFER = "input_permutation"
@@ -70,19 +72,31 @@ def _set(module: nn.Module, index: Tensor) -> None:
     module.register_forward_pre_hook(_gather_input, prepend=True)
 
 
+@dataclass(frozen=True, eq=False)
+class Gathering:
+    """The index by which a layer takes its input; an order that is new composes with it."""
+
+    module: nn.Module
+    fold: Fold
+
+    def index(self) -> Tensor:
+        """(channels,) on the CPU."""
+        channels: Tensor = torch.arange(self.fold.readers[0].channels())
+        return getattr(self.module, BUFFER, channels).cpu()
+
+    def permute(self, perms: Tensor) -> None:
+        _set(self.module, self.index()[self.fold.columns(perms)])
+
+    def saved(self) -> Callable[[], None]:
+        return partial(_set, self.module, self.index())
+
+
 class GatherFold(Fold):
     """A fold whose readers take their own input in the order in which their columns are stored."""
 
-    def apply(self, perms: Tensor) -> None:
-        """Permute the columns and let every reader gather; a second call composes with the first.
-
-        ``perms`` is (groups, width). Raises ValueError if it holds no permutations of this shape.
-        """
-        super().apply(perms)
-        index = self.columns(perms)
-        for reader in self.readers:
-            now = getattr(reader.module, BUFFER, torch.arange(len(index))).cpu()
-            _set(reader.module, now[index])
+    def moves(self) -> Sequence[Move]:
+        """The columns, then what readers gather by; a second order composes with the first."""
+        return *self.slots, *(Gathering(reader.module, self) for reader in self.readers)
 
 
 def restore_gathers(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -116,7 +130,7 @@ def _fold(net: Network, readers: Sequence[Layer]) -> Fold:
     fold = net.fold(name, "gather", tuple(readers), positions, slots)
     # the layer alone would not show that its parent uses the weight without calling it
     scope = net.scope(reader.name.rpartition(".")[0] for reader in readers)
-    return GatherFold(name, fold.kind, fold.readers, positions, fold.slots, scope)
+    return GatherFold(name, fold.kind, fold.readers, positions, fold.slots, scope, fold.names)
 
 
 def gather_folds(net: Network, layers: Sequence[Layer]) -> Plan:

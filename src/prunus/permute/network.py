@@ -83,7 +83,7 @@ class Network:
             raise FoldError(f"{name} is a DTensor; permute before the model is sharded")
         if tensor.dim() == 0 or tensor.shape[dim] != size:
             raise FoldError(f"{name} has shape {tuple(tensor.shape)} where {size} channels must be")
-        return Slot(name, tensor, dim % tensor.dim(), positions)
+        return Slot(name, module, attribute, dim % tensor.dim(), positions)
 
     def reads(self, layer: Layer, positions: Tensor) -> Slot:
         """The input channels of a layer; ``positions`` covers all of them."""
@@ -137,13 +137,13 @@ class Network:
     ) -> Fold:
         """Tied tensors once. Raises FoldError if one is tied to something outside the fold."""
         once = untied(slots)
-        names = {slot.name for slot in slots}
+        names = tuple(dict.fromkeys(slot.name for slot in slots))
         for slot in once:
             others = [n for n in self.owners.get(memory(slot.tensor), ()) if n not in names]
             if others:
                 raise FoldError(f"{slot.name} is tied to {', '.join(others)}")
         scope = self.scope(n.rpartition(".")[0] for n in names)
-        return Fold(name, kind, readers, positions, tuple(once), scope)
+        return Fold(name, kind, readers, positions, tuple(once), scope, names)
 
 
 def untied(slots: Sequence[Slot]) -> list[Slot]:

@@ -173,3 +173,16 @@ def find_folds(model: nn.Module, layers: Sequence[Layer], shared: Shared = "leav
         covered = {reader.name for fold in more.folds for reader in fold.readers}
         refused = {n: more.refused.get(n, r) for n, r in refused.items() if n not in covered}
     return Plan(tuple(folds), refused)
+
+
+def with_whole_groups(plan: Plan, m: int) -> Plan:
+    """The plan without the folds that groups of ``m`` do not divide."""
+    folds, refused = [], dict(plan.refused)
+    for fold in plan.folds:
+        width = fold.positions.shape[2]
+        if width % m or bool((fold.positions[..., 0] % m).any()):
+            said = f"groups of {m} do not divide its parts of {width} channels"
+            refused |= {reader.name: said for reader in fold.readers}
+        else:
+            folds.append(fold)
+    return Plan(tuple(folds), refused)

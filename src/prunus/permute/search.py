@@ -41,6 +41,17 @@ def retained(scores: Tensor, n: int, m: int, perm: Tensor | None = None) -> floa
     return sum(float(best.sum(dtype=torch.float64)) for piece in pieces for best in piece)
 
 
+def kept_shares(matrices: Sequence[Tensor], perms: Tensor, n: int, m: int) -> tuple[float, float]:
+    """Shares of all scores that are kept in the order as it is, and by a permutation of each.
+
+    Raises as `retained` does.
+    """
+    before = sum(retained(scores, n, m) for scores in matrices)
+    after = sum(retained(s, n, m, perm) for s, perm in zip(matrices, perms, strict=True))
+    total = max(sum(float(scores.sum(dtype=torch.float64)) for scores in matrices), 1e-300)
+    return before / total, after / total
+
+
 def reallocate(scores: Tensor, n: int, m: int) -> Tensor:
     """A permutation under which every group has its share of the important columns.
 
