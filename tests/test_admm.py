@@ -15,6 +15,8 @@ from prunus.solvers import (
     keep_highest_of_groups,
 )
 
+from gram_layers import layer
+
 FEW = settings(deadline=None, max_examples=25)
 SEEDS = st.integers(0, 99)
 
@@ -41,16 +43,6 @@ def problem(rows, cols, seed=0, samples=None, dead=0):
     x = x @ torch.randn(cols, cols, generator=generator, dtype=torch.float64)
     x[:, :dead] = 0
     return w, x.T @ x
-
-
-def layer(cols, seed):
-    """Features with a decaying spectrum and a few channels of large values."""
-    generator = torch.Generator().manual_seed(seed)
-    decay = torch.arange(1, cols + 1, dtype=torch.float64).rsqrt().unsqueeze(1)
-    mix = decay * torch.randn(cols, cols, generator=generator, dtype=torch.float64)
-    x = torch.randn(4 * cols, cols, generator=generator, dtype=torch.float64) @ mix
-    x[:, :: cols // 3] *= 10
-    return torch.randn(64, cols, generator=generator, dtype=torch.float64), x.T @ x
 
 
 def total_error(w, gram, new):

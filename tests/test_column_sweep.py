@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from prunus import column_sweep
 from prunus.column_sweep import (
+    Groups,
     choice,
     errors_by_columns,
     errors_by_solving,
@@ -307,3 +308,17 @@ def test_later_stripes_are_chosen_by_their_own_columns():
     choose, _ = choice(parse_pattern("row"), alive, useless, plan, keep_all_but_lowest)
     gone = (~choose(scores, 128, 200)).nonzero().tolist()
     assert gone == [[0, 2], [0, 12], [1, 12]]
+
+
+@FEW
+@given(SEEDS, st.sampled_from([(2, 4), (1, 4), (4, 8), (3, 5), (1, 2), (16, 32), (20, 40)]))
+def test_groups_swept_in_numpy_are_those_of_the_general_sweep(seed, pattern):
+    n, m = pattern
+    w, h = problem(7, 4 * m, seed)
+    if seed % 2:  # many equal weights, so that the first of them must go
+        w = w.sign()
+    u = upper_factor(h)
+    fast, fast_keep = sweep(w, u, Groups(n, m), m)
+    slow, slow_keep = sweep(w, u, lambda scores, *_: keep_highest_of_groups(scores, n, m), m)
+    assert torch.equal(fast_keep, slow_keep)
+    torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-12)

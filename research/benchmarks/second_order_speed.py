@@ -26,16 +26,18 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 import prunus
-from prunus.column_sweep import STRIPE, sweep, upper_factor
+from prunus.column_sweep import sweep, upper_factor
 from prunus.distributed import Shards
 from prunus.elimination import greedy_losses
 from prunus.gradients import ExampleGradients, gradients_on, micro_batch_gradients
+from prunus.patterns import Unstructured
 from prunus.pruners import CAP
 from prunus.selection import select
 from prunus.solvers import keep_all_but_lowest
 from prunus.stats import BlockFisher, Sampling
 
 from common import Row, add_options, compare, hardware, print_table, seconds
+from layerwise_speed import published_sweep
 
 ROWS, COLS, BLOCK, GRADS, DAMP = 768, 3072, 192, 1024, 1e-6
 
@@ -188,30 +190,6 @@ def resident(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def published_sweep(w: Tensor, u: Tensor, sparsity: float) -> Tensor:
-    """SparseGPT's loop as its program has it: row-major, a full sort for each stripe."""
-    w = w.clone()
-    for begin in range(0, w.shape[1], STRIPE):
-        end = min(begin + STRIPE, w.shape[1])
-        part = w[:, begin:end].clone()
-        new, errors, losses = (torch.zeros_like(part) for _ in range(3))
-        factor = u[begin:end, begin:end]
-        scores = part.square() / factor.diagonal().square()
-        threshold = scores.flatten().sort()[0][int(scores.numel() * sparsity)]
-        drop = scores <= threshold
-        for i in range(end - begin):
-            column = part[:, i]
-            kept = column.masked_fill(drop[:, i], 0)
-            error = (column - kept) / factor[i, i]
-            new[:, i] = kept
-            losses[:, i] = (column - kept) ** 2 / factor[i, i] ** 2
-            part[:, i:] -= error.unsqueeze(1).matmul(factor[i, i:].unsqueeze(0))
-            errors[:, i] = error
-        w[:, begin:end] = new
-        w[:, end:] -= errors @ u[begin:end, end:]
-    return w
-
-
 def bench_fastcap(args: argparse.Namespace) -> list[Row]:
     generator = torch.Generator().manual_seed(0)
     g = torch.cat([gradient(ROWS, seed) for seed in range(8)]).double()
@@ -230,7 +208,7 @@ def bench_fastcap(args: argparse.Namespace) -> list[Row]:
             sweep(w, factor.float(), choose)
 
         def theirs(w: Tensor = w, factor: Tensor = factor) -> None:
-            published_sweep(w, factor.float(), 0.5)
+            published_sweep(w, factor.float(), Unstructured())
 
         rows.append(compare(f"FastCAP sweep, {shape[0]}x{shape[1]}", mine, theirs, args, "4"))
     return rows
