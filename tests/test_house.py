@@ -24,6 +24,7 @@ LEVELS = [
         "looking",
         "permuting",
         "block_inputs",
+        "block_recording",
         "block_walk",
         "lazy_weights",
         "finished_blocks",

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from prunus.block_inputs import Item, advance, as_calibration, record
+from prunus.block_inputs import advance, as_calibration
+from prunus.block_recording import Item, record
 from prunus.blocks import Blocks
 from prunus.calibration import Calibration
 from prunus.distributed import all_ranks

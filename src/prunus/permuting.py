@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from prunus.block_inputs import without_cache
+from prunus.block_recording import without_cache
 from prunus.calibration import Calibration, undisturbed
 from prunus.distributed import Shards, all_ranks
 from prunus.layers import Layer, unwrap
