@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from prunus import column_sweep
 from prunus.column_sweep import (
-    Groups,
     choice,
     errors_by_columns,
     errors_by_solving,
@@ -18,6 +17,7 @@ from prunus.column_sweep import (
     sweep,
     upper_factor,
 )
+from prunus.group_sweep import Groups
 from prunus.patterns import parse_pattern
 from prunus.solvers import keep_all_but_lowest, keep_highest_of_groups
 
@@ -317,8 +317,12 @@ def test_groups_swept_in_numpy_are_those_of_the_general_sweep(seed, pattern):
     w, h = problem(7, 4 * m, seed)
     if seed % 2:  # many equal weights, so that the first of them must go
         w = w.sign()
-    u = upper_factor(h)
-    fast, fast_keep = sweep(w, u, Groups(n, m), m)
-    slow, slow_keep = sweep(w, u, lambda scores, *_: keep_highest_of_groups(scores, n, m), m)
+    alive, useless = w != 0, torch.zeros(4 * m, dtype=torch.bool)
+    if seed % 3 == 1:  # some pruned before, some without inputs
+        alive, useless[::5] = torch.rand(w.shape, generator=torch.manual_seed(seed)) < 0.7, True
+        w = w * alive
+    u, groups = upper_factor(h), Groups(n, m, alive, useless)
+    fast, fast_keep = sweep(w, u, groups, m)
+    slow, slow_keep = sweep(w, u, lambda *args: groups(*args), m)
     assert torch.equal(fast_keep, slow_keep)
     torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-12)

@@ -7,15 +7,14 @@ one-shot", 2023, https://arxiv.org/abs/2301.00774, algorithm 1.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from prunus.group_sweep import sweep_groups
+from prunus.group_sweep import Groups, sweep_groups
 from prunus.linalg import cholesky, invert_lower
 from prunus.patterns import NM, Pattern
-from prunus.solvers import keep_all_but_lowest_of_each, keep_highest_of_groups
+from prunus.solvers import keep_all_but_lowest_of_each
 
 PANEL = 32  # columns solved at once
 STRIPE = 128  # columns after which the rest of the matrix learns of the errors (the paper's B)
@@ -104,7 +103,7 @@ class _Sweep:
         if level == len(self.widths):
             u, here = self.u[begin:end, begin:end], (self.wt[begin:end], self.drop[begin:end])
             if self.groups:
-                sweep_groups(here[0], u, here[1], errors, self.groups.n, self.groups.m)
+                sweep_groups(here[0], u, here[1], errors, self.groups, begin)
             else:
                 self.leaf(here[0], u, here[1], errors)
             return
@@ -141,17 +140,6 @@ def stripe_counts(
     return [part.tolist() for part in torch.split(each_drop, [len(each) for each in stripes])]
 
 
-@dataclass(frozen=True)
-class Groups:
-    """Keeps the n highest of every m columns, where nothing was pruned before."""
-
-    n: int
-    m: int
-
-    def __call__(self, scores: Tensor, begin: int, end: int) -> Tensor:
-        return keep_highest_of_groups(scores, self.n, self.m)
-
-
 def row_counts(w: Tensor, drop: int) -> list[Tensor]:
     """For each `STRIPE` columns, how many weights each row is to be without, zeros included.
 
@@ -181,13 +169,11 @@ def choice(
     ``counts`` are those of `stripe_counts` or, for `row`, of `row_counts`; not used for N:M.
     """
 
+    if isinstance(pattern, NM):
+        return Groups(pattern.n, pattern.m, alive, useless), pattern.m
     plain = bool(alive.all()) and not bool(useless.any())
-    if plain and isinstance(pattern, NM):
-        return Groups(pattern.n, pattern.m), pattern.m
 
     def keep(scores: Tensor, begin: int) -> Tensor:
-        if isinstance(pattern, NM):
-            return keep_highest_of_groups(scores, pattern.n, pattern.m)
         count = counts[begin // STRIPE]
         if isinstance(count, Tensor):
             return keep_all_but_lowest_of_each(scores, count)
@@ -199,4 +185,4 @@ def choice(
         here = alive[:, begin:end]
         return keep(scores.masked_fill(useless[begin:end], 0).masked_fill(~here, -1), begin) & here
 
-    return choose, pattern.m if isinstance(pattern, NM) else STRIPE
+    return choose, STRIPE

@@ -7,6 +7,7 @@ one after the other; starting an operation of torch takes longer than doing it, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,20 +19,53 @@ from prunus.solvers import keep_highest_of_groups
 Array = Any  # numpy.ndarray of single or double precision
 
 
-def sweep_groups(wt: Tensor, u: Tensor, drop: Tensor, errors: Tensor, n: int, m: int) -> None:
-    """Choose and sweep k columns, group by group of m; all but `u` are updated in place.
+@dataclass(frozen=True)
+class Groups:
+    """Keeps the n highest of every m columns.
+
+    ``alive`` is (rows, cols): what was pruned before stays so; ``useless`` (cols,) go first.
+    """
+
+    n: int
+    m: int
+    alive: Tensor
+    useless: Tensor
+
+    def __call__(self, scores: Tensor, begin: int, end: int) -> Tensor:
+        here = self.alive[:, begin:end]
+        scores = scores.masked_fill(self.useless[begin:end], 0).masked_fill(~here, -1)
+        return keep_highest_of_groups(scores, self.n, self.m) & here
+
+    def first_to_go(self, begin: int, end: int) -> tuple[Array | None, Array | None]:
+        """(k, 1) useless columns and (k, rows) dead weights among k columns; None where none is."""
+        dead, useless = ~self.alive[:, begin:end].T, self.useless[begin:end].unsqueeze(1)
+        return tuple(t.numpy() if bool(t.any()) else None for t in (useless, dead))  # type: ignore[return-value]
+
+
+def sweep_groups(
+    wt: Tensor, u: Tensor, drop: Tensor, errors: Tensor, groups: Groups, first: int
+) -> None:
+    """Choose and sweep k columns from the `first` on, group by group; all but `u` are updated.
 
     ``wt``, ``drop`` and ``errors`` are (k, rows), columns one after the other in memory, ``u`` is
     (k, k). The error of column j is ``e_j = (w_j - q_j) / u_jj``, and ``w_i -= u_ji e_j``.
     """
     w, factor, gone, e = wt.numpy(), u.numpy(), drop.numpy(), errors.numpy()
+    n, m = groups.n, groups.m
+    useless, dead = groups.first_to_go(first, first + len(w))
     inverse = (1 / u.diagonal()).unsqueeze(1).numpy()
     scale, room = inverse * inverse, np.empty_like(w[:m])
     for begin in range(0, len(w), m):
         at = slice(begin, begin + m)
         np.multiply(w[at], w[at], out=room)
         np.multiply(room, scale[at], out=room)
+        if useless is not None:
+            np.copyto(room, 0, where=useless[at])
+        if dead is not None:
+            np.copyto(room, -1, where=dead[at])
         _drop_lowest(room, n, gone[at])
+        if dead is not None:
+            np.logical_or(gone[at], dead[at], out=gone[at])
         np.multiply(gone[at], inverse[at], out=room)
         _errors(w[at], factor[at, at], room, e[at])
         if begin + m < len(w):
