@@ -39,7 +39,11 @@ class Groups:
     def first_to_go(self, begin: int, end: int) -> tuple[Array | None, Array | None]:
         """(k, 1) useless columns and (k, rows) dead weights among k columns; None where none is."""
         dead, useless = ~self.alive[:, begin:end].T, self.useless[begin:end].unsqueeze(1)
-        return tuple(t.numpy() if bool(t.any()) else None for t in (useless, dead))  # type: ignore[return-value]
+        return _if_any(useless), _if_any(dead)
+
+
+def _if_any(mask: Tensor) -> Array | None:
+    return mask.numpy() if bool(mask.any()) else None
 
 
 def sweep_groups(
