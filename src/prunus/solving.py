@@ -223,6 +223,12 @@ def _checked(method: Method, changes: list[Change], shards: Shards) -> list[Chan
     return changes
 
 
+def _largest_first(group: Sequence[Rows], stats: Mapping[Rows, Statistic]) -> list[Rows]:
+    """In an order that solves what takes most memory before there are new weights to hold."""
+    sizes = {rows: stats[rows].nbytes if rows in stats else 0 for rows in group}
+    return sorted(group, key=lambda rows: -sizes[rows])
+
+
 @torch.no_grad()
 def swept(
     method: Method, measured: Measurements, target: float | None, shards: Shards
@@ -242,8 +248,9 @@ def swept(
     for i, group in enumerate(measured.groups):
         stats = measured[i]
         with shards.together(), no_autocast(measured.shares):
+            order = _largest_first(group, stats)
             for rows, following in zip(
-                track(group, f"{pruner.name}: weights"), [*group[1:], None], strict=True
+                track(order, f"{pruner.name}: weights"), [*order[1:], None], strict=True
             ):
                 stat, k = stats.get(rows), drops[rows.layer]
                 new, mask = pruner.sweep(rows.matrix(), stat, pattern, k, shards)
@@ -256,7 +263,7 @@ def swept(
                 ):
                     stat.forget()
         del stats, stat
-    return _checked(method, list(changes.values()), shards)
+    return _checked(method, [changes[rows.layer] for rows in measured.shares], shards)
 
 
 def no_scores(k: int) -> list[int]:
