@@ -38,6 +38,13 @@ class Sequential:
     folder: str | None = None
     """where each finished block is written; a run that was killed goes on from there"""
 
+    @classmethod
+    def of(cls, value: bool | str | Sequential) -> Sequential | None:
+        """What recipes and calls may write: the list's name, or true to find it."""
+        if isinstance(value, Sequential) or not value:
+            return value or None
+        return cls(None if value is True else value)
+
     def __post_init__(self) -> None:
         if self.weights is not None and self.folder is None:
             raise ValueError(

@@ -138,7 +138,7 @@ def prune(
         calibration=calibration,
         one_shot=True,
         record=recorder,
-        sequential=_walk(sequential),
+        sequential=Sequential.of(sequential),
     )
     runs = [modifier.bind(context) for modifier in modifiers]
     _check_together(modifiers, context)
@@ -178,12 +178,6 @@ def _check_together(modifiers: Sequence[PruningModifier], context: Context) -> N
         raise ValueError(
             "permute would move weights that are pruned already; let it be in the first 'prune'"
         )
-
-
-def _walk(sequential: bool | str | Sequential) -> Sequential | None:
-    if isinstance(sequential, Sequential) or not sequential:
-        return sequential or None
-    return Sequential(None if sequential is True else sequential)
 
 
 def _norms_data(

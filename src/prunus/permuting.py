@@ -26,6 +26,7 @@ from prunus.permute.search import SEARCHES, kept_shares
 from prunus.permute.verify import Inputs, first_calls, take
 from prunus.progress import track
 from prunus.pruners import ScorePruner
+from prunus.pruners.layerwise import working
 from prunus.solving import no_autocast, ready
 from prunus.stats import Statistic
 
@@ -102,9 +103,8 @@ def plan_folds(method: Method, layers: Sequence[Layer], model: nn.Module, permut
 
 
 def _warn_of_zeros(folds: Sequence[Fold]) -> None:
-    if (
-        share := share_of_zeros(r for fold in folds for r in fold.readers)
-    ) > 0.01:  # dense weights have some, by rounding
+    share = share_of_zeros(reader for fold in folds for reader in fold.readers)
+    if share > 0.01:  # dense weights have some, by rounding
         log.warning(
             f"permute: {share:.1%} of the weights are zero already; they move to other groups, so "
             "N:M may drop more, or less, than without permute"
@@ -155,7 +155,7 @@ def _importance(method: Method, rows: Rows, stat: Statistic | None, shards: Shar
     if isinstance(method.pruner, ScorePruner):  # of single weights, whatever group they will be in
         return method.pruner.scores(w, stat, Unstructured(), shards)
     norm = getattr(stat, "norm", None)
-    size = w.abs().to(torch.promote_types(w.dtype, torch.float32))
+    size = working(w).abs()
     return size if norm is None else size * norm.to(w.device)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from prunus.allocators.base import ALLOCATORS, Allocation, Problem, fill
+from prunus.allocators.base import ALLOCATORS, Allocation, Problem, filled
 from prunus.names import did_you_mean
 
 
@@ -63,14 +63,10 @@ class Table:
     def allocate(self, problem: Problem) -> Allocation:
         units = problem.units
         rates = self.rates([unit.name for unit in units])
-        exact = [rate * unit.size for rate, unit in zip(rates, units, strict=True)]
-        pruned = [unit.pruned for unit in units]
-        if problem.target is None:
-            drop = [max(round(gone), low) for gone, low in zip(exact, pruned, strict=True)]
-        else:
-            sizes = [unit.size for unit in units]
-            drop = fill(exact, pruned, sizes, problem.drop)
-        return Allocation(units, drop)
+        if problem.target is not None:
+            return filled(problem, rates)
+        pairs = zip(rates, units, strict=True)
+        return Allocation(units, [max(round(rate * x.size), x.pruned) for rate, x in pairs])
 
 
 def _check_entries(entries: Mapping[str, float]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from prunus.allocators.base import ALLOCATORS, Allocation, Problem, fill
+from prunus.allocators.base import ALLOCATORS, Allocation, Problem, filled
 
 
 @dataclass(frozen=True)
@@ -15,9 +15,7 @@ class Uniform:
     name: ClassVar[str] = "uniform"
 
     def allocate(self, problem: Problem) -> Allocation:
-        sizes = [unit.size for unit in problem.units]
-        pruned = [unit.pruned for unit in problem.units]
-        return Allocation(problem.units, fill(sizes, pruned, sizes, problem.drop))
+        return filled(problem, [1.0] * len(problem.units))
 
 
 ALLOCATORS.add(Uniform.name, Uniform)

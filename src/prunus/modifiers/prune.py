@@ -89,9 +89,7 @@ class PruningModifier:
 
     def walk(self, context: Context) -> Sequential | None:
         """How to go through the blocks; None if all layers are pruned together."""
-        if context.sequential is not None or not self.sequential:
-            return context.sequential
-        return Sequential(None if self.sequential is True else self.sequential)
+        return context.sequential or Sequential.of(self.sequential)
 
     @property
     def at_once(self) -> bool:
