@@ -6,7 +6,6 @@ one after the other; starting an operation of torch takes longer than doing it, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prunus.solvers import keep_highest_of_groups
+from prunus.solvers import keep_highest_of_groups, largest
 
 Array = Any  # numpy.ndarray of single or double precision
 
@@ -78,20 +77,10 @@ def sweep_groups(
 
 def _drop_lowest(scores: Array, n: int, out: Array) -> None:
     """(m, rows) which of m entries are not among the n highest; of equal ones the first go."""
-    np.less(scores, _nth_largest(scores, n), out=out)
+    np.less(scores, largest(scores, n, np.maximum, np.minimum)[-1], out=out)
     m, rows = scores.shape
     if np.count_nonzero(out) != (m - n) * rows:  # some are equal
         out[:] = ~keep_highest_of_groups(torch.from_numpy(scores.T.copy()), n, m).T.numpy()
-
-
-def _nth_largest(lanes: Sequence[Array], n: int) -> Array:
-    best: list[Array] = []
-    for lane in lanes:
-        for i, held in enumerate(best):
-            best[i], lane = np.maximum(held, lane), np.minimum(held, lane)
-        if len(best) < n:
-            best.append(lane)
-    return best[-1]
 
 
 def _errors(w: Array, u: Array, scale: Array, errors: Array) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ FEW = 1 << 16  # up to here, histograms of 65,536 counts cost more than a partia
 
 SMALL_GROUP = 8  # up to here comparing all pairs of a group beats a partial sort of it
 
+T = TypeVar("T")
 AllReduce = Callable[[Tensor], Tensor]
 
 
@@ -171,6 +173,26 @@ def keep_highest_of_groups(scores: Tensor, n: int, m: int) -> Tensor:
     for lane, count in enumerate(_higher(scores.reshape(shape).unbind(2))):
         torch.lt(count, n, out=keep.view(shape)[:, :, lane])
     return keep
+
+
+def largest(
+    lanes: Iterable[T],
+    n: int,
+    maximum: Callable[[T, T], T] = torch.maximum,  # type: ignore[assignment]
+    minimum: Callable[[T, T], T] = torch.minimum,  # type: ignore[assignment]
+) -> list[T]:
+    """The n largest of some tensors of one shape, entry by entry, the largest first.
+
+    By insertion: `torch.topk` over a handful of entries takes 25 times as long. With numpy's two
+    functions it takes numpy's arrays.
+    """
+    best: list[T] = []
+    for lane in lanes:
+        for i, held in enumerate(best):
+            best[i], lane = maximum(held, lane), minimum(held, lane)
+        if len(best) < n:
+            best.append(lane)
+    return best
 
 
 def _higher(lanes: Sequence[Tensor]) -> list[Tensor]:

@@ -19,7 +19,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from prunus.solvers import count_non_finite
+from prunus.solvers import count_non_finite, largest
 
 # entries of a lane looked at in one go
 IN_CACHE = 1 << 19
@@ -131,20 +131,6 @@ def assign(scores: Tensor, n: int, m: int, perm: Tensor | None = None) -> Tensor
 
 Search = Callable[[Tensor, int, int], Tensor]
 SEARCHES: dict[str, Search] = {"reallocate": reallocate, "lsa": assign}
-
-
-def largest(columns: Sequence[Tensor], n: int) -> list[Tensor]:
-    """The n largest of some tensors of one shape, entry by entry, the largest first.
-
-    By insertion: `torch.topk` over a handful of entries takes 25 times as long.
-    """
-    best: list[Tensor] = []
-    for column in columns:
-        for i, held in enumerate(best):
-            best[i], column = torch.maximum(held, column), torch.minimum(held, column)
-        if len(best) < n:
-            best.append(column)
-    return best
 
 
 def _rows(scores: Tensor, m: int) -> int:
