@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import prunus
-from prunus.records import FILE, Recorder, atomic_write, read_records
+from prunus.files import atomic_write
+from prunus.records import FILE, Recorder, read_records
 
 from oracles import small_mlp
 

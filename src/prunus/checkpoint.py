@@ -20,12 +20,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prunus.distributed import Shards, gather, ranks_of, shard
+from prunus.files import atomic_write
 from prunus.layers import clean_name, unwrap
 from prunus.masking import local, pack, unpack
 from prunus.names import did_you_mean
 from prunus.permute.gather import BUFFER, restore_gathers
 from prunus.recipe import Recipe
-from prunus.records import atomic_write, is_main
+from prunus.records import is_main
 from prunus.results import Result
 from prunus.session import Session
 

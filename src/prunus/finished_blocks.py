@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from prunus.blocks import Blocks
 from prunus.distributed import all_ranks
+from prunus.files import atomic_write
 from prunus.layers import Layer, clean_name
 from prunus.lazy_weights import INDEX, Weights, write_atomically, write_index
 from prunus.method import LayerRow
@@ -164,9 +165,8 @@ class FinishedBlocks:
 
     def _write_progress(self) -> None:
         blocks = [asdict(record) for record in self.records]
-        part = self.folder / f".{PROGRESS}"
-        part.write_text(json.dumps({"identity": self.identity, "blocks": blocks}, indent=1))
-        os.replace(part, self.folder / PROGRESS)
+        with atomic_write(self.folder / PROGRESS) as draft:
+            draft.write_text(json.dumps({"identity": self.identity, "blocks": blocks}, indent=1))
 
     def load(self, number: int, name: str, block: nn.Module, dense: Sums) -> Record:
         """Load the finished block of this number and name, whose dense layers have these sums.

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from prunus.files import atomic_write
 from prunus.layers import clean_name
 from prunus.names import did_you_mean
 
@@ -20,14 +21,9 @@ INDEX = "model.safetensors.index.json"
 
 def write_atomically(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """A safetensors file that is there whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(
-            {name: t.detach().contiguous() for name, t in tensors.items()}, part, {"format": "pt"}
-        )
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    whole = {name: t.detach().contiguous() for name, t in tensors.items()}
+    with atomic_write(path) as draft:
+        save_file(whole, draft, {"format": "pt"})
 
 
 class Weights:
@@ -144,6 +140,5 @@ def write_index(folder: Path, files: Sequence[str]) -> None:
             table.update(dict.fromkeys(opened.keys(), file.name))
         size += file.stat().st_size
     text = json.dumps({"metadata": {"total_size": size}, "weight_map": table}, indent=1)
-    part = folder / f".{INDEX}"
-    part.write_text(text)
-    os.replace(part, folder / INDEX)
+    with atomic_write(folder / INDEX) as draft:
+        draft.write_text(text)

@@ -14,44 +14,21 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 
+from prunus.files import atomic_write
 from prunus.names import did_you_mean
 
 Event = dict[str, Any]
 Sink = Callable[[Event], None]
 FILE = "records.jsonl"
-
-
-@contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path to write to; it takes the place of `path` only when all went well.
-
-    On an error (a full disk, an interrupt) the file that was there stays as it was.
-    """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
-    draft = Path(name)
-    try:
-        yield draft
-        with draft.open("rb") as written:
-            os.fsync(written.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        draft.chmod(0o666 & ~mask)
-        draft.replace(target)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def read_records(directory: str | os.PathLike[str]) -> list[Event]:

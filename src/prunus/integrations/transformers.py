@@ -16,8 +16,9 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from prunus.calibration import Calibration
+from prunus.files import atomic_write
 from prunus.recipe import Recipe
-from prunus.records import Sink, atomic_write
+from prunus.records import Sink
 from prunus.session import Session, attach
 
 log = logging.getLogger("prunus")

@@ -6,7 +6,8 @@ import io
 import os
 from pathlib import Path
 
-from prunus.records import FILE, atomic_write, read_records
+from prunus.files import atomic_write
+from prunus.records import FILE, read_records
 from prunus.report.figure import STYLE, draw
 from prunus.report.summary import MOST_BARS, Summary
 
