@@ -13,7 +13,11 @@ class Case(NamedTuple):
 
 
 PRUNERS = {
-    "magnitude": Case(Magnitude(), False, ("unstructured", "row", "2:4", "1:4", "4x1", "1x4")),
+    "magnitude": Case(
+        Magnitude(),
+        False,
+        ("unstructured", "row", "2:4", "1:4", "2:4 along outputs", "4x1", "1x4"),
+    ),
     "obs": Case(OBS(block_size=8), True, ("unstructured", "row", "2:4", "1:4", "4x1", "1x4")),
     "cap": Case(CAP(block_size=8, damp=1e-6), True, ("unstructured", "row", "2:4", "1:4")),
     "wanda": Case(Wanda(), True, ("unstructured", "row", "2:4", "1:4", "4x1", "1x4")),

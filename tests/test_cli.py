@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 
@@ -49,6 +50,15 @@ SECOND = """
 modifiers:
   - prune: {pruner: {name: cap, block_size: 8, num_recomputations: 2}, sparsity: 0.5}
 """
+TRAINED = """
+modifiers:
+  - prune:
+      pattern: 1:4
+      layers: ["2"]
+      masking: mdgf
+      structure: [3:4, 1:4]
+      window: {from: 1ep, to: 4ep}
+"""
 PERMUTED = """
 modifiers:
   - prune:
@@ -67,6 +77,7 @@ def run(tmp_path, monkeypatch, capsys):
     (tmp_path / "r.yaml").write_text(RECIPE)
     (tmp_path / "second.yaml").write_text(SECOND)
     (tmp_path / "permuted.yaml").write_text(PERMUTED)
+    (tmp_path / "trained.yaml").write_text(TRAINED)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(cli.out, "_width", 100)
@@ -117,6 +128,17 @@ def test_check_prints_layers_times_and_memory(run):
     assert code == 0
     for text in ("2 layers", "32x8", "0.3000", "0.9000", "40", "left dense: 4", "memory: masks"):
         assert text in screen
+
+
+def test_check_shows_the_plan_and_the_memory_of_nm_training(run):
+    lengths = ("--steps-per-epoch", "10", "--epochs", "5")
+    code, screen, _ = run("check", "trained.yaml", "--model", "user_module:build", *lengths)
+    assert code == 0
+    assert "1 layers" in screen
+    assert re.search(r"^\s*10\s+1\.00\s+mdgf: train 3:4", screen, re.MULTILINE)
+    assert re.search(r"^\s*25\s+2\.50\s+mdgf: train 1:4", screen, re.MULTILINE)
+    assert re.search(r"^\s*40\s+4\.00\s+mdgf: freeze the masks, 1:4", screen, re.MULTILINE)
+    assert "memory: masks: 512 B; dense weights: 2.0 KiB" in screen
 
 
 def test_check_reads_variables(run):

@@ -10,8 +10,9 @@ import pytest
 SRC = Path(__file__).parent.parent / "src" / "prunus"
 LEVELS = [
     {"names", "files", "patterns", "schedules", "solvers", "masking", "timing"}
+    | {"structure", "training_masks"}
     | {"linalg", "elimination", "column_sweep", "group_sweep", "refitting", "swapping", "admm"},
-    {"layers", "selection", "stats"},
+    {"layers", "ends", "fused", "selection", "stats"},
     {"pruners", "allocators", "permute"},
     {"calibration", "engine", "method", "distributed", "progress"}
     | {"memory", "gradients", "gradient_pass", "measuring", "shares", "solving", "tally"}
@@ -28,10 +29,12 @@ LEVELS = [
         "block_walk",
         "lazy_weights",
         "finished_blocks",
+        "execution",
+        "semi_sparse",
     },
     {"modifiers"},
-    {"recipe", "records", "report", "results", "session", "oneshot", "checkpoint"},
-    {"cli", "preview", "integrations", "__init__", "__main__"},
+    {"recipe", "records", "report", "results", "session", "oneshot", "checkpoint", "accelerating"},
+    {"cli", "preview", "bench_table", "integrations", "__init__", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 EXTRAS = {

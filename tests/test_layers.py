@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import logging
 
 import pytest
@@ -6,7 +7,8 @@ import torch
 from torch import nn
 
 import prunus
-from prunus.layers import all_layers, clean_name, ends
+from prunus.ends import ends
+from prunus.layers import all_layers, clean_name
 from prunus.selection import select
 
 from oracles import small_cnn, small_mlp
@@ -99,6 +101,24 @@ def test_transformers_conv1d_is_known_by_its_shape():
     prunus.prune(model, "magnitude", pattern="2:4", layers=["Conv1D"])
     zeros = module.weight == 0
     assert (zeros.T.reshape(-1, 4).sum(1) == 2).all()
+
+
+@pytest.mark.parametrize("third", [0, 1, 2])
+def test_a_third_is_a_layer_of_its_own_in_shape_matrix_and_memory(third):
+    for module, stacked in ((nn.Linear(8, 24), False), (Conv1D(24, 8), True)):
+        whole = only(module)
+        layer = dataclasses.replace(whole, third=third)
+        rows = slice(8 * third, 8 * third + 8)
+        part = module.weight[:, rows].T if stacked else module.weight[rows]
+        assert layer.shape == (8, 8)
+        assert layer.matrix_shape() == (8, 8)
+        assert torch.equal(layer.matrix(layer.local), part)
+        assert torch.equal(layer.unmatrix(part, layer.shape), layer.local)
+        y = torch.randn(5, 3, 24)
+        assert torch.equal(layer.output_matrix(y), y.reshape(15, 24)[:, rows])
+        layer.local.zero_()
+        assert int((module.weight == 0).sum()) == 64
+        assert (part == 0).all()
 
 
 def test_attention_weights_are_layers():

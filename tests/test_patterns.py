@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prunus.patterns import NM, Block, Row, Unstructured, parse_pattern
+from prunus.patterns import NM, Block, NMAlongOutputs, Row, Unstructured, parse_pattern
 
 from oracles import global_keep
 
@@ -56,6 +56,7 @@ def test_a_table_small_enough_to_check_by_eye():
         ("row", Row()),
         ("2:4", NM(2, 4)),
         ("1:4", NM(1, 4)),
+        ("2:4 along outputs", NMAlongOutputs(2, 4)),
         ("4x1", Block(4, 1)),
         ("1x4", Block(1, 4)),
         ("8x8", Block(8, 8)),
@@ -66,12 +67,26 @@ def test_patterns_read_and_print_alike(text, pattern):
     assert str(pattern) == text
 
 
+def test_groups_along_outputs_are_those_of_the_transposed_matrix():
+    assert parse_pattern("2:4  along outputs") == NMAlongOutputs(2, 4)
+    assert parse_pattern("2:4 along inputs") == NM(2, 4)
+    for n, m in ((1, 2), (2, 4), (1, 4), (3, 8), (1, 16)):
+        scores = torch.randint(4, (3 * m, 2 * m)).float()
+        mine = NMAlongOutputs(n, m).mask(scores, 0)
+        assert torch.equal(mine, NM(n, m).mask(scores.T.contiguous(), 0).T)
+        assert mine.is_contiguous()
+        assert (mine.reshape(3, m, -1).sum(1) == n).all()
+        assert NMAlongOutputs(n, m).fixed == NM(n, m).fixed
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("unstructerd", "did you mean 'unstructured'"),
         ("4:4", "0 < N < M is needed"),
         ("0:4", "0 < N < M is needed"),
+        ("4:4 along outputs", "0 < N < M is needed"),
+        ("2:4 along output", "unknown pattern '2:4 along output'"),
         ("1x1", "is no block"),
         ("124", "unknown pattern '124'"),
     ],
@@ -84,6 +99,9 @@ def test_bad_patterns_say_what_is_meant(text, message):
 def test_what_does_not_divide_is_refused_with_a_remedy():
     with pytest.raises(ValueError, match=r"2:4 does not divide 6 input channels; use 2:3 or 2:6"):
         NM(2, 4).check(8, 54, 6)
+    with pytest.raises(ValueError, match="1:4 along outputs does not divide 10 outputs; use an M"):
+        NMAlongOutputs(1, 4).check(10, 8, 8)
+    NMAlongOutputs(1, 4).check(8, 7, 7)
     with pytest.raises(ValueError, match="block 4x1 does not divide 10 outputs"):
         Block(4, 1).check(10, 8, 8)
     NM(2, 4).check(8, 72, 8)

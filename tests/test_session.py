@@ -456,10 +456,33 @@ def test_a_window_that_ends_after_training_is_said_when_attaching(caplog):
     model = small_mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     recipe = "modifiers:\n  - prune: {sparsity: {from: 0.1, to: 0.5}, window: {to: 3ep}}\n"
-    prunus.attach(model, optimizer, recipe, steps_per_epoch=5, epochs=3)
+    prunus.attach(model, optimizer, recipe, steps_per_epoch=5, epochs=3).close(finish=False)
     assert not caplog.text
     prunus.attach(model, optimizer, recipe, steps_per_epoch=5, epochs=2)
     assert "last pruned after step 15, but training ends after step 10" in caplog.text
+
+
+def test_two_open_sessions_of_an_optimizer_do_not_prune_the_same_layer():
+    model = small_mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    first = prunus.attach(model, optimizer, "modifiers: [prune: {sparsity: 0.5, layers: ['0']}]")
+    again = "modifiers: [prune: {sparsity: 0.5, layers: ['0', '2']}]"
+    with pytest.raises(ValueError, match="prunes 0 already .* close that one first"):
+        prunus.attach(model, optimizer, again)
+    assert zeros(model) == 0
+    prunus.attach(model, optimizer, "modifiers: [prune: {sparsity: 0.5, layers: ['2']}]")
+    first.close()
+    prunus.attach(model, optimizer, "modifiers: [prune: {sparsity: 0.6, layers: ['0']}]")
+
+
+def test_n_m_training_shares_no_layer_with_another_entry_at_the_same_time():
+    model = small_mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    trained = "prune: {pattern: '2:4', masking: ste, layers: ['2'], window: {to: 8step}}"
+    recipe = f"modifiers: [{trained}, prune: {{sparsity: 0.75, window: {{from: %s}}}}]"
+    with pytest.raises(ValueError, match="two 'prune' entries mask 2 at the same time"):
+        prunus.attach(model, optimizer, recipe % "4step")
+    prunus.attach(model, optimizer, recipe % "8step")
 
 
 def test_closing_early_prunes_to_the_target_and_says_so(caplog):

@@ -64,6 +64,32 @@ def test_groups_keep_their_n_highest(rows, groups, m, data):
     assert torch.equal(solvers.keep_highest_of_groups(scores, n, m), nm_keep(scores, n, m))
 
 
+DTYPES_IN_TURN = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("m", range(2, 65))
+def test_groups_of_every_size_keep_as_sorting_does(m):
+    """Few distinct values, so that ties are everywhere, and zeros of both signs."""
+    values = torch.tensor([-1.0, -0.0, 0.0, 0.5, 2.0, math.inf])
+    scores = torch.cat([torch.randn(8, 3 * m), values[torch.randint(6, (8, 3 * m))]])
+    for n in range(1, m):
+        given = scores.to(DTYPES_IN_TURN[(n + m) % 4])
+        groups = given.reshape(-1, m)
+        order = groups.sort(dim=1, stable=True).indices  # of equal ones the first are lowest
+        expected = torch.zeros(groups.shape, dtype=torch.bool).scatter_(1, order[:, m - n :], True)
+        keep = solvers.keep_highest_of_groups(given, n, m)
+        assert torch.equal(keep.reshape(-1, m), expected), n
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100])
+def test_groups_are_looked_at_in_chunks(chunk):
+    scores = torch.randint(3, (5, 48)).float()
+    for n, m in ((1, 16), (13, 16), (2, 12), (12, 24)):
+        expected = nm_keep(scores, n, m)
+        with mock.patch.object(solvers, "CHUNK", chunk):
+            assert torch.equal(solvers.keep_highest_of_groups(scores, n, m), expected)
+
+
 @pytest.mark.parametrize("m", [2, 4, 8, 16, 32])
 @pytest.mark.parametrize("groups", [1, 3])
 def test_a_rank_without_rows_has_empty_masks(groups, m):

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from resnet20_cifar10 import SHARED, ResNet20, read_images, top1
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -33,6 +32,7 @@ from prunus.pruners import Pruner
 from prunus.stats.fisher import BlockFisher, Blocks
 
 from common import add_options, hardware, print_table
+from resnet20_cifar10 import SHARED, ResNet20, read_images, top1
 
 sys.path.append(str(Path(__file__).parent.parent))
 import demo

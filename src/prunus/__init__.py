@@ -1,5 +1,6 @@
 """prunus prunes PyTorch models by recipe, during training or in one shot."""
 
+from prunus.accelerating import Accelerated, accelerate
 from prunus.block_walk import Sequential
 from prunus.calibration import Calibration
 from prunus.checkpoint import load, save
@@ -31,6 +32,7 @@ __all__ = [
     "OBS",
     "RI",
     "RIA",
+    "Accelerated",
     "Calibration",
     "FastCAP",
     "Fisher",
@@ -42,6 +44,7 @@ __all__ = [
     "Session",
     "SparseGPT",
     "Wanda",
+    "accelerate",
     "attach",
     "fisher",
     "list_pruners",

@@ -101,7 +101,11 @@ def _write(
     header: dict[str, Any] = {
         "version": 1,
         "recipe": None if pruning is None else pruning.recipe.to_yaml(),
-        "masks": {name: _kept_zeros(state[name], mask) for name, mask in masks.items()},
+        "masks": {
+            name: _kept_zeros(state[name], mask)
+            for name, mask in masks.items()
+            if _is_hard(state[name], mask)
+        },
     }
     tensors = {name: t.detach().contiguous() for name, t in state.items()}
     if compact:
@@ -126,6 +130,11 @@ def _gathered(parts: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[s
 
 def _kept_zeros(weight: Tensor, mask: Tensor) -> list[int]:
     return (mask.to(weight.device) & (weight == 0)).reshape(-1).nonzero().squeeze(1).tolist()
+
+
+def _is_hard(weight: Tensor, mask: Tensor) -> bool:
+    """Whether what is pruned is zero, as it is not while a mask decays."""
+    return not bool((weight != 0).logical_and_(~mask.to(weight.device)).any())
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

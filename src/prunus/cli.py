@@ -1,4 +1,4 @@
-"""The command line: ``prunus list | show | check | schema | prune | report``.
+"""The command line: ``prunus list | show | check | schema | prune | bench | report``.
 
 A model or a loader is named ``package.module:function``; the function is called without arguments.
 """
@@ -21,9 +21,10 @@ from torch import nn
 
 import prunus
 from prunus.allocators import ALLOCATORS
+from prunus.bench_table import bench as bench_table
 from prunus.calibration import Calibration
 from prunus.masking import MASKINGS
-from prunus.modifiers import MODIFIERS, Context, PruningModifier, PruningRun
+from prunus.modifiers import MODIFIERS, Context, PruningRun, TrainingRun
 from prunus.names import Registry, did_you_mean
 from prunus.preview import preview, table_of
 from prunus.pruners import PRUNERS
@@ -186,7 +187,7 @@ def check(
     modifiers = [m for m in loaded.modifiers if timed or m.one_shot]
     for i, modifier in enumerate(modifiers):
         run = modifier.bind(context)
-        if isinstance(modifier, PruningModifier) and isinstance(run, PruningRun):
+        if isinstance(run, PruningRun | TrainingRun):
             out.print(*preview(run, f"modifiers[{i}]"), sep="\n")
         if timed:
             plan = table_of("after step", "epoch", "what", title=f"modifiers[{i}] {modifier.name}")
@@ -278,6 +279,26 @@ def prune(
     if report is not None:
         result.report(report)
         out.print(f"{report / 'report.html'}")
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="package.module:function that returns the model")],
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="safetensors file to load into the model first")
+    ] = None,
+    batch: Annotated[
+        str | None, typer.Option(help="package.module:function, a batch, a loader or a Calibration")
+    ] = None,
+    rows: Annotated[int, typer.Option(help="input rows of each layer, without --batch")] = 128,
+    device: Annotated[str, typer.Option(help="where to measure: cpu or cuda")] = "cpu",
+) -> None:
+    """How fast a pruned model runs here in sparse forms, layer by layer."""
+    network = call_model(model)
+    if checkpoint is not None:
+        prunus.load(checkpoint, network)
+    example = None if batch is None else call(batch)
+    out.print(*bench_table(network, example, rows=rows, device=device), sep="\n")
 
 
 @app.command()

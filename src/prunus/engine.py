@@ -7,6 +7,7 @@ untouched.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -46,7 +47,7 @@ def check_reachable(layers: Sequence[Layer], pattern: Pattern, target: float) ->
     """Raises ValueError if more is pruned already than the target asks for."""
     check_loaded(layers)
     present = present_sparsity(layers, pattern)
-    size = sum(layer.weight.numel() for layer in layers)
+    size = sum(math.prod(layer.shape) for layer in layers)
     if present * size > target * size + 1:
         raise ValueError(
             f"sparsity is {present:.4f} already, above the target {target:g}; pruned weights do "

@@ -64,7 +64,7 @@ def micro_batch_gradients(
         else:
             found = torch.autograd.grad(loss, weights, allow_unused=True)
     return [
-        None if g is None else layer.matrix(local(g.detach())).unsqueeze(0)
+        None if g is None else layer.matrix(layer.part(local(g.detach()))).unsqueeze(0)
         for layer, g in zip(layers, found, strict=True)
     ]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from prunus.masking import local
 
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -63,7 +63,8 @@ class Layer:
     ``name`` is the clean module name (for attention's own weights the parameter's name),
     ``parameter_name`` the clean name in ``named_parameters()``. With ``channels_inner`` the matrix
     runs over kernel positions first and input channels last, so that groups of columns are groups
-    of input channels; without, columns are in the order of ``weight.flatten(1)``.
+    of input channels; without, columns are in the order of ``weight.flatten(1)``. With ``third``
+    only that third of the rows is meant: 0, 1, 2 for q, k, v in a fused weight.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Layer:
     module: nn.Module
     weight: nn.Parameter
     channels_inner: bool = False
+    third: int | None = None
 
     @property
     def kind(self) -> str:
@@ -78,13 +80,23 @@ class Layer:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the whole weight, on however many ranks it lies."""
-        return tuple(self.weight.shape)
+        """Shape of the whole weight (or third), on however many ranks it lies."""
+        shape = list(self.weight.shape)
+        if self.third is not None:
+            shape[self.rows_dim] //= 3
+        return tuple(shape)
 
     @property
     def local(self) -> Tensor:
         """This rank's part of the weight, detached, sharing its memory."""
-        return local(self.weight.detach())
+        return self.part(local(self.weight.detach()))
+
+    def part(self, t: Tensor) -> Tensor:
+        """The layer's third of a tensor of its parameter's local shape; a view."""
+        if self.third is None:
+            return t
+        size = t.shape[self.rows_dim] // 3
+        return t.narrow(self.rows_dim, self.third * size, size)
 
     @property
     def _inputs_first(self) -> bool:
@@ -148,7 +160,8 @@ class Layer:
         """The layer's output as (samples, rows), samples in the order of `input_matrix`."""
         if isinstance(self.module, nn.Conv1d | nn.Conv2d):
             y = y.flatten(2).transpose(1, 2)
-        return y.reshape(-1, y.shape[-1])
+        y = y.reshape(-1, y.shape[-1])
+        return y if self.third is None else y.chunk(3, 1)[self.third]
 
     def input_matrix(self, x: Tensor) -> Tensor:
         """The layer's input as (samples, columns), columns as in the matrix of the weight.
@@ -183,7 +196,7 @@ class Layer:
 def _weights_of(module: nn.Module) -> list[str]:
     if isinstance(module, nn.MultiheadAttention):
         return [name for name in _ATTENTION if getattr(module, name) is not None]
-    if isinstance(module, (nn.Linear, *_CONVS, *_TRANSPOSED)) or _is_conv1d(module):
+    if isinstance(module, (nn.Linear, *CONVS, *_TRANSPOSED)) or _is_conv1d(module):
         return ["weight"]
     return []
 
@@ -225,45 +238,3 @@ def unwrap(model: nn.Module) -> nn.Module:
         if inner is not None and len(model._modules) == 1:
             return unwrap(inner)
     return model
-
-
-def _heads(model: nn.Module) -> list[Any] | None:
-    """The modules that the model itself calls its output head; None if it does not say.
-
-    A backbone of timm says that it has none (an Identity); a distilled one names two.
-    """
-    if callable(getattr(model, "get_classifier", None)):
-        named = model.get_classifier()  # type: ignore[operator]
-        return list(named) if isinstance(named, tuple | list) else [named]
-    if callable(getattr(model, "get_output_embeddings", None)):
-        named = model.get_output_embeddings()  # type: ignore[operator]
-        return None if named is None else [named]
-    return None
-
-
-def _in_blocks(model: nn.Module, last: Layer) -> bool:
-    return any(
-        isinstance(module, nn.ModuleList) and last.name.startswith(clean_name(name) + ".")
-        for name, module in model.named_modules()
-    )
-
-
-def ends(model: nn.Module) -> list[Layer]:
-    """What is left dense unless asked for: the stem and the output head.
-
-    The stem is the first layer if it is a convolution (pixels, patches); a model that begins with
-    an embedding has none. The head is what ``get_classifier`` (timm) or ``get_output_embeddings``
-    (transformers) names, else the last layer, unless that is part of a list of blocks.
-    """
-    layers = list(all_layers(model))
-    if not layers:
-        return []
-    stem = [layers[0]] if isinstance(layers[0].module, _CONVS) else []
-    inner = unwrap(model)
-    heads = _heads(inner)
-    if heads is None:
-        named = [] if _in_blocks(inner, layers[-1]) else [layers[-1]]
-    else:
-        inside = {m for head in heads if isinstance(head, nn.Module) for m in head.modules()}
-        named = [layer for layer in layers if layer.module in inside]
-    return stem + [layer for layer in named if layer not in stem]

@@ -6,7 +6,7 @@ weights once. A `Masking` says what a mask does to its weight at the step bounda
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -25,7 +25,7 @@ class Masking(Protocol):
 
     name: ClassVar[str]
 
-    def hide(self, weights: list[Tensor], masks: list[Tensor], progress: float) -> None:
+    def hide(self, weights: list[Tensor], masks: list[Tensor], beta: float = 0.0) -> None:
         """After a step, in place: what the next forward pass sees."""
         ...
 
@@ -36,12 +36,13 @@ class Hard:
 
     name: ClassVar[str] = "hard"
 
-    def hide(self, weights: list[Tensor], masks: list[Tensor], progress: float) -> None:
+    def hide(self, weights: list[Tensor], masks: list[Tensor], beta: float = 0.0) -> None:
         if weights:
             # the same bytes as integers, because casting from booleans is not vectorized on CPUs
             torch._foreach_mul_(weights, [mask.view(torch.uint8) for mask in masks])
 
 
+Narrow = Callable[[Tensor], Tensor]
 MASKINGS: Registry[Masking] = Registry("masking")
 MASKINGS.add("hard", Hard)
 
@@ -91,9 +92,23 @@ class Masks(Mapping[str, Tensor]):
         return self._weights[name]
 
     @torch.no_grad()
-    def put(self, name: str, weight: Tensor, mask: Tensor) -> None:
-        """Set the mask of a weight; ``mask`` has the shape of the weight's local part."""
+    def put(
+        self,
+        name: str,
+        weight: Tensor,
+        mask: Tensor,
+        part: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """Set the mask of a weight; ``mask`` has the shape of the weight's local part.
+
+        With `part`, a function that narrows a tensor of that shape, it is the mask of what that
+        shows, and the rest keeps its own.
+        """
         shard = local(weight)
+        if part is not None:
+            whole = self._masks.get(name, torch.ones_like(shard, dtype=torch.bool))
+            part(whole).copy_(mask)
+            mask = whole
         if mask.stride() != shard.stride():
             # the weight's memory format, so that applying it walks both in the same order
             mask = torch.empty_like(shard, dtype=torch.bool).copy_(mask)
@@ -122,10 +137,15 @@ class Masks(Mapping[str, Tensor]):
                 part.mul_(mask.to(part.device))
 
 
-def zero_momentum(optimizer: torch.optim.Optimizer, weight: Tensor, mask: Tensor) -> None:
-    """Zero every state tensor of the weight's shape where it is pruned."""
+def zero_momentum(
+    optimizer: torch.optim.Optimizer,
+    weight: Tensor,
+    mask: Tensor,
+    part: Narrow = lambda t: t,
+) -> None:
+    """Zero every state tensor of the weight's shape where it is pruned, in the part of the mask."""
     state: dict[str, Any] = optimizer.state.get(weight, {})
     for value in state.values():
         if isinstance(value, Tensor) and value.shape == weight.shape:
-            part = local(value)
-            part.mul_(mask.to(part.device))
+            mine = part(local(value))
+            mine.mul_(mask.to(mine.device))

@@ -15,7 +15,7 @@ from prunus.block_walk import Sequential
 from prunus.calibration import Calibration
 from prunus.layers import reshard
 from prunus.method import Method
-from prunus.modifiers import Context, PruningModifier, pruning_event
+from prunus.modifiers import Context, PruningModifier, PruningRun, pruning_event
 from prunus.modifiers.base import log
 from prunus.patterns import parse_pattern
 from prunus.permuting import Permute
@@ -140,7 +140,7 @@ def prune(
         record=recorder,
         sequential=Sequential.of(sequential),
     )
-    runs = [modifier.bind(context) for modifier in modifiers]
+    runs = [PruningRun(modifier, context) for modifier in modifiers]
     _check_together(modifiers, context)
     norms = _norms_data(recalibrate, calibration)
     recorder(start_event(model, 0, recipe=recipe.to_yaml()))

@@ -117,6 +117,37 @@ class NM:
 
 
 @dataclass(frozen=True)
+class NMAlongOutputs:
+    """N of every M consecutive outputs are kept for each input: N:M of the transposed matrix."""
+
+    n: int
+    m: int
+    kind = "N:M along outputs"
+
+    def __post_init__(self) -> None:
+        NM(self.n, self.m)
+
+    @property
+    def fixed(self) -> float:
+        return 1 - self.n / self.m
+
+    def check(self, rows: int, cols: int, channels: int) -> None:
+        if rows % self.m:
+            raise ValueError(
+                f"pattern {self} does not divide {rows} outputs; use an M that does, or exclude it"
+            )
+
+    def pool(self, scores: Tensor) -> Tensor:
+        return scores
+
+    def mask(self, units: Tensor, drop: int) -> Tensor:
+        return keep_highest_of_groups(units.T.contiguous(), self.n, self.m).T.contiguous()
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m} along outputs"
+
+
+@dataclass(frozen=True)
 class Block:
     """Blocks of weights go together; ``4x1`` is four outputs of one input channel."""
 
@@ -157,11 +188,13 @@ class Block:
 def parse_pattern(text: str) -> Pattern:
     """``unstructured``, ``row``, ``2:4`` (N kept of every M) or ``4x1`` (rows x columns).
 
-    Raises ValueError for anything else.
+    ``2:4`` groups consecutive inputs; ``2:4 along outputs`` groups outputs. Raises ValueError for
+    anything else.
     """
     text = str(text).strip()
-    if match := re.fullmatch(r"(\d+):(\d+)", text):
-        return NM(int(match[1]), int(match[2]))
+    if match := re.fullmatch(r"(\d+):(\d+)(?:\s+along\s+(inputs|outputs))?", text):
+        kind = NMAlongOutputs if match[3] == "outputs" else NM
+        return kind(int(match[1]), int(match[2]))
     if match := re.fullmatch(r"(\d+)x(\d+)", text):
         return Block(int(match[1]), int(match[2]))
     plain: dict[str, Pattern] = {"unstructured": Unstructured(), "row": Row()}

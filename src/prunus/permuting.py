@@ -97,6 +97,8 @@ def plan_folds(method: Method, layers: Sequence[Layer], model: nn.Module, permut
         raise ValueError(
             f"permute is for N:M patterns; pattern '{pattern}' has no order of columns"
         )
+    if parts := [layer.name for layer in layers if layer.third is not None]:
+        raise ValueError(f"permute moves whole layers, not {parts[0]}; name the whole layer")
     plan = with_whole_groups(find_folds(model, layers, permute.shared), pattern.m)
     _warn_of_zeros(plan.folds)
     return plan

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 
-from prunus.modifiers import PruningRun
+from prunus.modifiers import PruningRun, TrainingRun
 
 
 def table_of(*columns: str, title: str = "") -> Table:
     return Table(*columns, title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
 
 
-def preview(run: PruningRun, where: str) -> Iterator[RenderableType]:
+def preview(run: PruningRun | TrainingRun, where: str) -> Iterator[RenderableType]:
     """Tables and lines for the entry at this place of the recipe."""
     yield _layers(run, where)
+    if isinstance(run, TrainingRun):
+        yield _bytes(run)
+        return
     if run.modifier.permute is not None:
         yield _folds(run)
     yield from _memory(run)
@@ -35,14 +39,14 @@ def _folds(run: PruningRun) -> Table:
     return table
 
 
-def _layers(run: PruningRun, where: str) -> Table:
-    stats = run.measurements().stats
+def _layers(run: PruningRun | TrainingRun, where: str) -> Table:
+    stats = run.measurements().stats if isinstance(run, PruningRun) else {}
     columns = ["layer", "kind", "shape", "weights", *(["statistics"] if stats else [])]
     table = table_of(*columns, title=f"{where} prune: {len(run.layers)} layers")
     for layer in run.layers:
         shape = "x".join(map(str, layer.shape))
         size = [_size(stats[layer].nbytes)] if layer in stats else []
-        table.add_row(layer.name, layer.kind, shape, f"{layer.weight.numel():,}", *size)
+        table.add_row(layer.name, layer.kind, shape, f"{math.prod(layer.shape):,}", *size)
     return table
 
 
@@ -56,7 +60,6 @@ def _size(nbytes: float) -> str:
 
 
 def _memory(run: PruningRun) -> list[str]:
-    lines = [f"{what}: {_size(nbytes)}" for what, nbytes in run.memory().items()]
     dense = [f"left dense: {', '.join(run.left_dense)}"] if run.left_dense else []
     measured = run.measurements()
     plan = []
@@ -66,4 +69,9 @@ def _memory(run: PruningRun) -> list[str]:
             f"statistics of {_size(whole)} in {len(measured.groups)} groups, one at a time: "
             f"{run.passes()} passes over the calibration data in each pruning step"
         ]
-    return [*dense, "memory: " + "; ".join(lines), *plan]
+    return [*dense, _bytes(run), *plan]
+
+
+def _bytes(run: PruningRun | TrainingRun) -> str:
+    lines = [f"{what}: {_size(nbytes)}" for what, nbytes in run.memory().items()]
+    return "memory: " + "; ".join(lines)

@@ -7,6 +7,8 @@ Each is a mapping with ``event``, ``step`` (optimizer steps done) and ``time``:
   mappings of their names: ``layers`` to sparsity, ``sizes`` to weights, ``saved`` to bytes
 - ``sweep``: the same, and ``values``, what the evaluation said
 - ``metrics``: what `Session.log` was given
+- ``flips``: ``flip_rate`` and ``layers``, shares of the mask entries that changed in 2:4 training
+- ``execution``: ``layers``, what `prunus.accelerate` measured of each, and ``machine``, where
 - ``end``: ``sparsity``
 """
 

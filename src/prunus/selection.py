@@ -13,7 +13,9 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from prunus.layers import Layer, all_layers, ends
+from prunus.ends import ends
+from prunus.fused import split_third, third_of, without
+from prunus.layers import Layer, all_layers, clean_name, unwrap
 
 log = logging.getLogger("prunus")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -56,6 +58,11 @@ def _compile(pattern: str) -> re.Pattern[str]:
         raise ValueError(f"pattern {pattern!r} is not a regular expression: {error}") from None
 
 
+def _hits(items: Sequence[T], names: Callable[[T], Sequence[str]], pattern: str) -> list[int]:
+    regex = _compile(pattern)
+    return [i for i, item in enumerate(items) if any(map(regex.fullmatch, names(item)))]
+
+
 def match_names(
     items: Sequence[T], names: Callable[[T], Sequence[str]], patterns: Sequence[str], what: str
 ) -> list[T]:
@@ -68,8 +75,7 @@ def match_names(
         patterns = [patterns]
     chosen: set[int] = set()
     for pattern in patterns:
-        regex = _compile(pattern)
-        hits = [i for i, item in enumerate(items) if any(map(regex.fullmatch, names(item)))]
+        hits = _hits(items, names, pattern)
         if not hits:
             raise ValueError(
                 f"{what} pattern {pattern!r} matches nothing{_near(items, names, pattern)}"
@@ -100,14 +106,36 @@ def _layer_names(layer: Layer) -> list[str]:
     return [layer.name, layer.parameter_name, *classes[:-1]]
 
 
+def _match(
+    layers: Sequence[Layer], patterns: Sequence[str], what: str, modules: dict[str, nn.Module]
+) -> list[Layer]:
+    """The layers, and thirds of layers, that patterns name, in the order of the model.
+
+    Raises ValueError where one is named both whole and in part.
+    """
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    thirds = [p for p in patterns if split_third(p)[1] and not _hits(layers, _layer_names, p)]
+    whole = [p for p in patterns if p not in thirds]
+    chosen = match_names(layers, _layer_names, whole, what)
+    for pattern in thirds:
+        base, letter = split_third(pattern)
+        for layer in match_names(layers, _layer_names, [base], what):
+            if layer in chosen:
+                raise ValueError(f"{layer.name} is named whole and, by {pattern!r}, in part")
+            part = third_of(layer, letter, modules)
+            chosen += [] if part.name in {c.name for c in chosen} else [part]
+    places = {id(layer.weight): i for i, layer in enumerate(layers)}
+    return sorted(chosen, key=lambda layer: (places[id(layer.weight)], layer.third or 0))
+
+
 def _check(layer: Layer) -> None:
     weight, why = layer.weight, ""
     if nn.parameter.is_lazy(weight):
         why = "has no shape yet; run a batch through the model first"
     elif not isinstance(weight, nn.Parameter):
         why = (
-            "is computed, not stored (is it parametrized or pruned by torch.nn.utils?); "
-            "remove that first, or exclude it"
+            "is computed, not stored (is it parametrized, pruned by torch.nn.utils, or accelerated "
+            "by prunus?); remove or restore that first, or exclude it"
         )
     elif weight.dtype not in FLOATS:
         why = f"is {weight.dtype}; only floats of 16 bits or more can be pruned; exclude it"
@@ -121,7 +149,8 @@ def select(
     """The layers of a model by name, parameter name or class name.
 
     A pattern is a glob (``*`` crosses dots), a class name (``Linear``) or ``re:`` and a regular
-    expression for the whole name. Default: every Linear and convolution but `layers.ends`.
+    expression for the whole name. ``attn.qkv[q]`` is a third of a fused weight (unless a layer is
+    called so by the rules of globs). Default: every Linear and convolution but `layers.ends`.
 
     Raises ValueError for a pattern that matches nothing, for a chosen weight that cannot be pruned,
     and when no layer is left.
@@ -129,17 +158,18 @@ def select(
     candidates = list(all_layers(model))
     if not candidates:
         raise ValueError(f"{type(model).__name__} has no Linear or convolution to prune")
+    modules = {clean_name(name): module for name, module in unwrap(model).named_modules()}
     left_dense: list[str] = []
     layers = candidates
     if include is not None:
-        layers = match_names(candidates, _layer_names, include, "layer")
+        layers = _match(candidates, include, "layer", modules)
     else:
         skipped = {layer.name for layer in ends(model)}
         left_dense = [layer.name for layer in candidates if layer.name in skipped]
         layers = [layer for layer in candidates if layer.name not in skipped]
     if exclude:
-        gone = {layer.name for layer in match_names(candidates, _layer_names, exclude, "exclude")}
-        layers = [layer for layer in layers if layer.name not in gone]
+        gone = _match(candidates, exclude, "exclude", modules)
+        layers = [rest for layer in layers for rest in without(layer, gone, modules)]
     if not layers:
         names = ", ".join(layer.name for layer in candidates[:5])
         raise ValueError(f"no layer is left to prune; name some with layers=, such as: {names}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -14,7 +15,8 @@ from prunus.calibration import Calibration
 from prunus.distributed import gather, scatter, whole_sparsity
 from prunus.layers import clean_parameters
 from prunus.masking import Masks, pack, unpack
-from prunus.modifiers import Context, PruningRun, Run
+from prunus.modifiers import Context, Run
+from prunus.modifiers.overlap import check_turns, in_both
 from prunus.recipe import Recipe
 from prunus.records import Recorder, Sink, is_main, number, start_event
 from prunus.timing import Timeline
@@ -97,11 +99,32 @@ class Session:
         self._fresh = True
         self._context = Context(model, self.optimizer, timeline, calibration, Masks(), recorder)
         self.runs: list[Run] = [modifier.bind(self._context) for modifier in recipe.modifiers]
+        self._refuse_overlap()
+        try:
+            for run in self.runs:
+                run.prepare()
+        except BaseException:
+            self.closed = True
+            for run in self.runs:
+                run.release()
+            raise
         plain: Any = torch.compiler.disable  # a compiled step leaves its graph for our hooks
         self._handles = [
             self.optimizer.register_step_pre_hook(plain(self._before)),
             self.optimizer.register_step_post_hook(plain(self._after)),
         ]
+
+    def _refuse_overlap(self) -> None:
+        """Raises ValueError if another open session of the optimizer prunes the same layers."""
+        check_turns(self.runs)
+        sessions = self.optimizer.__dict__.setdefault("_prunus_sessions", weakref.WeakSet())
+        for other in sessions:
+            if not other.closed and (name := in_both(self.runs, other.runs)):
+                raise ValueError(
+                    f"another session of this optimizer prunes {name} already (was a notebook "
+                    "cell run twice?); close that one first, or put all into one recipe"
+                )
+        sessions.add(self)
 
     @property
     def masks(self) -> Masks:
@@ -141,11 +164,12 @@ class Session:
             run.before_update(self.step)
 
     def _after(self, *_: Any) -> None:
-        if _was_skipped(self.optimizer):
-            return
-        self.step += 1
+        skipped = _was_skipped(self.optimizer)
+        self.step += not skipped
         with torch.no_grad():
             for run in self.runs:
+                (run.skipped if skipped else run.settle)(self.step)
+            for run in self.runs if not skipped else ():
                 run.after_step(self.step)
 
     def _begin(self) -> None:
@@ -257,9 +281,8 @@ class Session:
 
     def _finish(self) -> None:
         self._begin()
-        late = [r for r in self.runs if isinstance(r, PruningRun) and r.next < len(r.ticks)]
-        if any(run.ticks[-1] > self.step for run in late):
-            last = max(run.ticks[-1] for run in late)
+        last = max((run.due for run in self.runs if run.due is not None), default=0)
+        if last > self.step:
             log.warning("closed at step %d of %d: pruned to the target at once", self.step, last)
         for run in self.runs:
             run.finish(self.step)

@@ -1,13 +1,16 @@
 """What a recipe may contain, one file each."""
 
+from prunus.modifiers.accelerate import Accelerate
 from prunus.modifiers.base import MODIFIERS, Context, Modifier, Run
 from prunus.modifiers.freeze import Freeze
 from prunus.modifiers.param_groups import LearningRate, WeightDecay
 from prunus.modifiers.prune import PruningModifier
 from prunus.modifiers.pruning_run import PruningRun, pruning_event
+from prunus.modifiers.training_run import TrainingRun
 
 __all__ = [
     "MODIFIERS",
+    "Accelerate",
     "Context",
     "Freeze",
     "LearningRate",
@@ -15,6 +18,7 @@ __all__ = [
     "PruningModifier",
     "PruningRun",
     "Run",
+    "TrainingRun",
     "WeightDecay",
     "pruning_event",
 ]

@@ -34,7 +34,7 @@ class Context:
     masks: Masks = field(default_factory=Masks)
     record: Callable[[dict[str, Any]], None] = _discard
     owners: dict[str, object] = field(default_factory=dict)
-    """which run keeps the mask of a weight: the one that pruned it last"""
+    """layer -> the run that keeps its mask: the one that pruned it last"""
     one_shot: bool = False
     sequential: Sequential | None = None
     """how to go through the blocks, where a recipe does not say it all"""
@@ -42,6 +42,12 @@ class Context:
 
 class Run:
     """A modifier at work. A step count is the number of optimizer steps done."""
+
+    def prepare(self) -> None:
+        """At the end of attaching, once all runs are bound: what the first forward pass must see.
+
+        A resumed run loads its state afterwards.
+        """
 
     def start(self) -> None:
         """Before the first step of a run that begins at step 0; a resumed run has passed it.
@@ -55,8 +61,19 @@ class Run:
     def before_update(self, step: int) -> None:
         """In that step, once gradients are there: a closure computes them (LBFGS, Lightning)."""
 
+    def settle(self, step: int) -> None:
+        """After optimizer step number ``step``, in all runs before `after_step`: put masks on."""
+
     def after_step(self, step: int) -> None:
         """After optimizer step number ``step``."""
+
+    def skipped(self, step: int) -> None:
+        """In place of `settle` and `after_step`, where GradScaler found infinite gradients."""
+
+    @property
+    def due(self) -> int | None:
+        """The step of the last thing that is still to be done; None if nothing is."""
+        return None
 
     def finish(self, step: int) -> None:
         """Once, when training is over: do what is still due."""

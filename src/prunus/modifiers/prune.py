@@ -11,11 +11,14 @@ from prunus.masking import Hard, Masking
 from prunus.method import Method
 from prunus.modifiers.base import MODIFIERS, Context
 from prunus.modifiers.pruning_run import PruningRun
+from prunus.modifiers.training_run import TrainingRun
 from prunus.patterns import Pattern, parse_pattern
 from prunus.permuting import Permute
 from prunus.pruners import Magnitude, Pruner, supports
 from prunus.schedules import Schedule
+from prunus.structure import Groups, stages
 from prunus.timing import Window
+from prunus.training_masks import STE
 
 
 @dataclass(frozen=True)
@@ -30,17 +33,23 @@ class PruningModifier:
     sparsity: float | Schedule | None = None
     """share of weights removed: a number or a schedule; N:M patterns and tables bring their own"""
     layers: tuple[str, ...] | None = None
-    """names, globs, class names or `re:` regexes; default: all but the stem and the output head"""
+    """names, globs, class names or `re:` regexes, thirds such as `attn.qkv[q]`; default: all but
+    the stem and the output head"""
     exclude: tuple[str, ...] = ()
     """what to leave out of `layers`"""
     pattern: str = "unstructured"
-    """unstructured, row, N:M such as 2:4 (N kept of every M inputs), or block such as 4x1"""
+    """unstructured, row, N:M such as 2:4 (N kept of every M inputs; `2:4 along outputs`: of every M
+    outputs), or block such as 4x1"""
     allocator: Allocator | None = None
     """how the layers share the sparsity; default: the pruner's own"""
     window: Window | None = None
     """when; default: at once, or over all of training for a schedule"""
     masking: Masking = field(default_factory=Hard)
-    """how masked weights are treated between pruning steps"""
+    """how masked weights are treated between steps: `hard` (zero), or one that trains them to N:M:
+    `ste`, `sr_ste`, `mdgf`"""
+    structure: tuple[str, ...] = ()
+    """for N:M training: patterns in turn, in equal parts of the window, the last one `pattern`;
+    `stepwise` is 7:8, 4:8, 2:8, 1:8 and `geometric` 8:64, 4:32, 2:16, 1:8"""
     sequential: bool | str = False
     """prune block by block, each on the outputs of the pruned ones before: the name of the list of
     blocks, as `model.layers`, or true to find it"""
@@ -54,7 +63,11 @@ class PruningModifier:
             )
         pattern = parse_pattern(self.pattern)
         supports(self.pruner, pattern)
-        if self.at_once and self.window and (self.window.to or self.window.every):
+        if isinstance(self.masking, STE):
+            self._check_training(self.masking, pattern)
+        elif self.structure:
+            raise ValueError("'structure' is for N:M training; add masking: ste, sr_ste or mdgf")
+        elif self.at_once and self.window and (self.window.to or self.window.every):
             raise ValueError(
                 "a constant sparsity is pruned at once, when the window begins; drop the window's "
                 "'to' and 'every', or give a schedule such as sparsity: {from: 0.3, to: 0.75}"
@@ -70,6 +83,21 @@ class PruningModifier:
             self._check_fixed(pattern.fixed)
         elif self.sparsity is None and not isinstance(self.allocator, Table):
             raise ValueError("no sparsity was given; give one, such as sparsity: 0.75")
+
+    def _check_training(self, masking: STE, pattern: Pattern) -> None:
+        if not isinstance(pattern, Groups):
+            raise ValueError(
+                f"masking '{masking.name}' trains N:M patterns, not '{pattern}'; write one such as "
+                "pattern: '2:4', or drop 'masking'"
+            )
+        if not isinstance(self.pruner, Magnitude) or self.sequential or self.permute is not None:
+            raise ValueError(
+                f"masking '{masking.name}' chooses masks by magnitude at each step; drop 'pruner', "
+                "'sequential' and 'permute'"
+            )
+        if self.window is not None and self.window.every is not None:
+            raise ValueError("'every' means nothing here: masks are chosen anew after each step")
+        stages(self.structure, pattern)
 
     def _check_fixed(self, fixed: float) -> None:
         if self.allocator is not None:
@@ -102,8 +130,9 @@ class PruningModifier:
         allocator = self.allocator or ALLOCATORS[self.pruner.allocator]()
         return Method(self.pruner, pattern, allocator)
 
-    def bind(self, context: Context) -> PruningRun:
-        return PruningRun(self, context)
+    def bind(self, context: Context) -> PruningRun | TrainingRun:
+        trains = isinstance(self.masking, STE) and not context.one_shot
+        return TrainingRun(self, context) if trains else PruningRun(self, context)
 
 
 MODIFIERS.add(PruningModifier.name, PruningModifier)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from prunus.allocators import Table
 from prunus.block_walk import Walked
 from prunus.blocks import by_block
@@ -34,7 +36,6 @@ class PruningRun(Run):
         chosen = select(context.model, modifier.layers, modifier.exclude)
         self.layers: list[Layer] = self.method.fit(chosen.layers)
         self.left_dense = chosen.left_dense
-        self.names = [layer.parameter_name for layer in self.layers]
         if context.optimizer is not None:
             check_held(context.optimizer, self.layers)
         shards_of(self.layers, self.method.pattern)  # raises for what no step could prune
@@ -87,16 +88,29 @@ class PruningRun(Run):
         cycle = schedule.cycle and self.context.timeline.cycle(schedule.cycle, end - begin)
         return schedule((self.ticks[tick] - begin) / (end - begin), cycle or None)
 
+    @property
+    def owned(self) -> list[Layer]:
+        """The layers whose masks this run keeps."""
+        return [layer for layer in self.layers if self.context.owners.get(layer.name) is self]
+
+    def settle(self, step: int) -> None:
+        owned, masks = self.owned, self.context.masks
+        Hard().hide([x.local for x in owned], [x.part(masks[x.parameter_name]) for x in owned])
+
     def after_step(self, step: int) -> None:
         if self.next < len(self.ticks) and step >= self.ticks[self.next]:
-            # the optimizer may just have moved what is pruned, by other modifiers too
-            Hard().hide(*self.context.masks.parts(self.context.masks), 1.0)
             while self.next < len(self.ticks) and step >= self.ticks[self.next]:
                 self.next += 1  # of several that are due, the last says it all
             self._tick(self.next - 1, step)
-        owned = [name for name in self.names if self.context.owners.get(name) is self]
-        weights, masks = self.context.masks.parts(owned)
-        self.modifier.masking.hide(weights, masks, min(1.0, step / max(1, self.ticks[-1])))
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """Steps of the first and the last pruning."""
+        return self.ticks[0], self.ticks[-1]
+
+    @property
+    def due(self) -> int | None:
+        return self.ticks[-1] if self.next < len(self.ticks) else None
 
     def finish(self, step: int) -> None:
         if self.next < len(self.ticks):
@@ -108,11 +122,7 @@ class PruningRun(Run):
         self.did = self._prune(target)
         changes = self.did.changes
         for change in changes:
-            name, weight = change.layer.parameter_name, change.layer.weight
-            context.masks.put(name, weight, change.mask)
-            context.owners[name] = self
-            if context.optimizer is not None:
-                zero_momentum(context.optimizer, weight, context.masks[name])
+            put_mask(context, self, change.layer, change.mask)
         if not context.one_shot:
             self.did.changes = []
         context.record(pruning_event(self.modifier, self.rows, step, target))
@@ -184,7 +194,7 @@ class PruningRun(Run):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        owned = [name for name in self.names if self.context.owners.get(name) is self]
+        owned = [layer.name for layer in self.owned]
         return {"next": self.next, "owned": owned, "ticks": self.ticks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -198,6 +208,16 @@ class PruningRun(Run):
         self.next = int(state["next"])
         for name in state["owned"]:
             self.context.owners[name] = self
+
+
+def put_mask(context: Context, run: Run, layer: Layer, mask: Tensor) -> None:
+    """A layer's mask, from now on kept by the run; the momentum of what it prunes is zeroed."""
+    part = None if layer.third is None else layer.part
+    context.masks.put(layer.parameter_name, layer.weight, mask, part)
+    context.owners[layer.name] = run
+    if context.optimizer is not None:
+        whole = context.masks[layer.parameter_name]
+        zero_momentum(context.optimizer, layer.weight, layer.part(whole), layer.part)
 
 
 def pruning_event(

@@ -53,8 +53,9 @@ def sharing(layer: Layer) -> str:
 
 
 def _gather_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    # channels come last for linear layers, before the spatial dimensions for convolutions
-    dim = 1 - module.weight.dim()  # type: ignore[operator]
+    # channels come last for linear layers, before the spatial dimensions for convolutions; a
+    # linear layer's weight is not asked, because an accelerated one computes it
+    dim = -1 if isinstance(module, nn.Linear) else 1 - module.weight.dim()  # type: ignore[operator]
     return args[0].index_select(dim, getattr(module, BUFFER)), *args[1:]
 
 

@@ -79,7 +79,7 @@ class Ranks(Protocol):
 
 
 PRUNERS: Registry[Pruner] = Registry("pruner")
-KINDS = ("unstructured", "row", "N:M", "block")
+KINDS = ("unstructured", "row", "N:M", "N:M along outputs", "block")
 _P = TypeVar("_P", bound="type[Pruner]")
 
 

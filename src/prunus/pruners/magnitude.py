@@ -29,7 +29,13 @@ class Magnitude:
     """
 
     name: ClassVar[str] = "magnitude"
-    patterns: ClassVar[tuple[str, ...]] = ("unstructured", "row", "N:M", "block")
+    patterns: ClassVar[tuple[str, ...]] = (
+        "unstructured",
+        "row",
+        "N:M",
+        "N:M along outputs",
+        "block",
+    )
     allocator: ClassVar[str] = "global"
 
     def statistic(self, layer: Layer) -> Statistic | None:

@@ -42,6 +42,7 @@ class Summary:
         self.prunes = [e for e in events if e["event"] == "prune"]
         self.metrics = [e for e in events if e["event"] == "metrics"]
         self.sweep = sorted((e for e in events if e["event"] == "sweep"), key=_sparsity)
+        self.execution: Event = next((e for e in events[::-1] if e["event"] == "execution"), {})
         self.start: Event = next((e for e in events if e["event"] == "start"), {})
         self.steps = max((int(e["step"]) for e in events), default=0)
         self.times = [float(e["time"]) for e in events if "time" in e]
@@ -154,6 +155,23 @@ class Summary:
         if self.steps:
             tiles.append(("optimizer steps", f"{self.steps:,}"))
         return tiles
+
+    def execution_rows(self) -> list[tuple[str, list[str], str, str]]:
+        """Layer, numbers, the form in which it runs, and why it is dense if it is.
+
+        The numbers are sparsity, input rows, milliseconds and bytes dense, and the same of the
+        fastest form that was measured beside it.
+        """
+        rows = []
+        for layer in self.execution.get("layers", ()):
+            ms, nbytes = layer["ms"], layer["nbytes"]
+            best = min((n for n in ms if n != "dense"), key=ms.get, default="")
+            numbers = [f"{layer['sparsity']:.4f}", str(layer["rows"] or "")]
+            for form in ("dense", best):
+                numbers.append(f"{ms[form]:.3f}" if form in ms else "")
+                numbers.append(in_units(nbytes[form]) if form in nbytes else "")
+            rows.append((layer["name"], numbers, layer["form"], layer["why"]))
+        return rows
 
     def metric_rows(self) -> list[tuple[str, list[str]]]:
         """Metric -> first, lowest, highest and last value."""
