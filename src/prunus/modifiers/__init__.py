@@ -3,6 +3,7 @@
 from prunus.modifiers.accelerate import Accelerate
 from prunus.modifiers.base import MODIFIERS, Context, Modifier, Run
 from prunus.modifiers.freeze import Freeze
+from prunus.modifiers.keep import Keep
 from prunus.modifiers.param_groups import LearningRate, WeightDecay
 from prunus.modifiers.prune import PruningModifier
 from prunus.modifiers.pruning_run import PruningRun, pruning_event
@@ -13,6 +14,7 @@ __all__ = [
     "Accelerate",
     "Context",
     "Freeze",
+    "Keep",
     "LearningRate",
     "Modifier",
     "PruningModifier",

@@ -16,6 +16,7 @@ from prunus.masking import Hard, zero_momentum
 from prunus.measuring import Measurements
 from prunus.method import LayerRow
 from prunus.modifiers.base import Context, Run, log
+from prunus.modifiers.events import layers_event
 from prunus.permute.folds import Plan
 from prunus.permuting import permute_layers, plan_folds
 from prunus.pruners import SweepPruner
@@ -224,18 +225,7 @@ def pruning_event(
     modifier: PruningModifier, rows: list[LayerRow], step: int, target: float | None
 ) -> dict[str, Any]:
     """What records and reports know of one pruning step."""
-    zeros, size = sum(row.zeros for row in rows), sum(row.size for row in rows)
-    return {
-        "event": "prune",
-        "step": step,
-        "pruner": modifier.pruner.name,
-        "pattern": modifier.pattern,
-        "target": target,
-        "sparsity": zeros / max(1, size),
-        "layers": {row.name: row.sparsity for row in rows},
-        "sizes": {row.name: row.size for row in rows},
-        "saved": {row.name: row.saved for row in rows},
-    }
+    return layers_event(modifier.pruner.name, modifier.pattern, rows, step, target)
 
 
 def check_held(optimizer: Any, layers: list[Layer]) -> None:

@@ -1,0 +1,120 @@
+"""The recipe entry ``keep``: what is zero stays zero while the other weights train on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from prunus.distributed import ranks_of
+from prunus.layers import Layer
+from prunus.masking import Hard
+from prunus.method import LayerRow
+from prunus.modifiers.base import MODIFIERS, Context, Run, log
+from prunus.modifiers.events import layers_event
+from prunus.modifiers.pruning_run import check_held, put_mask
+from prunus.selection import select
+from prunus.timing import Window
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Fine-tune a sparse model: weights that are zero when training begins stay zero.
+
+    Whatever has put the zeros there, N:M and blocks too. Layers that another entry masks are left
+    to it. The first step raises ValueError if none of the layers has a zero.
+    """
+
+    name: ClassVar[str] = "keep"
+    one_shot: ClassVar[bool] = False
+
+    layers: tuple[str, ...] | None = None
+    """names, globs, class names or `re:` regexes; default: all but the stem and the output head"""
+    exclude: tuple[str, ...] = ()
+    """what to leave out of `layers`"""
+    window: Window | None = None
+    """when; the zeros are those at its beginning, and after its end they train again. Default: all
+    of training"""
+
+    def __post_init__(self) -> None:
+        if self.window and self.window.every:
+            raise ValueError("zeros are kept at every step; drop the window's 'every'")
+
+    def bind(self, context: Context) -> Run:
+        return KeepRun(self, context)
+
+
+MODIFIERS.add(Keep.name, Keep)
+
+
+class KeepRun(Run):
+    """Takes the masks before the first step of its window and puts them on after each step."""
+
+    def __init__(self, modifier: Keep, context: Context) -> None:
+        self.context = context
+        self.layers: list[Layer] = select(context.model, modifier.layers, modifier.exclude).layers
+        if context.optimizer is not None:
+            check_held(context.optimizer, self.layers)
+        window, timeline = modifier.window or Window(), context.timeline
+        self.begin = window.begin(timeline)
+        self.end = None if window.to is None else window.span(timeline)[1]
+        self.begun = False
+
+    def before_step(self, step: int) -> None:
+        if not self.begun and step >= self.begin and (self.end is None or step < self.end):
+            self._begin(step)
+            self.begun = True
+
+    @torch.no_grad()
+    def _begin(self, step: int) -> None:
+        free = [x for x in self.layers if x.name not in self.context.owners]
+        rows = [_row(layer) for layer in free]
+        dense = [row.name for row in rows if row.zeros == 0]
+        if rows and len(dense) == len(rows):
+            raise ValueError(
+                f"'keep' found no zero in {dense[0]} or any other of its {len(dense)} layers; load "
+                "the sparse weights before training, or name the pruned layers with 'layers'"
+            )
+        if dense:
+            log.warning("keep: no zeros in %s; trained as dense layers", ", ".join(dense))
+        for layer, row in zip(free, rows, strict=True):
+            if row.zeros:
+                put_mask(self.context, self, layer, layer.local != 0)
+        kept = [row for row in rows if row.zeros]
+        if kept:
+            self.context.record(layers_event("keep", "as found", kept, step, None))
+
+    @property
+    def owned(self) -> list[Layer]:
+        """The layers whose masks this run keeps."""
+        return [layer for layer in self.layers if self.context.owners.get(layer.name) is self]
+
+    def settle(self, step: int) -> None:
+        owned, masks = self.owned, self.context.masks
+        Hard().hide([x.local for x in owned], [x.part(masks[x.parameter_name]) for x in owned])
+        if self.end is not None and step >= self.end:
+            for layer in owned:
+                put_mask(self.context, self, layer, torch.ones_like(layer.local, dtype=torch.bool))
+                del self.context.owners[layer.name]
+
+    def plan(self) -> list[tuple[int, str]]:
+        said = [(self.begin, f"keep the zeros of {len(self.layers)} layers")]
+        return said if self.end is None else [*said, (self.end, "let the zeros train")]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"begun": self.begun, "owned": [layer.name for layer in self.owned]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.begun = bool(state["begun"])
+        for name in state["owned"]:
+            self.context.owners[name] = self
+
+
+def _row(layer: Layer) -> LayerRow:
+    """The layer as it is, counted over all ranks that hold it."""
+    w = layer.local
+    counts = torch.tensor([w.numel(), w.numel() - int(w.count_nonzero())])
+    size, zeros = ranks_of(layer.weight).all_reduce(counts).tolist()
+    itemsize = layer.weight.element_size()
+    return LayerRow(layer.name, layer.kind, layer.shape, "as found", size, zeros, itemsize, None)
