@@ -22,7 +22,6 @@ from oracles import SINGLE
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
-CATALOGUE = ROOT / "docs" / "recipe-catalogue.md"
 STEPS, EPOCHS = 4, 5
 
 
@@ -78,8 +77,10 @@ MODELS = {
 # test_shipped_llm.py runs the other families
 VISION = [path for path in RECIPES if path.parent.name in MODELS]
 NM = [path for path in VISION if path.stem.startswith("nm-")]
+PRUNING = [path for path in VISION if "- prune:" in path.read_text()]
+FINE_TUNING = [path for path in VISION if path not in PRUNING]
 # what permutes is for finished models
-TRAINED = [path for path in VISION if "permute:" not in path.read_text()]
+TRAINED = [path for path in PRUNING if "permute:" not in path.read_text()]
 
 # family: (models of timm, what its recipes leave dense in them)
 NAMED = {
@@ -135,7 +136,10 @@ def target_of(*modifiers):
 def trained(path, width=None, **variables):
     """The session of a whole training run by the recipe, and the learning rate of each step."""
     model, calibration = setting(path, width)
-    recipe = prunus.Recipe.load(path, **variables)
+    return trained_from(model, calibration, path, prunus.Recipe.load(path, **variables))
+
+
+def trained_from(model, calibration, path, recipe):
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     rates = []
     with prunus.attach(
@@ -184,7 +188,25 @@ def test_a_gradual_recipe_begins_a_cycle_of_the_learning_rate_with_each_pruning_
     assert [i for i in range(1, len(rates)) if rates[i] > rates[i - 1]] == [5, 10, 15]
 
 
-@recipes(VISION)
+@recipes(FINE_TUNING)
+def test_a_fine_tuning_recipe_keeps_what_the_others_of_its_family_prune(path, caplog):
+    model, calibration = setting(path)
+    one_shot = path.with_name("cap-one-shot-50.yaml")
+    masks = prunus.prune(model, one_shot, calibration=calibration).masks
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    session, rates = trained_from(model, calibration, path, path)
+    assert session.masks.keys() == masks.keys()
+    for name, mask in masks.items():
+        weight = model.get_parameter(name)
+        assert torch.equal(session.masks[name], mask)
+        assert (weight[~mask] == 0).all()
+    # some only: ConvNeXt scales its blocks by 1e-6
+    assert any((model.get_parameter(n)[m] != before[n][m]).any() for n, m in masks.items())
+    assert rates == sorted(rates, reverse=True)
+    assert "matches nothing" not in caplog.text
+
+
+@recipes(PRUNING)
 def test_every_recipe_prunes_a_finished_model(path):
     model, calibration = setting(path)
     result = prunus.prune(model, path, calibration=calibration)
@@ -200,9 +222,10 @@ def test_every_recipe_leaves_dense_in_the_models_of_timm_what_it_should(path, ca
     for name in names:
         model = of_timm(name)
         taken = set()
-        for modifier in prunings(prunus.Recipe.load(path)):
-            run = modifier.bind(Context(model, one_shot=True))
-            taken |= {layer.parameter_name for layer in run.layers}
+        for modifier in prunus.Recipe.load(path).modifiers:
+            if modifier.name in ("prune", "keep"):
+                run = modifier.bind(Context(model, one_shot=True))
+                taken |= {layer.parameter_name for layer in run.layers}
         left = [layer.name for layer in all_layers(model) if layer.parameter_name not in taken]
         assert not [layer for layer in left if not re.fullmatch(dense, layer)], name
         assert path in NM or len(taken) > len(left)
@@ -210,32 +233,17 @@ def test_every_recipe_leaves_dense_in_the_models_of_timm_what_it_should(path, ca
 
 
 @pytest.mark.parametrize("family", MODELS)
-def test_every_family_has_cap_in_one_shot_with_fine_tuning_and_gradually(family):
+def test_every_family_has_cap_in_one_shot_with_fine_tuning_gradually_and_fine_tuning_alone(family):
     names = {path.stem for path in RECIPES if path.parent.name == family}
-    assert {"cap-one-shot-50", "cap-one-shot-75-finetune", "cap-gradual-90"} <= names
+    assert {"cap-one-shot-50", "cap-one-shot-75-finetune", "cap-gradual-90", "finetune"} <= names
 
 
 @recipes(RECIPES)
 def test_every_recipe_says_what_it_is_for_and_is_short(path):
     lines = path.read_text().splitlines()
-    assert lines[0].startswith("# ")
-    assert len(lines) <= 20
-
-
-def test_the_catalogue_lists_every_recipe_with_its_method_and_target():
-    rows = re.findall(
-        r"^\| \[[^]]+\]\(\.\./recipes/(\S+)\) \| (\S+) \| [^|]+ \| (\S+) \| [^|]+ \|$",
-        CATALOGUE.read_text(),
-        re.MULTILINE,
-    )
-    listed = {name: (method, target) for name, method, target in rows}
-    shipped = {}
-    for path in RECIPES:
-        pruning = prunings(prunus.Recipe.load(path))[0]
-        target = pruning.pattern if pruning.schedule is None else f"{target_of(pruning):g}"
-        method = pruning.masking if path in NM else pruning.pruner
-        shipped[str(path.relative_to(ROOT / "recipes"))] = (method.name, target)
-    assert listed == shipped
+    assert re.fullmatch(r"# [A-Z0-9].*\.", lines[0])
+    assert lines[1].startswith("# ")
+    assert len(lines) <= 21
 
 
 def test_the_demo_prints_its_table_and_writes_its_report(tmp_path):
