@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prunus.distributed import all_ranks, in_step
+from prunus.distributed import all_ranks, alone, in_step
 from prunus.layers import reshard
 from prunus.memory import parse_bytes
 
@@ -88,6 +88,10 @@ class Calibration:
 
     def run(self, model: nn.Module, batch: Batch) -> Any:
         """One forward pass: the loss where there is one, else the output."""
+        with alone(when=needs_all_ranks(model)):
+            return self._run(model, batch)
+
+    def _run(self, model: nn.Module, batch: Batch) -> Any:
         if self.forward is not None:
             return self.forward(model, batch)
         device = next(model.parameters()).device
@@ -155,10 +159,14 @@ def undisturbed(model: nn.Module, calibration: Calibration) -> Iterator[None]:
             torch.clear_autocast_cache()  # it may hold copies of weights that will be pruned
 
 
-def in_common(model: nn.Module, calibration: Calibration) -> Iterator[Batch]:
-    """The batches; as many on every rank where a forward pass needs all ranks."""
-    needs_all = any(hasattr(p, "to_local") for p in model.parameters()) or any(
+def needs_all_ranks(model: nn.Module) -> bool:
+    """Whether a forward pass has collectives in it."""
+    return any(hasattr(p, "to_local") for p in model.parameters()) or any(
         isinstance(m, nn.SyncBatchNorm) for m in model.modules()
     )
+
+
+def in_common(model: nn.Module, calibration: Calibration) -> Iterator[Batch]:
+    """The batches; as many on every rank where a forward pass needs all ranks."""
     batches = iter(calibration)
-    return in_step(batches, all_ranks(), all_needed=True) if needs_all else batches
+    return in_step(batches, all_ranks(), all_needed=True) if needs_all_ranks(model) else batches

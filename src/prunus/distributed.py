@@ -17,6 +17,23 @@ from prunus.masking import Masks
 from prunus.patterns import Pattern
 from prunus.stats import Statistic
 
+_ALONE = "failed_between_collectives"
+
+
+@contextmanager
+def alone(when: bool = True) -> Iterator[None]:
+    """For a stretch with collectives in it: what fails there is raised without asking the others.
+
+    They are waiting in the next collective and would take the question for a part of that. The
+    process that ends by the error ends them too: their launcher or backend sees it gone.
+    """
+    try:
+        yield
+    except Exception as error:
+        if when:
+            setattr(error, _ALONE, True)
+        raise
+
 
 @dataclass(frozen=True)
 class Shards:
@@ -59,12 +76,15 @@ class Shards:
     def together(self) -> Iterator[None]:
         """What fails on one rank fails on all; the others would wait for it for ever.
 
-        Raises RuntimeError on the ranks that did not fail themselves.
+        Raises RuntimeError on the ranks that did not fail themselves. What has failed in `alone` is
+        raised on its own rank only.
         """
         error: Exception | None = None
         try:
             yield
         except Exception as caught:
+            if self.group is not None and getattr(caught, _ALONE, False):
+                raise
             error = caught
         if self.group is not None:
             said: list[Any] = [None] * self.world_size

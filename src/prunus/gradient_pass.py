@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.calibration import Calibration, undisturbed
-from prunus.distributed import Shards, all_ranks, in_step
+from prunus.distributed import Shards, all_ranks, alone, in_step
 from prunus.gradients import (
     ExampleGradients,
     Grads,
@@ -213,6 +213,7 @@ def measure_gradients(
     alive = [_alive(rows) for rows in stats]
     tally = Tally(layers, sampling.num_grads if everyone.group else quota)
     exchange = _Exchange(list(stats), everyone, at_once)
+    ranked = exchange.sharded or everyone.group is not None  # there are collectives in each round
     last = 0
     with undisturbed(model, calibration), gradients_on(model, layers):
         packets = _packets(model, layers, calibration, sampling, begin, quota, at_once)
@@ -221,9 +222,10 @@ def measure_gradients(
         )
         for packet in rounds:
             last = last if packet is None else packet.used
-            for grads, flags, where in exchange(packet):
-                tally.add(flags, where)
-                with torch.autocast(layers[0].local.device.type, enabled=False):
-                    _update(stats.values(), grads, flags, alive)
+            with alone(when=ranked):
+                for grads, flags, where in exchange(packet):
+                    tally.add(flags, where)
+                    with torch.autocast(layers[0].local.device.type, enabled=False):
+                        _update(stats.values(), grads, flags, alive)
     tally.finish()
     return last

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.calibration import Batch, Calibration
+from prunus.distributed import alone
 from prunus.layers import Layer, unwrap
 from prunus.masking import local
 
@@ -57,7 +58,8 @@ def micro_batch_gradients(
     found: Sequence[Tensor | None]
     with torch.autocast(loss.device.type, enabled=False):  # a backward pass runs outside of it
         if is_sharded(layers):  # FSDP2 gathers and reduces in a backward pass only
-            loss.backward()  # type: ignore[no-untyped-call]
+            with alone():
+                loss.backward()  # type: ignore[no-untyped-call]
             found = [w.grad for w in weights]
             for p in model.parameters():
                 p.grad = None
