@@ -1,9 +1,11 @@
 """The modifier `keep`: zeros of a loaded model stay while the rest trains."""
 
+import contextlib
 import logging
 
 import pytest
 import torch
+from timm.models import VisionTransformer
 from torch import nn
 
 import prunus
@@ -189,6 +191,42 @@ modifiers:
     rows = model[0].weight.detach().reshape(-1, 4)
     assert ((rows != 0).sum(1) == 2).all()
     assert set(session.masks) == {"0.weight", "2.weight"}
+
+
+def fused():
+    """A block with a fused qkv; the zeros are in its last third."""
+    model = VisionTransformer(
+        img_size=8, patch_size=4, in_chans=1, embed_dim=16, depth=1, num_heads=2, num_classes=3
+    )
+    with torch.no_grad():
+        model.blocks[0].attn.qkv.weight[-16:, ::2] = 0
+    return model
+
+
+@pytest.mark.parametrize("layers", ['"blocks.0.attn.qkv"', '"blocks.0.attn.qkv[v]"'])
+def test_a_layer_of_which_another_entry_masks_a_third_is_kept_by_its_other_thirds(layers):
+    model = fused()
+    recipe = f"""
+modifiers:
+  - prune: {{layers: ["blocks.0.attn.qkv[q]"], pattern: "2:4", masking: ste, window: {{to: 4step}}}}
+  - keep: {{layers: [{layers}]}}
+"""
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with contextlib.ExitStack() as stack:
+        session = prunus.attach(model, optimizer, recipe)
+        stack.callback(session.close, finish=False)
+        if "[v]" not in layers:
+            stack.enter_context(
+                pytest.raises(ValueError, match=r"another entry blocks.0.attn.qkv\[q\]")
+            )
+        for _ in range(6):
+            model(torch.randn(2, 1, 8, 8)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        weight = model.blocks[0].attn.qkv.weight
+        assert (weight[-16:, ::2] == 0).all()
+        assert ((weight[:16].reshape(-1, 4) != 0).sum(1) == 2).all()
+        assert (weight[16:32] != 0).all()
 
 
 def test_momentum_of_what_was_zero_is_zeroed_when_keeping_begins():

@@ -68,7 +68,7 @@ class KeepRun(Run):
 
     @torch.no_grad()
     def _begin(self, step: int) -> None:
-        free = [x for x in self.layers if x.name not in self.context.owners]
+        free = self._free()
         rows = [_row(layer) for layer in free]
         dense = [row.name for row in rows if row.zeros == 0]
         if rows and len(dense) == len(rows):
@@ -84,6 +84,17 @@ class KeepRun(Run):
         kept = [row for row in rows if row.zeros]
         if kept:
             self.context.record(layers_event("keep", "as found", kept, step, None))
+
+    def _free(self) -> list[Layer]:
+        """The layers that no other entry masks yet."""
+        free = [x for x in self.layers if x.name not in self.context.owners]
+        for layer in free:
+            if parts := [x for x in self.context.owners if x.startswith(f"{layer.name}[")]:
+                raise ValueError(
+                    f"'keep' takes all of {layer.name}, and another entry {parts[0]}; exclude the "
+                    "layer, or name its other thirds"
+                )
+        return free
 
     @property
     def owned(self) -> list[Layer]:
