@@ -28,7 +28,7 @@ class Selection:
     left_dense: list[str] = field(default_factory=list)
 
 
-def _alternatives(regex: str) -> list[str]:
+def alternatives(regex: str) -> list[str]:
     """The top-level alternatives of a regular expression: ``a|b(c|d)`` -> ``a``, ``b(c|d)``."""
     parts, depth, in_class, begin, i = [], 0, False, 0, 0
     while i < len(regex):
@@ -81,7 +81,7 @@ def match_names(
 
 
 def _warn_of_dead_alternatives(names: Sequence[str], pattern: str) -> None:
-    parts = _alternatives(pattern[3:])
+    parts = alternatives(pattern[3:])
     for part in parts if len(parts) > 1 else []:
         if not any(re.fullmatch(part, name) for name in names):
             log.warning("alternative %r of pattern %r matches nothing", part, pattern)

@@ -2,6 +2,7 @@
 
 from prunus.modifiers.base import MODIFIERS, Context, Modifier, Run
 from prunus.modifiers.freeze import Freeze
+from prunus.modifiers.hold import Hold
 from prunus.modifiers.param_groups import LearningRate, WeightDecay
 from prunus.modifiers.prune import PruningModifier
 from prunus.modifiers.pruning_run import PruningRun, pruning_event
@@ -10,6 +11,7 @@ __all__ = [
     "MODIFIERS",
     "Context",
     "Freeze",
+    "Hold",
     "LearningRate",
     "Modifier",
     "PruningModifier",

@@ -1,0 +1,11 @@
+"""Recipes of SparseML 1.x and of its fork CAP, read into the modifiers of prunus.
+
+In this order: `document` finds the modifiers of a file and fills in its variables (`equations`),
+`reading` has a converter for each of them and puts the results together.
+"""
+
+from prunus.recipe.sparseml.document import front_matter, is_sparseml
+from prunus.recipe.sparseml.parts import DIALECTS, Note
+from prunus.recipe.sparseml.reading import Reading, read
+
+__all__ = ["DIALECTS", "Note", "Reading", "front_matter", "is_sparseml", "read"]
