@@ -30,7 +30,7 @@ LEVELS = [
         "finished_blocks",
     },
     {"modifiers"},
-    {"recipe", "records", "report", "results", "session", "oneshot", "checkpoint"},
+    {"recipe", "records", "report", "results", "session", "oneshot", "checkpoint", "compat"},
     {"cli", "preview", "integrations", "__init__", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

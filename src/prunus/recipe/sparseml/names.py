@@ -18,9 +18,10 @@ _WHOLE = re.compile(r"(?<!\\)(?:\.\*|\$)$")
 
 
 def patterns(names: Sequence[str], settings: Settings, key: str = "params") -> tuple[str, ...]:
-    """The names as our patterns, without the prefix of wrapped models; everything for ``__ALL__`` and ``__ALL_PRUNABLE__``.
+    """The names as our patterns, everything for ``__ALL__`` and ``__ALL_PRUNABLE__``.
 
-    Raises RecipeError for a regex that does not compile.
+    ``module.`` at the front, which DistributedDataParallel puts there, is left out. Raises
+    RecipeError for a regex that does not compile.
     """
     if ALL in names or ALL_PRUNABLE in names:
         return ("*",)

@@ -103,7 +103,7 @@ def read(
         tuple(_needed(parts)),
         situation.dialect,
         situation.last,
-        min((float(s) for s in starts if s is not None), default=-1.0),
+        min((float(s) for s in starts if s is not None and s >= 0), default=-1.0),
         whole(situation.last) if ranges and situation.last > 0 else None,
         tuple(situation.notes),
         situation.sampler,
