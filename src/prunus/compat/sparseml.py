@@ -29,7 +29,7 @@ from prunus.modifiers import Modifier, PruningModifier, PruningRun
 from prunus.oneshot import prune
 from prunus.recipe import Recipe
 from prunus.recipe.files import parse, text_of
-from prunus.recipe.sparseml import is_sparseml, read
+from prunus.recipe.sparseml import is_sparseml, log_notes, read
 from prunus.session import Session, attach
 
 log = logging.getLogger("prunus")
@@ -79,6 +79,7 @@ class ScheduledModifierManager(RecipeView):
         reading = None
         if dialect is not None or is_sparseml(data):
             reading = read(data, source, dialect, strict, variables)
+            log_notes(reading, source)
             recipe = Recipe(reading.modifiers, reading.epochs)
         else:
             recipe = Recipe.from_yaml(text, name, **variables)

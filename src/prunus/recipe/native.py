@@ -23,7 +23,7 @@ from prunus.names import did_you_mean
 from prunus.recipe.build import build_named, dump
 from prunus.recipe.errors import RecipeError, Source
 from prunus.recipe.files import parse, text_of
-from prunus.recipe.sparseml import is_sparseml, read
+from prunus.recipe.sparseml import is_sparseml, log_notes, read
 from prunus.recipe.yaml import substitute
 
 KEYS = ("epochs", "variables", "modifiers")
@@ -82,6 +82,7 @@ class Recipe:
         data, source = parse(text, name)
         if dialect is not None or is_sparseml(data):
             reading = read(data, source, dialect, strict, overrides)
+            log_notes(reading, source)
             if not reading.modifiers and reading.epochs is None:
                 raise source.error((), "none of its modifiers has a counterpart; nothing is left")
             return cls(reading.modifiers, reading.epochs)

@@ -6,6 +6,6 @@ In this order: `document` finds the modifiers of a file and fills in its variabl
 
 from prunus.recipe.sparseml.document import front_matter, is_sparseml
 from prunus.recipe.sparseml.parts import DIALECTS, Note
-from prunus.recipe.sparseml.reading import Reading, read
+from prunus.recipe.sparseml.reading import Reading, log_notes, read
 
-__all__ = ["DIALECTS", "Note", "Reading", "front_matter", "is_sparseml", "read"]
+__all__ = ["DIALECTS", "Note", "Reading", "front_matter", "is_sparseml", "log_notes", "read"]

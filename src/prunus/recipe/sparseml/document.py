@@ -62,10 +62,9 @@ def entries(data: Any, overrides: Mapping[str, Any], source: Source) -> list[Ent
     Raises RecipeError for unknown overrides, modifiers at a place where SparseML finds none, and
     equations that cannot be worked out.
     """
-    if isinstance(data, Tagged):
-        data = [data]
-    if isinstance(data, list):
-        data = {GROUP: data}
+    if isinstance(data, Tagged | list):
+        _check_overrides({}, {}, overrides, source)
+        return list(_listed(data, Variables({}, source, ()), source, ()))
     if not isinstance(data, dict):
         raise source.error((), "expected modifiers, such as '- !GMPruningModifier {...}'")
     stages = {key: value for key, value in data.items() if is_stage(value)}
@@ -115,19 +114,21 @@ def _modifiers(
 ) -> Iterator[Entry]:
     for key, value in level.items():
         here = (*path, key)
-        if isinstance(value, Tagged):
-            yield _entry(value, variables, here)
-        elif isinstance(value, list) and GROUP in key:
-            for i, item in enumerate(value):
-                if not isinstance(item, Tagged):
-                    raise source.error(
-                        (*here, i), "expected a modifier, such as '!GMPruningModifier'"
-                    )
-                yield _entry(item, variables, (*here, i))
+        if isinstance(value, Tagged) or (isinstance(value, list) and GROUP in key):
+            yield from _listed(value, variables, source, here)
         elif is_sparseml(value):
             remedy = f"call it {key + '_' + GROUP!r}"
             raise source.error(here, f"a list of modifiers needs {GROUP!r} in its name; {remedy}")
 
 
-def _entry(item: Tagged, variables: Variables, path: Path) -> Entry:
-    return Entry(item.tag, variables.fill(dict(item.settings), path), path)
+def _listed(
+    value: Tagged | list[Any], variables: Variables, source: Source, path: Path
+) -> Iterator[Entry]:
+    """The entries of a list of modifiers; a single one is a list of itself."""
+    if isinstance(value, Tagged):
+        yield Entry(value.tag, variables.fill(dict(value.settings), path), path)
+        return
+    for i, item in enumerate(value):
+        if not isinstance(item, Tagged):
+            raise source.error((*path, i), "expected a modifier, such as '!GMPruningModifier'")
+        yield from _listed(item, variables, source, (*path, i))

@@ -16,6 +16,7 @@ from prunus.recipe.sparseml.parts import Converter, Part, Situation, build, wind
 from prunus.recipe.sparseml.settings import Settings, as_number
 from prunus.schedules import Schedule
 
+INTERPOLATIONS = ("linear", "cubic", "inverse_cubic")
 TOLERANCE = 1e-2
 """by how much SparseML lets a sparsity differ from that of N:M"""
 PrunerOf = Callable[[Settings, Situation, Pattern], Pruner]
@@ -61,7 +62,7 @@ def gradual(pruner_of: PrunerOf, together: bool) -> Converter:
         pruner = pruner_of(settings, situation, pattern)
         allocator = _allocator(settings, pruner, pattern, together)
         every = settings.number("update_frequency", -1.0)
-        curve = settings.text("inter_func", "cubic")
+        curve = settings.choice("inter_func", "cubic", INTERPOLATIONS)
         _leave_enabled(settings, situation, end)
         part, before = Part(start, end), tuple[str, ...]()
         for final, names in _targets(settings):

@@ -96,7 +96,6 @@ def read(
     # of modifiers that begin together, one that acts for a while comes after one that stays
     parts = sorted(_together(parts, situation), key=lambda part: (part.start, part.end >= 0))
     situation.sum_up()
-    _log(situation.notes, source)
     ranges = any(entry.tag == "EpochRangeModifier" for entry in found)
     starts = [as_number(entry.settings.get(EPOCHS[0])) for entry in found]
     return Reading(
@@ -169,7 +168,8 @@ def _reached(old: PruningModifier, new: PruningModifier) -> bool:
     )
 
 
-def _log(notes: Sequence[Note], source: Source) -> None:
-    for note in notes:
+def log_notes(reading: Reading, source: Source) -> None:
+    """One line for each: a warning where results depend on it."""
+    for note in reading.notes:
         say = log.info if note.harmless else log.warning
         say("%s", source.said(note.path, note.text))

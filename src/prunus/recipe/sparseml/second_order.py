@@ -30,11 +30,10 @@ def fast_cap(settings: Settings, situation: Situation, pattern: Pattern) -> Prun
 
 
 def _shared(settings: Settings, situation: Situation, pattern: Pattern) -> dict[str, Any]:
-    return {
-        **_sampled(settings, situation, pattern),
-        "num_recomputations": settings.integer("num_recomputations", 1),
-        "ramp": settings.text("recomputation_inter_func", "linear"),
-    }
+    count = settings.integer("num_recomputations", 1)
+    ramp = settings.choice("recomputation_inter_func", "linear", ("linear", "cubic"))
+    stages = {"num_recomputations": count, "ramp": ramp} if count != 1 else {}
+    return {**_sampled(settings, situation, pattern), **stages}
 
 
 def _sampled(settings: Settings, situation: Situation, pattern: Pattern) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prunus.names import did_you_mean
@@ -70,6 +70,12 @@ class Settings:
         value = self.any(name, default)
         if value is not default and not isinstance(value, str):
             raise self.error(f"expected text, not {value!r}", name)
+        return value
+
+    def choice(self, name: str, default: str, options: Sequence[str]) -> str:
+        value: str = self.text(name, default)
+        if value not in options:
+            raise self.error(f"unknown {name} {value!r}{did_you_mean(value, options)}", name)
         return value
 
     def words(self, name: str, default: Any = REQUIRED) -> tuple[str, ...]:
