@@ -47,32 +47,50 @@ def learning_rate(settings: Settings, situation: Situation) -> Part:
     start, end = settings.span()
     first, kind = settings.number("init_lr"), settings.text("lr_class")
     keywords = settings.mapping("lr_kwargs")
-    situation.ignore(settings, "constant_logging", "update_frequency")
+    settings.ignore("update_frequency")
+    situation.ignore(settings, "constant_logging")
     if kind == "MultiStepLR":
-        factor, marks = _keyword(settings, keywords, "gamma"), keywords.get("milestones")
-        if not isinstance(marks, list) or not all(type(m) in (int, float) for m in marks):
-            raise settings.error(f"milestones={marks!r}; give a list of epochs", "lr_kwargs")
-        at = [start, *sorted(marks)]
-        return constants(settings, [(e, first * factor**i) for i, e in enumerate(at)], end)
-    if kind == "CosineAnnealingWarmRestarts":
-        cycle = duration(_keyword(settings, keywords, "cycle_epochs"))
-        values: dict[str, Any] = {"from_": first, "to": _keyword(settings, keywords, "lr_min")}
-        values |= {"curve": "cosine", "cycle": cycle}
+        part = _milestones(settings, keywords, first, start, end)
+    elif kind == "CosineAnnealingWarmRestarts":
+        part = _restarts(settings, keywords, first, start, end)
     elif kind in ("StepLR", "ExponentialLR"):
         size = 1.0 if kind == "ExponentialLR" else _keyword(settings, keywords, "step_size")
-        last = _end(settings, situation, start, end)
-        values = _stairs(first, _keyword(settings, keywords, "gamma"), size, last - start)
-        end = last
+        end = _end(settings, situation, start, end)
+        values = _stairs(first, _keyword(settings, keywords, "gamma"), size, end - start)
+        part = Part(start, end, [LearningRate(window=window(start, end), **values)])
     else:
         raise settings.error(f"unknown lr_class {kind!r}", "lr_class")
-    return Part(start, end, [build(LearningRate, settings, window=window(start, end), **values)])
+    if keywords:
+        raise settings.error(f"unknown lr_kwargs: {', '.join(keywords)}", "lr_kwargs")
+    return part
+
+
+def _milestones(
+    settings: Settings, keywords: dict[str, Any], first: float, start: float, end: float
+) -> Part:
+    factor, marks = _keyword(settings, keywords, "gamma"), keywords.pop("milestones", None)
+    if not isinstance(marks, list) or not all(type(m) in (int, float) for m in marks):
+        raise settings.error(f"milestones={marks!r}; give a list of epochs", "lr_kwargs")
+    at = [start, *sorted(marks)]
+    return constants(settings, [(e, first * factor**i) for i, e in enumerate(at)], end)
+
+
+def _restarts(
+    settings: Settings, keywords: dict[str, Any], first: float, start: float, end: float
+) -> Part:
+    if keywords.get("T_mult") == 1:
+        del keywords["T_mult"]
+    cycle = duration(_keyword(settings, keywords, "cycle_epochs"))
+    ends = {"from_": first, "to": _keyword(settings, keywords, "lr_min"), "curve": "cosine"}
+    rate = build(LearningRate, settings, window=window(start, end), cycle=cycle, **ends)
+    return Part(start, end, [rate])
 
 
 def _keyword(settings: Settings, keywords: dict[str, Any], name: str) -> float:
-    value = keywords.get(name)
+    value = keywords.pop(name, None)
     if type(value) not in (int, float):
         raise settings.error(f"lr_kwargs needs the number {name!r}, not {value!r}", "lr_kwargs")
-    return float(value)  # type: ignore[arg-type]
+    return float(value)
 
 
 def _end(settings: Settings, situation: Situation, start: float, end: float) -> float:

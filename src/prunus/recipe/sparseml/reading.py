@@ -137,8 +137,10 @@ def _together(parts: Sequence[Part], situation: Situation) -> Iterator[Part]:
     for part in parts:
         if not isinstance(part, Trainable):
             yield part
-        taken = any(abs(rate.start - part.end) < 1e-9 for rate in rates)
-        if part.settles is not None and part.end < situation.last and not taken:
+        if part.settles is None or any(abs(rate.start - part.end) < 1e-9 for rate in rates):
+            continue
+        # else the loop's own rate, or one set before, would come back
+        if part.end < situation.last or any(r.end < 0 and r.start < part.end for r in rates):
             rate, groups = part.settles
             yield Part(
                 part.end, -1, [LearningRate(to=rate, window=window(part.end), groups=groups)]
