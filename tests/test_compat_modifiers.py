@@ -433,7 +433,7 @@ def test_a_set_rate_stays_until_a_later_modifier():
             end_epoch=-1,
         )
     )
-    assert rates(recipe, 1, 5) == pytest.approx([0.7, 0.7, 0.4, 0.2, 0.2])
+    assert rates(recipe, 1, 5) == pytest.approx([0.7, 0.7, 0.4, 0.2, 0.0])
     assert only(tag("SetLearningRate", learning_rate="1e-3")) == LearningRate(to=1e-3)
 
 
