@@ -1,11 +1,10 @@
 """``prunus convert``: the same recipe in our own words."""
 
-import subprocess
-import sys
-
 import pytest
+from typer.testing import CliRunner
 
 from prunus import Recipe
+from prunus.cli import app
 from prunus.compat.convert import convert
 from prunus.recipe import RecipeError
 
@@ -59,8 +58,9 @@ def test_the_command_prints_or_writes(tmp_path):
     old.write_text("---\n" + OLD + "---\n# A card\n")
 
     def call(*args):
-        command = [sys.executable, "-m", "prunus", "convert", str(old), *args]
-        return subprocess.run(command, capture_output=True, text=True, check=True)
+        done = CliRunner().invoke(app, ["convert", str(old), *args])
+        assert done.exit_code == 0, done.output
+        return done
 
     printed = call("--set", "num_epochs=24").stdout
     assert Recipe.load(printed).epochs == 24

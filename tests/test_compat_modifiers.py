@@ -5,14 +5,14 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import prunus
 from prunus import CAP, OBS, FastCAP, Magnitude, PruningModifier, Recipe
 from prunus.allocators import Uniform
-from prunus.modifiers import Freeze, Hold, LearningRate, WeightDecay
+from prunus.modifiers import ACDC, Freeze, Hold, LearningRate, WeightDecay
 from prunus.recipe import RecipeError
 from prunus.recipe.sparseml.reading import CONVERTERS
 from prunus.recipe.sparseml.refused import REFUSED
@@ -271,6 +271,35 @@ def test_constant_pruning_holds_the_zeros():
     assert later == Hold(("*",), window=Window("2ep"))
 
 
+def test_acdc_is_acdc():
+    settings = {
+        "compression_sparsity": 0.9,
+        "start_epoch": 5,
+        "end_epoch": 75,
+        "params": "['re:fc']",
+    }
+    entry = tag("ACDCPruning", update_frequency=5, **settings)
+    expected = ACDC(sparsity=0.9, layers=("re:fc.*",), window=Window("5ep", "75ep", "5ep"))
+    assert only(entry) == expected
+    settings |= {
+        "momentum_buffer_reset": "False",
+        "global_sparsity": "False",
+        "mask_type": "block4",
+    }
+    other = only(tag("ACDCPruning", update_frequency=5, **settings))
+    assert (other.reset_momentum, other.allocator, other.pattern) == (False, Uniform(), "1x4")
+    later = pruning("GMPruning", global_sparsity="True", init_sparsity=0.9, final_sparsity=0.9)
+    assert (
+        len(
+            load(
+                entry,
+                later.replace("start_epoch: 1, end_epoch: 5", "start_epoch: 75, end_epoch: 80"),
+            )
+        )
+        == 2
+    )
+
+
 def test_what_is_pruned_already_is_not_pruned_again():
     """As CAP's gradual recipes end: a last modifier from 0.8 to 0.8 that holds the masks."""
     first = pruning("CAPruning")
@@ -316,6 +345,7 @@ def sparseml_rate(kind, epoch, start, end, first, last):
     return first + (last - first) * share
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(["linear", "cosine"]),
     st.integers(0, 3),

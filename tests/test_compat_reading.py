@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -253,6 +253,7 @@ def arithmetic(draw, depth=3):
     return form.format(left, right)
 
 
+@settings(deadline=None)
 @given(arithmetic(), st.integers(-5, 5), st.floats(-3, 3, allow_nan=False))
 def test_equations_say_what_python_says(text, x, y):
     variables = Variables({"x": x, "y": y}, Source("test"), ())

@@ -6,6 +6,7 @@ Each is a mapping with ``event``, ``step`` (optimizer steps done) and ``time``:
 - ``prune``: ``pruner``, ``pattern``, ``target``, ``sparsity`` of its layers together, and three
   mappings of their names: ``layers`` to sparsity, ``sizes`` to weights, ``saved`` to bytes
 - ``hold``: ``sparsity`` of the layers whose zeros are held
+- ``dense``: how many ``layers`` AC/DC has freed
 - ``sweep``: the same as for ``prune``, and ``values``, what the evaluation said
 - ``metrics``: what `Session.log` was given
 - ``end``: ``sparsity``

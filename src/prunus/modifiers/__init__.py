@@ -1,5 +1,6 @@
 """What a recipe may contain, one file each."""
 
+from prunus.modifiers.acdc import ACDC
 from prunus.modifiers.base import MODIFIERS, Context, Modifier, Run
 from prunus.modifiers.freeze import Freeze
 from prunus.modifiers.hold import Hold
@@ -8,6 +9,7 @@ from prunus.modifiers.prune import PruningModifier
 from prunus.modifiers.pruning_run import PruningRun, pruning_event
 
 __all__ = [
+    "ACDC",
     "MODIFIERS",
     "Context",
     "Freeze",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunus.allocators import Allocator, Global, Uniform
-from prunus.modifiers import Hold, PruningModifier
+from prunus.modifiers import ACDC, Hold, PruningModifier
 from prunus.patterns import NM, Pattern
 from prunus.pruners import Magnitude, Pruner
 from prunus.recipe.sparseml.mask_types import pattern_of
@@ -156,3 +156,21 @@ def constant(settings: Settings, situation: Situation) -> Part:
     if 0 <= end < situation.last:
         situation.note(settings, f"zeros stay zero after epoch {end:g} too", harmless=True)
     return Part(start, end, [Hold(names, window=window(start) if start > 0 else None)])
+
+
+def acdc(settings: Settings, situation: Situation) -> Part:
+    start, end = settings.span()
+    pattern = pattern_of(settings, situation)
+    _leave_enabled(settings, situation, end)
+    modifier = build(
+        ACDC,
+        settings,
+        sparsity=None if pattern.fixed is not None else settings.number("compression_sparsity"),
+        layers=patterns(settings.words("params"), settings),
+        pattern=str(pattern),
+        allocator=_allocator(settings, Magnitude(), pattern, together=True),
+        window=window(start, end, settings.number("update_frequency")),
+        reset_momentum=settings.flag("momentum_buffer_reset", True),
+    )
+    settings.ignore("compression_sparsity")
+    return Part(start, end, [modifier])
