@@ -12,7 +12,7 @@ from torch import nn
 import prunus
 from prunus import CAP, OBS, FastCAP, Magnitude, PruningModifier, Recipe
 from prunus.allocators import Uniform
-from prunus.modifiers import ACDC, Freeze, Hold, LearningRate, WeightDecay
+from prunus.modifiers import ACDC, Freeze, Hold, LearningRate, MovementPruning, WeightDecay
 from prunus.recipe import RecipeError
 from prunus.recipe.sparseml.reading import CONVERTERS
 from prunus.recipe.sparseml.refused import REFUSED
@@ -269,6 +269,11 @@ def test_constant_pruning_holds_the_zeros():
         )
     )
     assert later == Hold(("*",), window=Window("2ep"))
+
+
+def test_movement_is_an_entry_of_its_own():
+    expected = MovementPruning(window=WINDOW, **GRADUAL)
+    assert only(pruning("MovementPruning")) == expected
 
 
 def test_acdc_is_acdc():

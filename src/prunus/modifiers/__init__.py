@@ -4,6 +4,7 @@ from prunus.modifiers.acdc import ACDC
 from prunus.modifiers.base import MODIFIERS, Context, Modifier, Run
 from prunus.modifiers.freeze import Freeze
 from prunus.modifiers.hold import Hold
+from prunus.modifiers.movement import MovementPruning
 from prunus.modifiers.param_groups import LearningRate, WeightDecay
 from prunus.modifiers.prune import PruningModifier
 from prunus.modifiers.pruning_run import PruningRun, pruning_event
@@ -16,6 +17,7 @@ __all__ = [
     "Hold",
     "LearningRate",
     "Modifier",
+    "MovementPruning",
     "PruningModifier",
     "PruningRun",
     "Run",

@@ -10,6 +10,7 @@ from prunus.allocators import Allocator, Global, Uniform
 from prunus.modifiers import ACDC, Hold, PruningModifier
 from prunus.patterns import NM, Pattern
 from prunus.pruners import Magnitude, Pruner
+from prunus.pruners.movement import Movement
 from prunus.recipe.sparseml.mask_types import pattern_of
 from prunus.recipe.sparseml.names import ALL_PRUNABLE, FROM_PARAM, patterns
 from prunus.recipe.sparseml.parts import Converter, Part, Situation, build, window
@@ -53,7 +54,13 @@ def magnitude(settings: Settings, situation: Situation, pattern: Pattern) -> Pru
     return Magnitude()
 
 
-def gradual(pruner_of: PrunerOf, together: bool) -> Converter:
+def movement(settings: Settings, situation: Situation, pattern: Pattern) -> Pruner:
+    return Movement()
+
+
+def gradual(
+    pruner_of: PrunerOf, together: bool, cls: type[PruningModifier] = PruningModifier
+) -> Converter:
     """The converter of a modifier that prunes by this pruner; ``together``: in one ranking."""
 
     def convert(settings: Settings, situation: Situation) -> Part:
@@ -72,7 +79,7 @@ def gradual(pruner_of: PrunerOf, together: bool) -> Converter:
             what = {"pruner": pruner, "pattern": str(pattern), "allocator": allocator}
             which = {"layers": names, "exclude": before}
             when = ramp.arguments() if arguments is None else arguments
-            part.modifiers.append(build(PruningModifier, settings, **what, **which, **when))
+            part.modifiers.append(build(cls, settings, **what, **which, **when))
             before += names
         return part
 

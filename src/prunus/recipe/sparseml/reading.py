@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from prunus.modifiers import ACDC, LearningRate, Modifier, PruningModifier
+from prunus.modifiers import ACDC, LearningRate, Modifier, MovementPruning, PruningModifier
 from prunus.names import did_you_mean
 from prunus.recipe.errors import Source
 from prunus.recipe.sparseml.dialects import dialect_of
 from prunus.recipe.sparseml.document import Entry, entries
 from prunus.recipe.sparseml.learning_rates import function, learning_rate, set_learning_rate
 from prunus.recipe.sparseml.parts import DIALECTS, Converter, Note, Part, Situation, whole, window
-from prunus.recipe.sparseml.pruning import acdc, constant, gradual, magnitude
+from prunus.recipe.sparseml.pruning import acdc, constant, gradual, magnitude, movement
 from prunus.recipe.sparseml.refused import REFUSED
 from prunus.recipe.sparseml.second_order import cap, fast_cap, obs
 from prunus.recipe.sparseml.settings import Settings, as_number
@@ -50,6 +50,7 @@ CONVERTERS: dict[str, Converter] = {
     "OBSPruningModifier": gradual(obs, together=True),
     "CAPruningModifier": gradual(cap, together=True),
     "FastCAPruningModifier": gradual(fast_cap, together=False),
+    "MovementPruningModifier": gradual(movement, together=False, cls=MovementPruning),
     "ACDCPruningModifier": acdc,
     "SparsificationLoggingModifier": _nothing,  # prunus records its events itself
 }
@@ -166,6 +167,7 @@ def _reached(old: PruningModifier, new: PruningModifier) -> bool:
     same = ("layers", "exclude", "pattern", "allocator")
     return (
         all(getattr(old, name) == getattr(new, name) for name in same)
+        and type(old) is type(new)
         and old.pruner.name == new.pruner.name
         and old.schedule.final == new.schedule.final
     )
