@@ -417,6 +417,14 @@ def test_ignored_settings_take_one_line_in_the_log(caplog):
         assert line.count(name) == 1
 
 
+def test_recipes_of_what_came_after_sparseml_are_refused_by_name():
+    text = "test_stage:\n  obcq_modifiers:\n    SparseGPTModifier: {sparsity: 0.5}\n"
+    with pytest.raises(
+        RecipeError, match=r"recipe:3: .*kind that llm-compressor reads.*!SparseGPTModifier"
+    ):
+        Recipe.load(text)
+
+
 def test_native_recipes_are_read_as_ever():
     assert isinstance(only("modifiers:\n- hold: {}\n"), Hold)
     assert isinstance(only("modifiers:\n- learning_rate: {to: 0.1}\n"), LearningRate)

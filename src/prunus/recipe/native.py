@@ -23,7 +23,7 @@ from prunus.names import did_you_mean
 from prunus.recipe.build import build_named, dump
 from prunus.recipe.errors import RecipeError, Source
 from prunus.recipe.files import parse, text_of
-from prunus.recipe.sparseml import is_sparseml, log_notes, read
+from prunus.recipe.sparseml import is_sparseml, log_notes, read, refuse_newer
 from prunus.recipe.yaml import substitute
 
 KEYS = ("epochs", "variables", "modifiers")
@@ -87,6 +87,7 @@ class Recipe:
                 raise source.error((), "none of its modifiers has a counterpart; nothing is left")
             return cls(reading.modifiers, reading.epochs)
         source.refuse_repeated()
+        refuse_newer(data, source)
         if not isinstance(data, Mapping):
             raise source.error((), "a recipe is a mapping with the key 'modifiers'")
         for key in data:

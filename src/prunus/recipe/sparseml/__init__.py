@@ -4,8 +4,17 @@ In this order: `document` finds the modifiers of a file and fills in its variabl
 `reading` has a converter for each of them and puts the results together.
 """
 
-from prunus.recipe.sparseml.document import front_matter, is_sparseml
+from prunus.recipe.sparseml.document import front_matter, is_sparseml, refuse_newer
 from prunus.recipe.sparseml.parts import DIALECTS, Note
 from prunus.recipe.sparseml.reading import Reading, log_notes, read
 
-__all__ = ["DIALECTS", "Note", "Reading", "front_matter", "is_sparseml", "log_notes", "read"]
+__all__ = [
+    "DIALECTS",
+    "Note",
+    "Reading",
+    "front_matter",
+    "is_sparseml",
+    "log_notes",
+    "read",
+    "refuse_newer",
+]

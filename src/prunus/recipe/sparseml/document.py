@@ -52,6 +52,18 @@ def is_sparseml(data: Any) -> bool:
     return isinstance(data, Tagged) or (isinstance(data, list) and any(map(is_sparseml, data)))
 
 
+def refuse_newer(data: Any, source: Source, path: Path = ()) -> None:
+    """Raises RecipeError for the kind of recipe that came after SparseML 1.x: names as keys."""
+    for key, value in data.items() if isinstance(data, Mapping) else ():
+        if key.endswith("Modifier"):
+            raise source.error(
+                (*path, key),
+                "a recipe of the kind that llm-compressor reads, with modifiers as keys; prunus "
+                f"reads those of SparseML 1.x, with tags such as !{key}",
+            )
+        refuse_newer(value, source, (*path, key))
+
+
 def is_stage(value: Any) -> bool:
     return isinstance(value, dict) and any(GROUP in key for key in value)
 
