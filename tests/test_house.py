@@ -9,7 +9,7 @@ import pytest
 
 SRC = Path(__file__).parent.parent / "src" / "prunus"
 LEVELS = [
-    {"names", "files", "patterns", "schedules", "solvers", "masking", "timing"}
+    {"names", "files", "patterns", "regexes", "schedules", "solvers", "masking", "timing"}
     | {"linalg", "elimination", "column_sweep", "group_sweep", "refitting", "swapping", "admm"},
     {"layers", "selection", "stats"},
     {"pruners", "allocators", "permute"},

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 
 from prunus.recipe.sparseml.settings import Settings
-from prunus.selection import alternatives
+from prunus.regexes import alternatives
 
 ALL, ALL_PRUNABLE, FROM_PARAM = "__ALL__", "__ALL_PRUNABLE__", "__FROM_PARAM__"
 _GLOB = re.compile(r"[*?\[]")
