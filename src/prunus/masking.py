@@ -100,10 +100,6 @@ class Masks(Mapping[str, Tensor]):
         self._masks[name] = mask
         self._weights[name] = weight
 
-    def drop(self, name: str) -> None:
-        """Forget a mask: its weight is free again."""
-        del self._masks[name], self._weights[name]
-
     def parts(self, names: Iterable[str]) -> tuple[list[Tensor], list[Tensor]]:
         """Local weights and masks of those names that have one."""
         names = [name for name in names if name in self._masks]

@@ -214,4 +214,6 @@ def _keep_zeros(session: Session) -> None:
     for run in session.runs:
         if isinstance(run, PruningRun):
             for layer in run.layers:
-                run.context.masks.put(layer.parameter_name, layer.weight, layer.local != 0)
+                name = layer.parameter_name
+                run.context.masks.put(name, layer.weight, layer.local != 0)
+                run.context.owners[name] = run

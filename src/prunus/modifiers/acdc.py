@@ -12,6 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from prunus.layers import Layer
 from prunus.masking import local
 from prunus.modifiers.base import MODIFIERS, Context
@@ -65,13 +67,15 @@ class ACDCRun(PruningRun):
         if not self.dense(tick):
             super()._tick(tick, step)
             return
-        for layer, name in zip(self.layers, self.names, strict=True):
-            if self.context.owners.get(name) is self:
-                del self.context.owners[name]
-                self.context.masks.drop(name)
+        context = self.context
+        for layer in self.layers:
+            if context.owners.get(layer.parameter_name) is self:
+                del context.owners[layer.parameter_name]
+                free = torch.ones_like(layer.local, dtype=torch.bool)
+                context.masks.put(layer.parameter_name, layer.weight, free)
                 if self.modifier.reset_momentum:
                     self._reset_momentum(layer)
-        self.context.record({"event": "dense", "step": step, "layers": len(self.layers)})
+        context.record({"event": "dense", "step": step, "layers": len(self.layers)})
 
     def _reset_momentum(self, layer: Layer) -> None:
         optimizer = self.context.optimizer

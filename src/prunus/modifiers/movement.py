@@ -11,6 +11,7 @@ from torch import Tensor
 from prunus.block_walk import Walked
 from prunus.distributed import gather, scatter
 from prunus.engine import prune_step
+from prunus.layers import Layer
 from prunus.masking import local
 from prunus.modifiers.base import MODIFIERS, Context
 from prunus.modifiers.prune import PruningModifier
@@ -72,21 +73,21 @@ class MovementRun(PruningRun):
             if gradient is None:
                 continue
             g = local(gradient) if scale is None else local(gradient) / scale
-            moved = self._moved(layer.parameter_name, layer.local)
+            moved = self._moved(layer)
             moved.addcmul_(layer.local.to(moved.dtype), g.to(moved.dtype), value=-1)
 
-    def _moved(self, name: str, weight: Tensor) -> Tensor:
-        if name not in self.moved:
-            dtype = torch.promote_types(weight.dtype, torch.float32)  # sums of many small numbers
-            self.moved[name] = torch.zeros_like(weight, dtype=dtype)
-        return self.moved[name]
+    def _moved(self, layer: Layer) -> Tensor:
+        if layer.name not in self.moved:
+            # in single precision at least: sums of many small numbers
+            dtype = torch.promote_types(layer.local.dtype, torch.float32)
+            self.moved[layer.name] = torch.zeros_like(layer.local, dtype=dtype)
+        return self.moved[layer.name]
 
     def _prune(self, target: float | None) -> Walked:
         measured, shards = ready(self.method, self.layers, self.context.model, None)
         scores: dict[Any, Any] = {}
         for rows in measured.shares:
-            layer = rows.layer
-            moved = layer.matrix(self._moved(layer.parameter_name, layer.local))
+            moved = rows.layer.matrix(self._moved(rows.layer))
             scores[rows] = moved[rows.begin : rows.end]
         measured.held = (0, scores)
         what = self.method, self.layers, target, self.context.model, None
@@ -96,11 +97,11 @@ class MovementRun(PruningRun):
         return Walked(changes=changes, rows=[change.row for change in changes])
 
     def state_dict(self) -> dict[str, Any]:
-        weights = {layer.parameter_name: layer.weight for layer in self.layers}
+        weights = {layer.name: layer.weight for layer in self.layers}
         moved = {name: gather(t, weights[name]) for name, t in self.moved.items()}
         return {**super().state_dict(), "moved": moved}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        weights = {layer.parameter_name: layer.weight for layer in self.layers}
+        weights = {layer.name: layer.weight for layer in self.layers}
         self.moved = {n: scatter(t, weights[n]).clone() for n, t in state["moved"].items()}
