@@ -74,11 +74,14 @@ def gradual(
         part, before = Part(start, end), tuple[str, ...]()
         for final, names in _targets(settings):
             init = _init(settings, situation, part, names, start)
-            ramp = _ramp(settings, situation, Ramp(init, final, start, end, every, curve), pattern)
-            arguments = _fixed(settings, ramp, pattern) if isinstance(pattern, NM) else None
+            ramp = Ramp(init, final, start, end, every, curve)
+            if isinstance(pattern, NM):
+                when = _fixed(settings, ramp, pattern)
+            else:
+                _warn_of_falling(settings, situation, ramp)
+                when = ramp.arguments()
             what = {"pruner": pruner, "pattern": str(pattern), "allocator": allocator}
             which = {"layers": names, "exclude": before}
-            when = ramp.arguments() if arguments is None else arguments
             part.modifiers.append(build(cls, settings, **what, **which, **when))
             before += names
         return part
@@ -131,14 +134,13 @@ def _init(
     return 0.0
 
 
-def _ramp(settings: Settings, situation: Situation, ramp: Ramp, pattern: Pattern) -> Ramp:
-    if ramp.final < ramp.init and pattern.fixed is None:
+def _warn_of_falling(settings: Settings, situation: Situation, ramp: Ramp) -> None:
+    if ramp.final < ramp.init:
         situation.note(
             settings,
             f"final_sparsity {ramp.final:g} is below init_sparsity {ramp.init:g}, and pruned "
             f"weights do not come back: {ramp.final:g} is pruned at once",
         )
-    return ramp
 
 
 def _fixed(settings: Settings, ramp: Ramp, pattern: NM) -> dict[str, Any]:
