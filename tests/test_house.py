@@ -9,7 +9,7 @@ import pytest
 
 SRC = Path(__file__).parent.parent / "src" / "prunus"
 LEVELS = [
-    {"names", "files", "patterns", "schedules", "solvers", "masking", "timing"}
+    {"names", "files", "patterns", "regexes", "schedules", "solvers", "masking", "timing"}
     | {"structure", "training_masks"}
     | {"linalg", "elimination", "column_sweep", "group_sweep", "refitting", "swapping", "admm"},
     {"layers", "ends", "fused", "selection", "stats"},
@@ -33,7 +33,8 @@ LEVELS = [
         "semi_sparse",
     },
     {"modifiers"},
-    {"recipe", "records", "report", "results", "session", "oneshot", "checkpoint", "accelerating"},
+    {"recipe", "records", "report", "results", "session", "oneshot", "checkpoint", "accelerating"}
+    | {"compat"},
     {"cli", "preview", "bench_table", "integrations", "__init__", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -1,4 +1,4 @@
-"""The command line: ``prunus list | show | check | schema | prune | bench | report``.
+"""The command line: ``prunus list | show | check | schema | convert | prune | bench | report``.
 
 A model or a loader is named ``package.module:function``; the function is called without arguments.
 """
@@ -23,6 +23,7 @@ import prunus
 from prunus.allocators import ALLOCATORS
 from prunus.bench_table import bench as bench_table
 from prunus.calibration import Calibration
+from prunus.compat.convert import convert as convert_recipe
 from prunus.masking import MASKINGS
 from prunus.modifiers import MODIFIERS, Context, PruningRun, TrainingRun
 from prunus.names import Registry, did_you_mean
@@ -177,7 +178,7 @@ def check(
         out.print("give --model to see its layers, the times and the memory")
         return
     network = call_model(model)
-    timeline = Timeline(steps_per_epoch, epochs)
+    timeline = Timeline(steps_per_epoch, loaded.epochs if epochs is None else epochs)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     timed = steps_per_epoch is not None
     data = Calibration((), memory=memory)
@@ -206,6 +207,23 @@ def schema(
         typer.echo(text)
     else:
         output.write_text(text + "\n")
+
+
+@app.command()
+def convert(
+    recipe: Annotated[str, typer.Argument(help="a recipe file of SparseML 1.x or CAP")],
+    output: Annotated[Path | None, typer.Option(help="file to write; default: the screen")] = None,
+    dialect: Annotated[
+        str | None, typer.Option(help="sparseml or cap; default: what its modifiers show")
+    ] = None,
+    set_: SetOption = None,
+) -> None:
+    """The same recipe in our own words; comments say what has no counterpart."""
+    text = convert_recipe(recipe, dialect, _overrides(set_))
+    if output is None:
+        typer.echo(text, nl=False)
+    else:
+        output.write_text(text, encoding="utf-8")
 
 
 @app.command()

@@ -24,13 +24,12 @@ from prunus.pruners import PRUNERS, Pruner
 from prunus.recalibration import put_back
 from prunus.recalibration import recalibrate as estimate_norms
 from prunus.recipe import Recipe
-from prunus.recipe.native import is_text
+from prunus.recipe.files import ENDINGS, is_text
 from prunus.records import Recorder, number, start_event
 from prunus.results import Evaluate, Result, SweepResult
 from prunus.selection import select
 
 AllocatorLike = str | Mapping[str, float] | Allocator | None
-RECIPE_ENDINGS = (".yaml", ".yml")
 
 
 def as_pruner(pruner: str | Pruner) -> Pruner:
@@ -67,12 +66,12 @@ def as_recipe(
 ) -> Recipe:
     """The recipe that a call of `prune` stands for."""
     name = os.fspath(pruner) if isinstance(pruner, str | os.PathLike) else ""
-    if isinstance(pruner, Recipe | os.PathLike) or name.endswith(RECIPE_ENDINGS) or is_text(name):
+    if isinstance(pruner, Recipe | os.PathLike) or name.endswith(ENDINGS) or is_text(name):
         given = {"pattern": pattern, "layers": layers, "exclude": exclude}
         given |= {"allocator": allocator, "permute": permute}  # type: ignore[dict-item]
         if clash := [key for key, value in given.items() if value]:
             raise ValueError(f"{', '.join(clash)} belong in the recipe, which was given as well")
-        overrides = {} if sparsity is None else {"sparsity": sparsity}
+        overrides: dict[str, Any] = {} if sparsity is None else {"sparsity": sparsity}
         return Recipe.load(cast("str | Recipe", pruner), **overrides)
     modifier = PruningModifier(
         pruner=as_pruner(pruner),
@@ -140,7 +139,7 @@ def prune(
         record=recorder,
         sequential=Sequential.of(sequential),
     )
-    runs = [PruningRun(modifier, context) for modifier in modifiers]
+    runs = [cast("PruningRun", modifier.bind(context)) for modifier in modifiers]
     _check_together(modifiers, context)
     norms = _norms_data(recalibrate, calibration)
     recorder(start_event(model, 0, recipe=recipe.to_yaml()))

@@ -5,7 +5,8 @@ Each is a mapping with ``event``, ``step`` (optimizer steps done) and ``time``:
 - ``start``: ``bytes`` and ``parameters`` of the whole model, ``recipe``
 - ``prune``: ``pruner``, ``pattern``, ``target``, ``sparsity`` of its layers together, and three
   mappings of their names: ``layers`` to sparsity, ``sizes`` to weights, ``saved`` to bytes
-- ``sweep``: the same, and ``values``, what the evaluation said
+- ``dense``: how many ``layers`` AC/DC has freed
+- ``sweep``: the same as for ``prune``, and ``values``, what the evaluation said
 - ``metrics``: what `Session.log` was given
 - ``flips``: ``flip_rate`` and ``layers``, shares of the mask entries that changed in 2:4 training
 - ``execution``: ``layers``, what `prunus.accelerate` measured of each, and ``machine``, where

@@ -16,6 +16,7 @@ from torch import nn
 from prunus.ends import ends
 from prunus.fused import split_third, third_of, without
 from prunus.layers import Layer, all_layers, clean_name, unwrap
+from prunus.regexes import dead_alternatives
 
 log = logging.getLogger("prunus")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -28,26 +29,6 @@ class Selection:
 
     layers: list[Layer]
     left_dense: list[str] = field(default_factory=list)
-
-
-def _alternatives(regex: str) -> list[str]:
-    """The top-level alternatives of a regular expression: ``a|b(c|d)`` -> ``a``, ``b(c|d)``."""
-    parts, depth, in_class, begin, i = [], 0, False, 0, 0
-    while i < len(regex):
-        char = regex[i]
-        if char == "\\":
-            i += 1
-        elif in_class:
-            in_class = char != "]"
-        elif char == "[":
-            in_class = True
-        elif char in "()":
-            depth += 1 if char == "(" else -1
-        elif char == "|" and depth == 0:
-            parts.append(regex[begin:i])
-            begin = i + 1
-        i += 1
-    return [*parts, regex[begin:]]
 
 
 def _compile(pattern: str) -> re.Pattern[str]:
@@ -87,10 +68,8 @@ def match_names(
 
 
 def _warn_of_dead_alternatives(names: Sequence[str], pattern: str) -> None:
-    parts = _alternatives(pattern[3:])
-    for part in parts if len(parts) > 1 else []:
-        if not any(re.fullmatch(part, name) for name in names):
-            log.warning("alternative %r of pattern %r matches nothing", part, pattern)
+    for part in dead_alternatives(pattern[3:], list(names)):
+        log.warning("alternative %r of pattern %r matches nothing", part, pattern)
 
 
 def _near(items: Sequence[T], names: Callable[[T], Sequence[str]], pattern: str) -> str:

@@ -39,9 +39,10 @@ def attach(
     """Hook a recipe onto an optimizer. The training loop stays as it is.
 
     ``steps_per_epoch`` counts batches and is divided (rounding up) by
-    ``gradient_accumulation_steps``; both it and ``epochs`` are needed only by recipes that count in
-    epochs or shares of training. ``output_dir`` receives ``records.jsonl`` as training goes;
-    ``log`` also passes events to Weights & Biases, TensorBoard or a function.
+    ``gradient_accumulation_steps``; both it and ``epochs`` (default: the recipe's) are needed only
+    by recipes that count in epochs or shares of training. ``output_dir`` receives
+    ``records.jsonl`` as training goes; ``log`` also passes events to Weights & Biases, TensorBoard
+    or a function.
 
     Raises ValueError (RecipeError for the recipe's own faults) with the remedy if something does
     not fit; the model, the optimizer and the loop are then untouched.
@@ -50,10 +51,9 @@ def attach(
         raise ValueError(f"gradient_accumulation_steps={gradient_accumulation_steps}; at least 1")
     if steps_per_epoch is not None:
         steps_per_epoch = -(-steps_per_epoch // gradient_accumulation_steps)
-    timeline = Timeline(steps_per_epoch, epochs)
-    return Session(
-        model, optimizer, Recipe.load(recipe), timeline, calibration, Recorder(output_dir, log)
-    )
+    loaded = Recipe.load(recipe)
+    timeline = Timeline(steps_per_epoch, loaded.epochs if epochs is None else epochs)
+    return Session(model, optimizer, loaded, timeline, calibration, Recorder(output_dir, log))
 
 
 def innermost(optimizer: Any) -> torch.optim.Optimizer:

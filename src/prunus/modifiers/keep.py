@@ -37,6 +37,9 @@ class Keep:
     """when; the zeros are those at its beginning, and after its end they train again. Default: all
     of training"""
 
+    allow_dense: bool = False
+    """no error if there is no zero at all: nothing is kept then"""
+
     def __post_init__(self) -> None:
         if self.window and self.window.every:
             raise ValueError("zeros are kept at every step; drop the window's 'every'")
@@ -52,7 +55,7 @@ class KeepRun(Run):
     """Takes the masks before the first step of its window and puts them on after each step."""
 
     def __init__(self, modifier: Keep, context: Context) -> None:
-        self.context = context
+        self.context, self.allow_dense = context, modifier.allow_dense
         self.layers: list[Layer] = select(context.model, modifier.layers, modifier.exclude).layers
         if context.optimizer is not None:
             check_held(context.optimizer, self.layers)
@@ -71,12 +74,12 @@ class KeepRun(Run):
         free = self._free()
         rows = [_row(layer) for layer in free]
         dense = [row.name for row in rows if row.zeros == 0]
-        if rows and len(dense) == len(rows):
+        if rows and len(dense) == len(rows) and not self.allow_dense:
             raise ValueError(
                 f"'keep' found no zero in {dense[0]} or any other of its {len(dense)} layers; load "
                 "the sparse weights before training, or name the pruned layers with 'layers'"
             )
-        if dense:
+        if dense and not self.allow_dense:
             log.warning("keep: no zeros in %s; trained as dense layers", ", ".join(dense))
         for layer, row in zip(free, rows, strict=True):
             if row.zeros:

@@ -26,6 +26,14 @@ class Source:
 
     name: str
     lines: Mapping[Path, int] = field(default_factory=dict)
+    repeated: Mapping[Path, int] = field(default_factory=dict)
+    """keys that stand twice in the same mapping, with the line of the second"""
+
+    def refuse_repeated(self) -> None:
+        """Raises RecipeError if a key stands twice."""
+        for path, line in self.repeated.items():
+            key = path[-1]
+            raise RecipeError(f"{self.name}:{line}: {key!r} stands twice in the same mapping")
 
     def line(self, path: Path) -> int | None:
         for end in range(len(path), -1, -1):
@@ -33,7 +41,11 @@ class Source:
                 return self.lines[path[:end]]
         return None
 
-    def error(self, path: Path, message: str) -> RecipeError:
+    def said(self, path: Path, message: str) -> str:
+        """The message behind file, line and path."""
         line = self.line(path)
         where = [self.name + (f":{line}" if line else ""), dotted(path)]
-        return RecipeError(": ".join([part for part in where if part] + [message]))
+        return ": ".join([part for part in where if part] + [message])
+
+    def error(self, path: Path, message: str) -> RecipeError:
+        return RecipeError(self.said(path, message))

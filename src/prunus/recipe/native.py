@@ -1,5 +1,6 @@
 """The recipe: an immutable list of modifiers, read from YAML or written in Python.
 
+epochs: 20
 variables: {sparsity: 0.75}
 modifiers:
   - prune:
@@ -10,11 +11,9 @@ modifiers:
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -23,12 +22,11 @@ from prunus.modifiers import MODIFIERS, Modifier
 from prunus.names import did_you_mean
 from prunus.recipe.build import build_named, dump
 from prunus.recipe.errors import RecipeError, Source
-from prunus.recipe.yaml import read_yaml, substitute
+from prunus.recipe.files import parse, text_of
+from prunus.recipe.sparseml import is_sparseml, log_notes, read, refuse_newer
+from prunus.recipe.yaml import substitute
 
-
-def is_text(recipe: str) -> bool:
-    """Whether this is the text of a recipe, not the path of one."""
-    return "\n" in recipe or "modifiers:" in recipe
+KEYS = ("epochs", "variables", "modifiers")
 
 
 @dataclass(frozen=True)
@@ -36,54 +34,80 @@ class Recipe:
     """What to do to a model and when. Equal recipes have equal modifiers."""
 
     modifiers: tuple[Modifier, ...]
+    epochs: float | None = None
+    """the length of training the recipe is written for, which `attach` takes unless told another"""
 
     def __post_init__(self) -> None:
-        if not self.modifiers:
+        if not self.modifiers and self.epochs is None:
             raise ValueError("a recipe needs at least one modifier")
+        if self.epochs is not None and self.epochs <= 0:
+            raise ValueError(f"epochs={self.epochs}; give a positive number")
 
     @classmethod
-    def load(cls, recipe: str | os.PathLike[str] | Recipe, /, **overrides: Any) -> Recipe:
+    def load(
+        cls,
+        recipe: str | os.PathLike[str] | Recipe,
+        /,
+        dialect: str | None = None,
+        strict: bool = True,
+        **overrides: Any,
+    ) -> Recipe:
         """From a file, or from YAML text (anything of more lines or with ``modifiers:`` in it).
 
-        ``overrides`` replace the recipe's ``variables``. Raises RecipeError, naming file, line
+        Recipes of SparseML 1.x and CAP (YAML, or Markdown with YAML at its top) are known by their
+        tags and read into the same modifiers; ``dialect`` ('sparseml' or 'cap') says which of the
+        two it is where the file does not show it. Without ``strict`` those of their modifiers that
+        have no counterpart are left out, with a warning in the log.
+
+        ``overrides`` replace the recipe's variables. Raises RecipeError, naming file, line
         and path, for whatever is wrong; FileNotFoundError with near names for a missing file.
         """
         if isinstance(recipe, Recipe):
             if overrides:
                 raise ValueError("overrides go with a file or text, not with a built Recipe")
             return recipe
-        if isinstance(recipe, str) and is_text(recipe):
-            return cls.from_yaml(recipe, **overrides)
-        path = Path(recipe)
-        if not path.is_file():
-            beside = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-            near = difflib.get_close_matches(path.name, beside, n=1)
-            hint = f"; did you mean '{path.parent / near[0]}'?" if near else ""
-            raise FileNotFoundError(f"no recipe file '{path}'{hint}")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise RecipeError(f"{path}: not UTF-8 text: {error.reason}") from None
-        return cls.from_yaml(text, str(path), **overrides)
+        return cls.from_yaml(*text_of(recipe), dialect=dialect, strict=strict, **overrides)
 
     @classmethod
-    def from_yaml(cls, text: str, name: str = "recipe", /, **overrides: Any) -> Recipe:
-        """From YAML text; ``name`` stands for the file in errors."""
-        data, source = read_yaml(text, name)
+    def from_yaml(
+        cls,
+        text: str,
+        name: str = "recipe",
+        /,
+        dialect: str | None = None,
+        strict: bool = True,
+        **overrides: Any,
+    ) -> Recipe:
+        """From YAML text; ``name`` stands for the file in errors. The rest is as for `load`."""
+        data, source = parse(text, name)
+        if dialect is not None or is_sparseml(data):
+            reading = read(data, source, dialect, strict, overrides)
+            log_notes(reading, source)
+            if not reading.modifiers and reading.epochs is None:
+                raise source.error((), "none of its modifiers has a counterpart; nothing is left")
+            return cls(reading.modifiers, reading.epochs)
+        source.refuse_repeated()
+        refuse_newer(data, source)
         if not isinstance(data, Mapping):
             raise source.error((), "a recipe is a mapping with the key 'modifiers'")
         for key in data:
-            if key not in ("variables", "modifiers"):
-                hint = did_you_mean(key, ["variables", "modifiers"])
-                raise source.error((key,), f"unknown key {key!r}{hint}")
+            if key not in KEYS:
+                raise source.error((key,), f"unknown key {key!r}{did_you_mean(key, KEYS)}")
         variables = _variables(data.get("variables") or {}, overrides, source)
-        modifiers = substitute(data.get("modifiers"), variables, source, ("modifiers",))
-        return cls(_modifiers(modifiers, source))
+        values = {
+            key: substitute(data.get(key), variables, source, (key,)) for key in KEYS if key in data
+        }
+        epochs = _epochs(values.get("epochs"), source)
+        if epochs is not None and "modifiers" not in values:
+            return cls((), epochs)
+        return cls(_modifiers(values.get("modifiers"), source), epochs)
 
     def to_yaml(self) -> str:
         """YAML that loads to an equal recipe, variables filled in and defaults left out."""
-        entries = [{modifier.name: dump(modifier)} for modifier in self.modifiers]
-        return yaml.dump({"modifiers": entries}, Dumper=_Dumper, sort_keys=False, width=100)
+        data: dict[str, Any] = {} if self.epochs is None else {"epochs": dump(self.epochs)}
+        if self.modifiers:
+            data["modifiers"] = [{modifier.name: dump(modifier)} for modifier in self.modifiers]
+        return yaml.dump(data, Dumper=_Dumper, sort_keys=False, width=100)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -113,6 +137,14 @@ def _variables(declared: Any, overrides: dict[str, Any], source: Source) -> dict
         if isinstance(value, str) and "${" in value and name not in overrides:
             raise source.error(("variables", name), "variables cannot refer to other variables")
     return {**declared, **overrides}
+
+
+def _epochs(value: Any, source: Source) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise source.error(("epochs",), f"expected a positive number, not {value!r}")
+    return value
 
 
 def _modifiers(entries: Any, source: Source) -> tuple[Modifier, ...]:

@@ -107,10 +107,17 @@ def json_schema() -> dict[str, Any]:
         "title": "prunus recipe",
         "type": "object",
         "properties": {
+            "epochs": {
+                "anyOf": [
+                    {"type": "number", "exclusiveMinimum": 0},
+                    {"$ref": "#/$defs/Variable"},
+                ],
+                "description": "length of training, unless attach is told another",
+            },
             "variables": {"type": "object"},
             "modifiers": {"type": "array", "items": entry, "minItems": 1},
         },
-        "required": ["modifiers"],
+        "anyOf": [{"required": ["modifiers"]}, {"required": ["epochs"]}],
         "additionalProperties": False,
         "$defs": defs,
     }

@@ -4,6 +4,7 @@ float, ``2:4`` is text and ``on`` is a word."""
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -38,6 +39,18 @@ Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"$"), [""])
 Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
 
+STANDARD = "tag:yaml.org,2002:"
+
+
+@dataclass(frozen=True)
+class Tagged:
+    """A mapping with a tag, as SparseML writes its modifiers: ``!EpochRangeModifier {...}``."""
+
+    tag: str
+    """without the exclamation mark and without a framework's name before it"""
+    settings: dict[str, Any]
+
+
 def _check_size(text: str, name: str) -> None:
     lines = text.count("\n") + 1
     if len(text) > MAX_BYTES or lines > MAX_LINES:
@@ -48,10 +61,10 @@ def _check_size(text: str, name: str) -> None:
 
 
 def read_yaml(text: str, name: str) -> tuple[Any, Source]:
-    """The values of a YAML text, and where they stand.
+    """The values of a YAML text, and where they stand; SparseML's modifiers as `Tagged`.
 
-    Raises RecipeError for what is not YAML, duplicate keys, and texts (or expansions of anchors)
-    that are too large or too deep to be a recipe.
+    Of keys that stand twice the last counts; `Source.repeated` lists them. Raises RecipeError for
+    what is not YAML, and for texts (or expansions of anchors) too large or too deep for a recipe.
     """
     _check_size(text, name)
     try:
@@ -64,7 +77,7 @@ def read_yaml(text: str, name: str) -> tuple[Any, Source]:
         if node is None:
             raise RecipeError(f"{name}: the recipe is empty")
         reader = _Reader(loader, name)
-        return reader.value(node, (), 0), Source(name, reader.lines)
+        return reader.value(node, (), 0), Source(name, reader.lines, reader.repeated)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{name}:{mark.line + 1}" if mark else name
@@ -83,6 +96,7 @@ class _Reader:
     def __init__(self, loader: Loader, name: str) -> None:
         self.loader, self.name, self.count = loader, name, 0
         self.lines: dict[Path, int] = {}
+        self.repeated: dict[Path, int] = {}
 
     def fail(self, node: yaml.Node, message: str) -> RecipeError:
         return RecipeError(f"{self.name}:{node.start_mark.line + 1}: {message}")
@@ -92,21 +106,29 @@ class _Reader:
         if self.count > MAX_VALUES or depth > MAX_DEPTH:
             raise self.fail(node, "anchors or lists nested too deeply for a recipe")
         self.lines.setdefault(path, node.start_mark.line + 1)
+        if not node.tag.startswith(STANDARD):
+            return self.tagged(node, path, depth)
         if isinstance(node, yaml.SequenceNode):
             return [self.value(item, (*path, i), depth + 1) for i, item in enumerate(node.value)]
         if isinstance(node, yaml.MappingNode):
             return self.mapping(node, path, depth)
-        if not node.tag.startswith("tag:yaml.org,2002:"):
-            raise self.fail(node, f"unknown tag {node.tag}; native recipes use no tags")
         try:
             return self.loader.construct_object(node)
         except (ValueError, LookupError, AttributeError):  # what PyYAML's constructors let through
-            kind = node.tag.removeprefix("tag:yaml.org,2002:")
+            kind = node.tag.removeprefix(STANDARD)
             raise self.fail(node, f"{node.value[:40]!r} cannot be read as {kind}") from None
 
-    def mapping(self, node: yaml.MappingNode, path: Path, depth: int) -> dict[str, Any]:
-        if not node.tag.startswith("tag:yaml.org,2002:"):
+    def tagged(self, node: yaml.Node, path: Path, depth: int) -> Tagged:
+        name = node.tag.strip("!:").rpartition(".")[2]
+        if not name.endswith("Modifier"):
             raise self.fail(node, f"unknown tag {node.tag}; native recipes use no tags")
+        if isinstance(node, yaml.MappingNode):
+            return Tagged(name, self.mapping(node, path, depth))
+        if isinstance(node, yaml.ScalarNode) and not node.value:
+            return Tagged(name, {})
+        raise self.fail(node, f"expected a mapping of the settings of {node.tag}")
+
+    def mapping(self, node: yaml.MappingNode, path: Path, depth: int) -> dict[str, Any]:
         result: dict[str, Any] = {}
         merged: dict[str, Any] = {}
         for key_node, value_node in node.value:
@@ -121,9 +143,9 @@ class _Reader:
                     if not isinstance(part, dict):
                         raise self.fail(value_node, "'<<' merges mappings only")
                     merged = {**part, **merged}
-            elif key in result:
-                raise self.fail(key_node, f"{key!r} stands twice in the same mapping")
             else:
+                if key in result:
+                    self.repeated.setdefault(here, key_node.start_mark.line + 1)
                 result[key] = value
         return {**merged, **result}
 

@@ -1,0 +1,1 @@
+"""The names of other libraries, on the engine of this one."""

@@ -1,0 +1,43 @@
+"""Movement pruning: remove the weights that training moves towards zero.
+
+V. Sanh, T. Wolf, A. Rush, "Movement pruning: adaptive sparsity by fine-tuning", 2020,
+https://arxiv.org/abs/2005.07683, eq. 5.
+
+Here pruned weights stay pruned. In the paper their scores go on through a straight-through
+gradient, and they may come back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from prunus.layers import Layer
+from prunus.patterns import Pattern
+from prunus.pruners.base import Ranks
+from prunus.stats import Statistic
+
+
+@dataclass(frozen=True)
+class Movement:
+    """Score ``-sum_t w_t g_t`` over the steps of training: what grows stays; survivors stay as they
+    are.
+
+    The recipe entry ``movement`` sums up the scores. No calibration data shows them, so recipes
+    and `prune` cannot name this pruner.
+    """
+
+    name: ClassVar[str] = "movement"
+    patterns: ClassVar[tuple[str, ...]] = ("unstructured", "row", "N:M", "block")
+    allocator: ClassVar[str] = "uniform"
+
+    def statistic(self, layer: Layer) -> Statistic | None:
+        return None
+
+    def scores(self, w: Tensor, stat: Tensor, pattern: Pattern, ranks: Ranks) -> Tensor:
+        return stat
+
+    def rebuild(self, w: Tensor, stat: Tensor, mask: Tensor) -> Tensor:
+        return w

@@ -1,0 +1,46 @@
+"""``params`` of SparseML to patterns of ours.
+
+There a regex matches the beginning of a parameter's name (``re.match``); here the whole of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from prunus.recipe.sparseml.settings import Settings
+from prunus.regexes import alternatives
+
+ALL, ALL_PRUNABLE, FROM_PARAM = "__ALL__", "__ALL_PRUNABLE__", "__FROM_PARAM__"
+_GLOB = re.compile(r"[*?\[]")
+_WRAPPER = re.compile(r"(re:)?module\\?\.")
+_WHOLE = re.compile(r"(?<!\\)(?:\.\*|\$)$")
+
+
+def patterns(names: Sequence[str], settings: Settings, key: str = "params") -> tuple[str, ...]:
+    """The names as our patterns, everything for ``__ALL__`` and ``__ALL_PRUNABLE__``.
+
+    ``module.`` at the front, which DistributedDataParallel puts there, is left out. Raises
+    RecipeError for a regex that does not compile.
+    """
+    if ALL in names or ALL_PRUNABLE in names:
+        return ("*",)
+    return tuple(_pattern(name, settings, key) for name in names)
+
+
+def _pattern(name: str, settings: Settings, key: str) -> str:
+    if match := _WRAPPER.match(name):
+        name = (match[1] or "") + name[match.end() :]
+    if not name.startswith("re:"):
+        return "re:" + re.escape(name) if _GLOB.search(name) else name
+    regex = name[3:]
+    try:
+        re.compile(regex)
+    except re.error as error:
+        raise settings.error(f"{name!r} is not a regular expression: {error}", key) from None
+    return "re:" + "|".join(map(_prefix, alternatives(regex)))
+
+
+def _prefix(regex: str) -> str:
+    """A regex for whole names that begin as this one says."""
+    return regex if _WHOLE.search(regex) else regex + ".*"
