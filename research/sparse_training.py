@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import importlib.util
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -68,7 +69,7 @@ class Training:
         self.before: dict[str, float] | None = None
         self.pruned: dict[str, Any] = {}
         """what the last pruning step did: its step, and metrics before and after"""
-        state = checkpoint_of(args, folder)
+        state = checkpoint_of(args, folder, ranks.world_size)
         self.files = RunFolder(folder, args)
         self.files.begin(state and state["folder"])
         # first its hook, then the session's, then the other: between them the weights are pruned
@@ -238,11 +239,6 @@ class Training:
         self.files.save(state)
 
     def _load(self, state: dict[str, Any]) -> None:
-        if state["processes"] != self.ranks.world_size:
-            raise ValueError(
-                f"the run had {state['processes']} processes, now {self.ranks.world_size}; batches "
-                "would be others: start as many"
-            )
         self.epoch, self.batch = state["next_epoch"], state["next_batch"]
         self.updates = state["updates"]
         self.losses.copy_(state["losses"])
@@ -264,6 +260,9 @@ def main(argv: Sequence[str]) -> None:
     args = training_options.parse(argv)
     if args.report and importlib.util.find_spec("jinja2") is None:
         raise ValueError("--report needs: pip install 'prunus[report]'")
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     with processes(args.device, args.timeout) as (ranks, device):
         level = logging.INFO if ranks.rank == 0 else logging.WARNING
         logging.basicConfig(format="%(message)s", level=level)

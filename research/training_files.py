@@ -42,7 +42,7 @@ def folder_of(args: argparse.Namespace) -> Path:
     return Path(args.output) / (args.experiment or args.model.replace("/", "_"))
 
 
-def checkpoint_of(args: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
+def checkpoint_of(args: argparse.Namespace, folder: Path, world_size: int) -> dict[str, Any] | None:
     """The state to go on from, or None to begin.
 
     Raises ValueError if a run would be overwritten, or was made with other options.
@@ -53,6 +53,11 @@ def checkpoint_of(args: argparse.Namespace, folder: Path) -> dict[str, Any] | No
     if not args.resume or (args.resume == "auto" and not path.is_file()):
         return None
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    if state["processes"] != world_size:
+        raise ValueError(
+            f"{path} is of {state['processes']} processes, now there are {world_size}, and batches "
+            "would be others; start as many"
+        )
     mine, theirs = plain(args), state["args"]
     if changed := [k for k in mine if k not in FREE and mine[k] != theirs.get(k)]:
         said = "; ".join(f"{k} was {theirs.get(k)!r} and is {mine[k]!r}" for k in changed)

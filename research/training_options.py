@@ -189,6 +189,7 @@ def _training(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("the run").add_argument
     add("--seed", type=int, default=42)
     add("--device", default=default_device())
+    add("--deterministic", action="store_true", help="kernels that repeat, bit for bit, on GPUs")
     add("--timeout", type=float, default=18000, help="seconds that processes wait for another")
     add("--output", default="runs/train")
     add("--experiment", default="", help="name of a folder within --output; default: the model")
@@ -212,7 +213,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     data = first.data_dir or first.data
     config = first.config or (CONFIGS / "digits.yaml" if data in (None, "digits") else None)
     if config is not None:
-        parser.set_defaults(**read_config(config, parser))
+        defaults = read_config(config, parser)
+        if first.recipe:  # the variables are those of the config's own recipe
+            defaults.pop("set", None)
+        parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     args.data_dir = args.data_dir or args.data
     _check(parser, args)

@@ -47,7 +47,10 @@ def seed_all(*numbers: int) -> None:
     seed = mixed(*numbers)
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
-    torch.manual_seed(seed)
+    # torch.manual_seed takes a millisecond where there are devices that are not in use
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
 
 
 class Digits(Dataset[tuple[Any, int]]):
@@ -68,19 +71,24 @@ class Digits(Dataset[tuple[Any, int]]):
 
 
 class TarSplit:
-    """``.../<split>/<class>/<image>`` within one tar file; a reader for timm's ImageDataset."""
+    """The ``.../<class>/<image>`` of a tar file; a reader for timm's ImageDataset.
 
-    def __init__(self, path: Path, split: str) -> None:
-        self.path, names = path, synonyms(split)
+    With `names`, only those in a folder of one of these names: ``.../<name>/<class>/<image>``.
+    """
+
+    def __init__(self, path: Path, names: Sequence[str] = ()) -> None:
+        self.path = path
         with tarfile.open(path, "r:") as tar:
             parts = [(Path(m.name).parts, m.offset_data, m.size) for m in tar if m.isfile()]
         found = [
             (p[-2], begin, size)
             for p, begin, size in parts
-            if len(p) > 2 and p[-3] in names and Path(p[-1]).suffix.lower() in ENDINGS
+            if len(p) > 1 and (not names or p[-3:-2] in [(name,) for name in names])
+            if Path(p[-1]).suffix.lower() in ENDINGS
         ]
         if not found:
-            raise ValueError(f"{path} has no images in a folder {split}/<class>/; give it one")
+            where = f"{names[0]}/<class>/" if names else "<class>/"
+            raise ValueError(f"{path} has no images in a folder {where}; give it one")
         classes = sorted({name for name, _, _ in found}, key=natural_key)
         self.images = [(begin, size, classes.index(name)) for name, begin, size in found]
 
@@ -116,13 +124,15 @@ def open_dataset(
     if root.suffixes[-2:] == [".tar", ".gz"] or root.suffix == ".tgz":
         raise ValueError(f"{root}: images in a compressed tar have no places; gunzip it first")
     if root.suffix == ".tar" and root.is_file():
-        return ImageDataset(data_dir, reader=TarSplit(root, split), input_img_mode=mode)
-    tars = [path for n in synonyms(split) if (path := root / f"{n}.tar").is_file()]
+        return ImageDataset(data_dir, reader=TarSplit(root, synonyms(split)), input_img_mode=mode)
+    for path in [root / f"{name}.tar" for name in synonyms(split)]:
+        if path.is_file():
+            return ImageDataset(data_dir, reader=TarSplit(path), input_img_mode=mode)
     if "/" not in name:
         name, more = "", {"input_img_mode": mode}  # CAP says --dataset imagenet for a folder
     elif not name.startswith("torch/"):
         more = {**more, "input_img_mode": mode}
-    found = create_dataset(name, root=str(tars[0]) if tars else data_dir, split=split, **more)
+    found = create_dataset(name, root=data_dir, split=split, **more)
     if isinstance(found, IterableDataset):
         raise ValueError(f"{name} is a stream, which has no order to resume in; use files instead")
     return found
