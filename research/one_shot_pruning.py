@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from timm.data import resolve_data_config
+from timm.utils import ParseKwargs
 from torch import nn
 
 import prunus
@@ -39,13 +40,14 @@ console = Console()
 RECIPE = Path(__file__).parent.parent / "recipes" / "vit" / "cap-one-shot-50.yaml"
 SPARSITIES = (0.5, 0.6, 0.75, 0.9)
 SETTINGS = ("model", "checkpoint", "dataset", "data_dir", "seed", "grad_sampler_batch_size")
-SETTINGS += ("train_split", "val_split", "recalibrate", "gs_aug")
+SETTINGS += ("train_split", "val_split", "recalibrate", "gs_aug", "model_kwargs", "num_classes")
+SETTINGS += ("img_size", "crop_pct", "mean", "std", "interpolation")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("--data-dir", default="digits", help="a folder or tar of images; default: digits")
+    add("--data-dir", help="a folder or tar of images; default: digits")
     add("--dataset", default="", help="timm's name, such as torch/cifar10; default: image folder")
     add("--train-split", default="train")
     add("--val-split", default="validation")
@@ -54,6 +56,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     checkpoints = ("--checkpoint", "--checkpoint-path")
     add(*checkpoints, default="", help="weights; default: timm's pretrained ones")
     add("--num-classes", type=int, help="of the checkpoint; default: the model's own")
+    add("--model-kwargs", nargs="*", default={}, action=ParseKwargs)
+    add("--img-size", type=int, help="of the images, like the next ones; default: the model's own")
+    add("--crop-pct", type=float)
+    add("--mean", type=float, nargs="+")
+    add("--std", type=float, nargs="+")
+    add("--interpolation", default="")
     add("--recipe", "--sparseml-recipe", default=str(RECIPE), help="what to prune, and how")
     add("--sparsities", nargs="+", type=float, default=list(SPARSITIES))
     batch = ("-gb", "--grad-sampler-batch-size", "--gs-batch-size")
@@ -76,6 +84,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args([dashed(argument) for argument in argv])
     if bad := [s for s in args.sparsities if not 0 <= s <= 1]:
         parser.error(f"--sparsities: {bad[0]:g} is not between 0 and 1")
+    if args.data_dir is None and not args.dataset:
+        args.data_dir = "digits"
     args.model = args.model or ("digits_vit" if args.data_dir == "digits" else None)
     if args.model is None:
         parser.error("--model is needed with --data-dir; any name of timm")
@@ -152,16 +162,17 @@ class Program:
         self.folder = Path(args.output_dir) / args.experiment
         self.results = Results(self.folder, settings)
         vision_data.seed_all(args.seed)
+        chosen = {} if args.num_classes is None else {"num_classes": args.num_classes}
         self.model = vision_models.create(
             args.model,
             pretrained=True,
             checkpoint=args.checkpoint,
             folder=args.model_folder,
             ranks=ranks,
-            num_classes=args.num_classes,
+            **{**args.model_kwargs, **chosen},
         )
         self.model.to(device).eval()
-        config = resolve_data_config({}, model=self.model)
+        config = resolve_data_config(vars(args), model=self.model)
         config.pop("crop_mode")
         self.settings = {**config, "num_workers": args.workers, "device": device}
         self.test = vision_data.evaluation_loader(

@@ -210,8 +210,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The options; without data and config, those of the digits."""
     parser, argv = build_parser(), [dashed(argument) for argument in argv]
     first = parser.parse_args(argv)
-    data = first.data_dir or first.data
-    config = first.config or (CONFIGS / "digits.yaml" if data in (None, "digits") else None)
+    data = first.data_dir or first.data or first.dataset
+    config = first.config or (CONFIGS / "digits.yaml" if data in ("", "digits") else None)
     if config is not None:
         defaults = read_config(config, parser)
         if first.recipe:  # the variables are those of the config's own recipe
@@ -248,5 +248,5 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--sched plateau depends on what a resumed run forgets; use another")
     if not 0 <= args.distill_weight <= 1:
         parser.error(f"--distill-weight {args.distill_weight:g} is not between 0 and 1")
-    if args.data_dir in (None, "digits"):
+    if args.data_dir == "digits" or not (args.data_dir or args.dataset):
         args.data_dir, args.workers = "digits", 0  # the images are in memory

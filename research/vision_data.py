@@ -107,18 +107,19 @@ def synonyms(split: str) -> Sequence[str]:
     return next((names for names in SPLITS if split in names), (split,))
 
 
-def open_dataset(
-    data_dir: str | None, name: str, split: str, in_chans: int, **more: Any
-) -> Dataset[Any]:
+def open_dataset(data_dir: str | None, name: str, split: str, in_chans: int) -> Dataset[Any]:
     """Pictures and labels: ``digits``, a folder, a tar, or what timm's `create_dataset` knows.
 
     A tar holds ``train`` and ``val`` folders of classes, or a folder holds ``train.tar`` and
     ``val.tar``. Raises ValueError with the remedy for what cannot be read.
     """
     mode = "L" if in_chans == 1 else "RGB"
-    if DIGITS in (data_dir, name):
+    if "/" in name:
+        more = {} if name.startswith("torch/") else {"input_img_mode": mode}
+        return indexed(create_dataset(name, data_dir, split, **more), name)
+    if data_dir == DIGITS:
         return Digits(split in SPLITS[0], mode)
-    if data_dir is None or ("/" not in name and not Path(data_dir).exists()):
+    if data_dir is None or not Path(data_dir).exists():
         raise ValueError(f"there is no data in {data_dir!r}; give --data-dir a folder, or 'digits'")
     root = Path(data_dir)
     if root.suffixes[-2:] == [".tar", ".gz"] or root.suffix == ".tgz":
@@ -128,14 +129,15 @@ def open_dataset(
     for path in [root / f"{name}.tar" for name in synonyms(split)]:
         if path.is_file():
             return ImageDataset(data_dir, reader=TarSplit(path), input_img_mode=mode)
-    if "/" not in name:
-        name, more = "", {"input_img_mode": mode}  # CAP says --dataset imagenet for a folder
-    elif not name.startswith("torch/"):
-        more = {**more, "input_img_mode": mode}
-    found = create_dataset(name, root=data_dir, split=split, **more)
-    if isinstance(found, IterableDataset):
+    # whatever the name: CAP says --dataset imagenet for a folder
+    return create_dataset("", data_dir, split, input_img_mode=mode)
+
+
+def indexed(dataset: Any, name: str) -> Dataset[Any]:
+    """Itself. Raises ValueError for a stream."""
+    if isinstance(dataset, IterableDataset):
         raise ValueError(f"{name} is a stream, which has no order to resume in; use files instead")
-    return found
+    return dataset
 
 
 class Numbered(Dataset[Any]):

@@ -337,6 +337,7 @@ def test_a_tar_holds_the_images_of_its_folder(images, path):
         ("nowhere", "", "give --data-dir a folder, or 'digits'"),
         ("x.tar.gz", "", "gunzip it first"),
         ("empty.tar", "", r"has no images in a folder train/<class>/"),
+        ("x.tar.gz", "wds/x", "wds/x is a stream, .* use files instead"),
     ],
 )
 def test_data_that_cannot_be_read_is_refused_with_the_remedy(tmp_path, path, name, remedy):
@@ -344,7 +345,11 @@ def test_data_that_cannot_be_read_is_refused_with_the_remedy(tmp_path, path, nam
         (tmp_path / path).touch()
     if path == "empty.tar":
         subprocess.run(["tar", "-cf", str(tmp_path / path), "-T", os.devnull], check=True)
-    with pytest.raises(ValueError, match=remedy):
+    stream = mock.MagicMock(spec=torch.utils.data.IterableDataset)
+    with (
+        mock.patch.object(vision_data, "create_dataset", return_value=stream),
+        pytest.raises(ValueError, match=remedy),
+    ):
         vision_data.open_dataset(str(tmp_path / path), name, "train", 3)
 
 
