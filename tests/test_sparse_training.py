@@ -266,7 +266,7 @@ def test_histograms_count_the_weights_that_are_left_and_go_to_wandb(tmp_path, mo
 
 # timm leaves the files of images to be closed when they are forgotten
 leaves_files_open = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
-SPREAD = ["--scale", "0.3", "1.0", "--hflip", "0.5", "--color-jitter", "0.3"]
+SPREAD = ["--scale", "0.3", "1.0", "--color-jitter", "0.3", "--drop-path", "0.3", "--mixup", "0.5"]
 
 
 @pytest.fixture(scope="module")
