@@ -18,6 +18,7 @@ from prunus.names import did_you_mean
 import vision_models
 from processes import dashed, default_device
 
+OUTPUT = "runs/train"
 CONFIGS = Path(__file__).parent / "configs"
 # of timm's configs: what we do not have, and the value at which that makes no difference
 ABSENT = {
@@ -191,7 +192,7 @@ def _training(parser: argparse.ArgumentParser) -> None:
     add("--device", default=default_device())
     add("--deterministic", action="store_true", help="kernels that repeat, bit for bit, on GPUs")
     add("--timeout", type=float, default=18000, help="seconds that processes wait for another")
-    add("--output", default="runs/train")
+    add("--output", default=OUTPUT)
     add("--experiment", default="", help="name of a folder within --output; default: the model")
     add("--resume", nargs="?", const="auto", default="", help="a last.pth; default: the run's own")
     add("--checkpoint-steps", type=int, default=0, help="updates between checkpoints in an epoch")
@@ -218,7 +219,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             defaults.pop("set", None)
         parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
-    args.data_dir = args.data_dir or args.data
+    args.data_dir, args.output = args.data_dir or args.data, args.output or OUTPUT
     _check(parser, args)
     args.said_epochs = any(a == "--epochs" or a.startswith("--epochs=") for a in argv)
     return args

@@ -436,10 +436,11 @@ def test_every_config_names_options_and_is_overridden_by_typed_ones(path):
 
 def test_a_config_of_timm_with_options_we_do_not_have_is_read_where_they_are_off(tmp_path):
     path = tmp_path / "timm.yaml"
-    off = "apex_amp: false\naug_splits: 0\nstart_epoch: null\nopt_betas: null\nepochs: 7\n"
+    off = "apex_amp: false\naug_splits: 0\nstart_epoch: null\nopt_betas: null\nepochs: 7\noutput: ''\n"
     path.write_text(off)
     command = ["--data-dir", "x", "--recipe", "y", "--config", str(path)]
-    assert training_options.parse(command).epochs == 7
+    args = training_options.parse(command)
+    assert (args.epochs, args.output) == (7, "runs/train")
     path.write_text(off.replace("aug_splits: 0", "aug_splits: 3"))
     with pytest.raises(ValueError, match="aug_splits: 3 is not supported; remove it"):
         training_options.parse(command)
