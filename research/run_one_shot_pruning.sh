@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# One-shot pruning of a model to several sparsities. As it stands: digits, in half a minute on a CPU.
+# What stands before the command changes it:
+#   DATA_DIR=/data/imagenet MODEL=deit_small_patch16_224 NUM_PROC=8 research/run_one_shot_pruning.sh
+# and what stands after it is passed on: research/run_one_shot_pruning.sh --save-model --log-wandb
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+DATA_DIR=${DATA_DIR:-digits}
+MODEL=${MODEL:-digits_vit}
+RECIPE=${RECIPE:-recipes/vit/cap-one-shot-50.yaml}
+EXPERIMENT=${EXPERIMENT:-$MODEL}
+SPARSITIES=${SPARSITIES:-0.5 0.6 0.75 0.9}
+NUM_PROC=${NUM_PROC:-1} # processes, one for each GPU
+
+# SPARSITIES are several words
+# shellcheck disable=SC2086
+"${PYTHON:-python}" -m torch.distributed.run --standalone --nproc-per-node "$NUM_PROC" \
+    research/one_shot_pruning.py \
+    --data-dir "$DATA_DIR" \
+    --recipe "$RECIPE" \
+    --model "$MODEL" \
+    --experiment "$EXPERIMENT" \
+    -gb "${GRAD_BATCH_SIZE:-16}" \
+    -vb "${VAL_BATCH_SIZE:-256}" \
+    --workers "${WORKERS:-8}" \
+    --sparsities $SPARSITIES \
+    "$@"
