@@ -209,17 +209,17 @@ def plan(
 ) -> tuple[Any, int]:
     """The schedule of the learning rate (None where the recipe sets it), and the epochs.
 
-    A recipe whose learning rate ends after some epochs says how many there are, unless ``--epochs``
-    was typed.
+    A recipe says how many there are by its ``epochs``, or by a learning rate that ends after some,
+    unless ``--epochs`` was typed.
     """
     rates = [m for m in recipe.modifiers if isinstance(m, LearningRate)]
     ends = [parse_duration(m.window.to) for m in rates if m.window and m.window.to]
     said = [value for value, unit in ends if unit == "ep"]
-    if rates and len(said) == len(ends) > 0 and not args.said_epochs:
-        args.epochs = round(max(said))
-        log.info(
-            "the recipe's learning rate ends after %d epochs, and so does training", args.epochs
-        )
+    last = max(said) if rates and len(said) == len(ends) > 0 else None
+    length = recipe.epochs or last
+    if length is not None and not args.said_epochs:
+        args.epochs = round(length)
+        log.info("the recipe's training ends after %d epochs, and so does this one", args.epochs)
     if rates:
         return None, args.epochs
     scheduler, epochs = create_scheduler_v2(

@@ -4,11 +4,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 import prunus
 from prunus.allocators import ERK, Global, Problem, Table, Uniform, Unit
 from prunus.allocators.base import fill
 
+from nm_oracles import Net
 from oracles import small_cnn, small_mlp
 
 
@@ -98,6 +100,24 @@ def test_layerwise_allocators_prune_the_model_to_the_target(allocator):
 def test_a_table_sets_each_layer():
     result = prunus.prune(small_mlp(), "magnitude", allocator={"0": 0.25, "*": 0.75})
     assert {row.name: row.sparsity for row in result.rows} == {"0": 0.25, "2": 0.75}
+
+
+@pytest.mark.parametrize(
+    "table", [{"attn.qkv[q]": 0.25, "*[k]": 0.75}, {"attn.qkv[[]q]": 0.25, "*.qkv[k]": 0.75}]
+)
+def test_a_table_names_thirds(table):
+    layers = ["attn.qkv[q]", "attn.qkv[k]"]
+    result = prunus.prune(Net(), "magnitude", layers=layers, allocator=table)
+    assert [row.sparsity for row in result.rows] == [0.25, 0.75]
+    with pytest.raises(ValueError, match=r"'attn.qkv\[v\]' matches no pruned layer"):
+        prunus.prune(Net(), "magnitude", layers=layers, allocator={**table, "attn.qkv[v]": 0.5})
+
+
+def test_a_class_of_characters_in_a_table_stays_one():
+    model = nn.ModuleDict({name: nn.Linear(4, 4) for name in "qkx"})
+    table = {"[k]": 0.5, "*": 0.25}
+    result = prunus.prune(model, "magnitude", layers=list("qkx"), allocator=table)
+    assert [row.sparsity for row in result.rows] == [0.25, 0.5, 0.25]
 
 
 def test_a_table_scales_to_an_overall_target():

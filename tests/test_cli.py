@@ -41,6 +41,10 @@ def llama():
 def tokens():
     return [{"input_ids": torch.randint(32, (2, 12))} for _ in range(2)]
 
+def fused():
+    from nm_oracles import Net
+    return Net()
+
 def labelled():
     import prunus
     pairs = [(torch.randn(4, 8), torch.randn(4, 4)) for _ in range(5)]
@@ -58,6 +62,10 @@ modifiers:
       masking: mdgf
       structure: [3:4, 1:4]
       window: {from: 1ep, to: 4ep}
+"""
+THIRDS = """
+modifiers:
+  - prune: {layers: ["attn.qkv[q]"], pattern: 2:4}
 """
 PERMUTED = """
 modifiers:
@@ -77,6 +85,7 @@ def run(tmp_path, monkeypatch, capsys):
     (tmp_path / "r.yaml").write_text(RECIPE)
     (tmp_path / "second.yaml").write_text(SECOND)
     (tmp_path / "permuted.yaml").write_text(PERMUTED)
+    (tmp_path / "thirds.yaml").write_text(THIRDS)
     (tmp_path / "trained.yaml").write_text(TRAINED)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -97,7 +106,8 @@ def run(tmp_path, monkeypatch, capsys):
 def test_list_names_everything_a_recipe_can(run):
     code, screen, _ = run("list")
     assert code == 0
-    for name in ("magnitude", "global", "erk", "learning_rate", "hard", "2:4", "inverse_cubic"):
+    patterns = ("2:4", "2:4 along outputs", "4x1")
+    for name in ("magnitude", "global", "erk", "learning_rate", "hard", "inverse_cubic", *patterns):
         assert name in screen
 
 
@@ -139,6 +149,14 @@ def test_check_shows_the_plan_and_the_memory_of_nm_training(run):
     assert re.search(r"^\s*25\s+2\.50\s+mdgf: train 1:4", screen, re.MULTILINE)
     assert re.search(r"^\s*40\s+4\.00\s+mdgf: freeze the masks, 1:4", screen, re.MULTILINE)
     assert "memory: masks: 512 B; dense weights: 2.0 KiB" in screen
+
+
+def test_thirds_are_printed_by_name(run):
+    model = ("--model", "user_module:fused")
+    assert "attn.qkv[q]" in run("check", "thirds.yaml", *model)[1]
+    assert "attn.qkv[q]" in run("prune", "thirds.yaml", *model, "--output", "[q].safetensors")[1]
+    code, screen, _ = run("check", "thirds.yaml", *model, "--steps-per-epoch", "4", "--epochs", "2")
+    assert (code, "attn.qkv[q]" in screen) == (0, True)
 
 
 def test_check_reads_variables(run):

@@ -222,6 +222,38 @@ def test_the_backward_pass_is_an_error_and_the_forward_pass_is_not():
     assert layer.weight.grad.shape == dense.weight.shape
 
 
+@pytest.mark.parametrize("twin", [False, True])
+def test_the_backward_pass_through_a_weight_that_is_read_is_an_error(twin):
+    layer, dense = sparse_linear()
+    layer = copy.deepcopy(layer) if twin else layer
+    y = nn.functional.linear(torch.randn(3, 48), layer.weight, layer.bias)
+    with pytest.raises(RuntimeError, match=r"has no backward pass; call restore\(\)"):
+        y.sum().backward()
+    assert not layer.state_dict()["weight"].requires_grad
+    assert layer.state_dict(keep_vars=True)["weight"].requires_grad
+    with torch.no_grad():
+        assert not layer.weight.requires_grad
+    layer._held.parameter.requires_grad_(False)
+    assert not layer.weight.requires_grad
+    assert torch.equal(layer.weight, dense.weight)
+
+
+def test_a_weight_cannot_be_put_in_place_of_the_sparse_one():
+    layer, dense = sparse_linear()
+    other = nn.Parameter(torch.ones_like(dense.weight))
+    with pytest.raises(RuntimeError, match=r"is read-only; call restore\(\)"):
+        layer.weight = other
+    with pytest.raises(RuntimeError, match="is read-only"):
+        torch.func.functional_call(layer, {"weight": other}, (torch.randn(3, 48),))
+    layer.bias = nn.Parameter(torch.ones(32))
+    x = torch.zeros(3, 48)
+    assert torch.equal(layer(x), torch.ones(3, 32))
+    assert torch.func.functional_call(layer, {"bias": torch.zeros(32)}, (x,)).eq(0).all()
+    become_dense(layer)
+    layer.weight = other
+    assert layer.weight is other
+
+
 def test_autocast_gets_its_dtype_and_the_form_computes_in_its_own():
     layer, dense = sparse_linear()
     x = torch.randn(3, 48)

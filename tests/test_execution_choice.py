@@ -154,6 +154,21 @@ class Tied(nn.Module):
             self.embed.weight.copy_(blocky(16, 32, 1))
 
 
+class Reads(nn.Module):
+    """As BEiT's attention in timm."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj = mlp()[0], mlp()[0]
+        nn.init.zeros_(self.proj.weight)
+
+    def forward(self, x):
+        return self.scores(x)
+
+    def scores(self, x):
+        return nn.functional.linear(x, self.qkv.weight) + self.proj(x)
+
+
 class Own(nn.Linear):
     def forward(self, x):
         return super().forward(x) * 2
@@ -198,6 +213,15 @@ def test_layers_that_cannot_change_say_why(clock, make, reason):
     assert set(result.forms) == {"dense"}
     assert all(reason in row.why for row in result.rows)
     assert not any(isinstance(m, Sparse) for m in model.modules())
+
+
+@pytest.mark.parametrize("example", [None, torch.randn(3, 48)])
+def test_a_layer_whose_weight_its_parent_reads_stays_dense(clock, example):
+    clock(dense=1.0, csr=0.5)
+    model = nn.Sequential(Reads())
+    result = prunus.accelerate(model, example)
+    assert kinds(model) == ["Linear", "SparseLinear"]
+    assert result.rows[0].why == "Reads reads the weight itself in its forward pass"
 
 
 def test_a_subclass_that_only_adds_is_taken(clock):
@@ -458,6 +482,27 @@ def plain():
 def batch():
     return torch.randn(32, 64)
 
+def listed():
+    return [(torch.randn(16, 64), torch.zeros(16)), (torch.randn(8, 64), torch.ones(8))]
+
+def loader():
+    return torch.utils.data.DataLoader(torch.randn(40, 64), batch_size=16)
+
+def generated():
+    yield from listed()
+
+def pair():
+    return listed()[0]
+
+def mapping():
+    return {"input": torch.randn(16, 64)}
+
+def none():
+    return []
+
+def number():
+    return 3
+
 def data():
     return Calibration([(torch.randn(16, 64), torch.zeros(16)), (torch.randn(8, 64), torch.ones(8))])
 """
@@ -511,6 +556,15 @@ def test_bench_reads_a_checkpoint_and_a_calibration(bench, clock, tmp_path):
     assert "times as fast" not in screen
 
 
+@pytest.mark.parametrize("name", ["listed", "loader", "generated", "pair", "mapping", "data"])
+def test_bench_takes_the_first_of_any_batches(bench, clock, name):
+    clock(dense=1.0, csr=2.0)
+    code, screen, _ = bench("bench_module:build", "--batch", f"bench_module:{name}")
+    assert code == 0
+    assert screen.count(" 16 ") == 2
+    assert "whole model" in screen
+
+
 def test_bench_without_a_batch_takes_rows(bench, clock):
     clock(dense=1.0, csr=2.0)
     code, screen, _ = bench("bench_module:build", "--rows", "77")
@@ -521,11 +575,21 @@ def test_bench_without_a_batch_takes_rows(bench, clock):
 
 
 def test_bench_says_what_is_wrong(bench):
-    assert "rows=0" in bench("bench_module:build", "--rows", "0")[2]
+    wrong = {
+        ("--rows", "0"): "rows=0",
+        ("--device", "xyz"): "device='xyz' is not known here; use --device cpu or cuda",
+        ("--device", "meta"): "device='meta' is not known here",
+        ("--device", "cuda:99"): "device='cuda:99': torch sees",
+        ("--batch", "bench_module:none"): "'bench_module:none' returned no batches",
+        ("--batch", "bench_module:number"): "returned int, not a batch, nor batches",
+    }
     if not torch.cuda.is_available():
-        code, _, errors = bench("bench_module:build", "--device", "cuda")
+        wrong["--device", "cuda"] = "torch sees no GPU here"
+    for arguments, message in wrong.items():
+        code, _, errors = bench("bench_module:build", *arguments)
         assert code == 2
-        assert "torch sees no GPU here" in errors
+        assert message in errors
+        assert len(errors.splitlines()) == 1
 
 
 @pytest.mark.gpu

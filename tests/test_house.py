@@ -35,7 +35,8 @@ LEVELS = [
     {"modifiers"},
     {"recipe", "records", "report", "results", "session", "oneshot", "checkpoint", "accelerating"}
     | {"compat"},
-    {"cli", "preview", "bench_table", "integrations", "__init__", "__main__"},
+    {"cli", "cli_arguments", "catalogue", "preview", "bench_table"}
+    | {"integrations", "__init__", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 EXTRAS = {

@@ -25,6 +25,8 @@ class Setting:
         torch.manual_seed(0)
         self.net = Net().double()
         self.model = torch.compile(self.net, backend="eager") if compiled == "before" else self.net
+        if compiled == "full graph":
+            self.model = torch.compile(self.net, backend="eager", fullgraph=True)
         self.optimizer = torch.optim.SGD(self.net.parameters(), 0.1)
         self.session = prunus.attach(self.model, self.optimizer, RECIPE % options)
         if compiled == "after":
@@ -142,6 +144,93 @@ def test_a_compiled_model_is_evaluated_with_hard_masks_too(compiled):
         assert not it.is_hard
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_an_evaluation_between_a_forward_pass_and_its_backward_pass_is_refused(mode):
+    it = Setting().train(4)
+    loss = it.model(it.batches[0]).square().mean()
+    it.model.eval()
+    with mode():
+        it.model(it.batches[0])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_model_compiled_in_one_graph_before_attaching_is_evaluated_with_hard_masks_too():
+    plain, it = Setting().train(2), Setting(compiled="full graph").train(2)
+    for setting in (plain, it):
+        setting.model.eval()
+    torch.testing.assert_close(it.model(it.batches[0]), plain.model(it.batches[0]))
+    assert it.is_hard
+
+
+@pytest.mark.parametrize("evaluated_before", [False, True])
+def test_averaged_weights_are_evaluated_as_they_are_and_training_goes_on(evaluated_before, caplog):
+    plain, it = Setting().train(8), Setting().train(4)
+    averaged = copy.deepcopy(it.net)
+    with torch.no_grad():
+        for p in averaged.parameters():
+            p.mul_(1.5)
+    mine = copy.deepcopy(it.net.state_dict())
+    it.model.eval()
+    if evaluated_before:
+        it.model(it.batches[0])
+    it.net.load_state_dict(averaged.state_dict())
+    for _ in range(2):
+        assert torch.equal(it.model(it.batches[0]), averaged(it.batches[0]))
+    it.net.load_state_dict(mine)
+    if not evaluated_before:
+        it.model(it.batches[0])
+        assert it.is_hard
+    it.model.train()
+    it.train(4)
+    assert all(torch.equal(a, b) for a, b in zip(it.weights, plain.weights, strict=True))
+    assert not caplog.records
+
+
+def test_weights_loaded_before_an_evaluation_are_adopted_after_it(caplog):
+    it = Setting().train(4)
+    torch.manual_seed(5)
+    new = Net().double()
+    it.net.load_state_dict(new.state_dict())
+    it.model.eval()
+    assert torch.equal(it.model(it.batches[0]), new(it.batches[0]))
+    it.model.train()
+    assert torch.equal(it.model(it.batches[0]), new(it.batches[0]))
+    it.optimizer.step()  # without gradients, so that it changes nothing
+    dense = it.session.state_dict()["runs"][0]["dense"]
+    assert torch.equal(dense["attn.proj"], new.attn.proj.weight)
+    assert torch.equal(dense["attn.qkv[q]"], new.attn.qkv.weight[:8])
+    assert "the weights of 2 layers were written between two steps" in caplog.text
+
+
+def test_an_evaluation_within_an_autocast_region_does_not_compute_with_cached_casts():
+    it = Setting()
+    it.net.float()
+    x = it.batches.float()[0]
+    it.batches = it.batches.float()
+    it.train(4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        it.model(x)
+        it.model.eval()
+        seen = it.model(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(it.model(x), seen)
+
+
+def test_a_session_that_goes_back_before_the_freeze_is_evaluated_with_hard_masks_again():
+    plain, it = Setting().train(8), Setting().train(4)
+    states = copy.deepcopy([it.net.state_dict(), it.session.state_dict()])
+    it.train(6)
+    it.net.load_state_dict(states[0])
+    it.session.load_state_dict(states[1])
+    it.model.eval()
+    it.model(it.batches[0])
+    assert it.is_hard
+    it.model.train()
+    it.train(4)
+    assert all(torch.equal(a, b) for a, b in zip(it.weights, plain.weights, strict=True))
+
+
 def test_copies_of_the_model_are_nobodys_business():
     it = Setting().train(4)
     averaged = copy.deepcopy(it.net)
@@ -159,11 +248,11 @@ def test_copies_of_the_model_are_nobodys_business():
 
 def test_nothing_watches_after_the_session():
     it = Setting().train(4)
+    dense = it.session.state_dict()["runs"][0]["dense"]["attn.proj"]
     it.session.close(finish=False)
-    soft = it.net.attn.proj.weight.detach().clone()
     it.model.eval()
     it.model(it.batches[0])
-    assert torch.equal(it.net.attn.proj.weight, soft)
+    assert torch.equal(it.net.attn.proj.weight, dense)
     assert not any(module._forward_pre_hooks for module in it.net.modules())
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import prunus
+from prunus.modifiers import Run
 from prunus.training_masks import DECAYS, MDGF, SRSTE
 
 from nm_oracles import (
@@ -117,10 +118,15 @@ def test_the_default_rates_fill_the_window():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SRSTE(-1e-4), "decay=-0.0001 would make pruned weights grow; use 0 or more"),
+        (lambda: SRSTE(-1e-4), "decay=-0.0001 does not let pruned weights decay; use 0 or more"),
         (lambda: MDGF("linaer"), "unknown decay 'linaer'; did you mean 'linear'"),
         (lambda: MDGF("cosine", 0.1), "'rate' means nothing to decay 'cosine'"),
-        (lambda: MDGF("linear", 0.0), "rate=0.0 never decays"),
+        (lambda: MDGF("linear", 0.0), "rate=0.0 is no rate of decay; use a number above 0"),
+        (lambda: SRSTE(math.nan), "decay=nan does not let pruned weights decay"),
+        (lambda: MDGF("linear", math.nan), "rate=nan is no rate of decay"),
+        (lambda: MDGF("linear", math.inf), "rate=inf is no rate of decay"),
+        (lambda: MDGF(gradient="scale"), "gradient='scale'; use 'scaled' or 'ste'"),
+        (lambda: MDGF(eval="sfot"), "eval='sfot'; use 'hard' or 'soft'"),
     ],
 )
 def test_maskings_refuse_what_would_not_decay(make, message):
@@ -159,6 +165,44 @@ def test_averaged_weights_may_be_swapped_in_and_back(rule, caplog):
         model.load_state_dict(mine)
     assert torch.equal(dense_of(session), dense_of(expected))
     assert not caplog.records
+
+
+@pytest.mark.parametrize("rule", ["sr_ste", "mdgf-linear-scaled"])
+def test_a_session_that_gives_up_leaves_the_dense_weights_and_a_state_to_go_on_from(rule):
+    whole = attached(rule)
+    model, optimizer, session = attached(rule)
+    batches = data(LINEAR)
+    for x, y in batches:
+        step(*whole[:2], x, y)
+    with pytest.raises(ZeroDivisionError), session:
+        for x, y in batches[:5]:
+            step(model, optimizer, x, y)
+        dense = dense_of(session)
+        assert not torch.equal(model[2].weight, dense)
+        raise ZeroDivisionError
+    assert torch.equal(model[2].weight, dense)
+    states = [part.state_dict() for part in (model, optimizer, session)]
+    again = attached(rule)
+    for part, state in zip(again, states, strict=True):
+        part.load_state_dict(state)
+    for x, y in batches[5:]:
+        step(*again[:2], x, y)
+    assert torch.equal(again[0][2].weight, whole[0][2].weight)
+
+
+def test_a_session_that_cannot_begin_leaves_the_weights_as_they_were(monkeypatch):
+    def fails(self):
+        raise ValueError("no")
+
+    monkeypatch.setattr(Run, "prepare", fails)
+    model = model_of(LINEAR)
+    before = model[2].weight.detach().clone()
+    text = "modifiers: [prune: {pattern: 1:4, masking: ste, layers: ['2']}, learning_rate: {to: 1}]"
+    with pytest.raises(ValueError, match="no"):
+        prunus.attach(
+            model, OPTIMIZERS["sgd"](model.parameters()), text, steps_per_epoch=9, epochs=1
+        )
+    assert torch.equal(model[2].weight, before)
 
 
 # optimizers, scalers and loops

@@ -16,6 +16,7 @@ from prunus.semi_sparse import (
     flip_rate,
     flip_rates,
     kernels,
+    legal_masks,
     refresh_masks,
     swap_linear_with_semi_sparse_linear,
     swap_semi_sparse_linear_with_linear,
@@ -190,6 +191,34 @@ def test_evaluation_computes_what_is_trained():
                 seen = linear(x)
             linear.train()
             assert torch.equal(linear(x), seen)
+
+
+@pytest.mark.parametrize("gradient", ["ste", "sr_ste", "masked"])
+def test_training_goes_on_after_an_evaluation_in_inference_mode(gradient):
+    model, x = swapped(mlp(), gradient=gradient), torch.randn(4, 16)
+    model(x).square().sum().backward()
+    update(model)
+    with torch.inference_mode():  # chooses the masks
+        seen = model(x)
+        model[2].give_mask(model[2].tile_mask.clone())
+    stored = [model[0].tile_mask, model[0].flips, model[2].tile_mask]
+    assert not any(t.is_inference() for t in stored)
+    torch.testing.assert_close(grads(model, x)[0], seen)
+
+
+def test_tables_of_masks_made_in_inference_mode_serve_training():
+    legal_masks.cache_clear()
+    with torch.inference_mode():
+        assert not legal_masks().is_inference()
+
+
+def test_weights_written_past_autograd_get_their_masks_by_request():
+    model = swapped(mlp(), refresh=0)
+    for _ in range(2):
+        model(torch.randn(2, 16))
+        model[0].weight.data.copy_(torch.randn(32, 16))
+        refresh_masks(model)
+        assert torch.equal(model[0].tile_mask, tile_mask(model[0].weight))
 
 
 def test_without_refresh_masks_change_by_request_alone():

@@ -480,7 +480,7 @@ def test_n_m_training_shares_no_layer_with_another_entry_at_the_same_time():
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     trained = "prune: {pattern: '2:4', masking: ste, layers: ['2'], window: {to: 8step}}"
     recipe = f"modifiers: [{trained}, prune: {{sparsity: 0.75, window: {{from: %s}}}}]"
-    with pytest.raises(ValueError, match="two 'prune' entries mask 2 at the same time"):
+    with pytest.raises(ValueError, match="two entries mask 2 at the same time"):
         prunus.attach(model, optimizer, recipe % "4step")
     prunus.attach(model, optimizer, recipe % "8step")
 

@@ -6,6 +6,7 @@ from torch import nn
 
 import prunus
 from prunus.patterns import NM, NMAlongOutputs, parse_pattern
+from prunus.preview import preview
 from prunus.structure import geometric, stages, stepwise
 
 from nm_oracles import Net
@@ -109,6 +110,42 @@ def test_groups_of_a_named_structure_that_do_not_divide_a_layer_are_left_out():
     first, second, third, fourth = groups_of(16)
     assert first == second == 2  # 2:16 for the first half
     assert third == fourth == 1
+
+
+@pytest.mark.parametrize(
+    ("width", "expected"),
+    [
+        (64, [(0, "8:64"), (3, "4:32"), (6, "2:16"), (9, "1:8")]),
+        (
+            24,
+            [
+                (0, "8:64 in 1 of 2 layers"),
+                (0, "1:8 in 1 of 2 layers"),
+                (3, "4:32 in 1 of 2 layers"),
+                (6, "2:16 in 1 of 2 layers"),
+                (9, "1:8 in 1 of 2 layers"),
+            ],
+        ),
+    ],
+)
+def test_the_plan_says_how_many_layers_get_a_pattern(width, expected):
+    model = nn.Sequential(nn.Linear(64, 8), nn.Linear(width, 8))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    recipe = RECIPE.replace("20%%", "0%%").replace("80%%", "100%%").replace('["1"]', '["*"]')
+    session = prunus.attach(model, optimizer, recipe % "geometric", steps_per_epoch=12, epochs=1)
+    *plan, last = session.runs[0].plan()
+    said = [(step, what.removeprefix("ste: train ")) for step, what in plan]
+    assert said == expected
+    assert last == (12, "ste: freeze the masks, 1:8")
+
+
+def test_what_is_left_dense_is_shown():
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3))
+    recipe = entry({"layers": None, "window": "{to: 9step}"})
+    with prunus.attach(net, torch.optim.SGD(net.parameters(), 0.1), recipe) as session:
+        (run,) = session.runs
+        assert run.left_dense
+        assert f"left dense: {', '.join(run.left_dense)}" in map(str, preview(run, "here"))
 
 
 # what it refuses

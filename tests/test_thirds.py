@@ -149,6 +149,19 @@ modifiers:
     assert (q, k, v) == ([1], [2], [4])
 
 
+@pytest.mark.parametrize(
+    "more", ["sparsity: 0.5", "pattern: 2:4, masking: ste, window: {to: 9step}"]
+)
+def test_the_plan_counts_the_mask_of_the_whole_weight(more):
+    net = Net()
+    recipe = f"modifiers: [prune: {{layers: ['attn.qkv[q]', 'attn.qkv[k]', attn.proj], {more}}}]"
+    optimizer = torch.optim.SGD(net.parameters(), 0.0)
+    with prunus.attach(net, optimizer, recipe) as session:
+        planned = session.runs[0].memory()["masks"]
+        optimizer.step()
+        assert planned == sum(mask.nbytes for mask in session.masks.values()) == 3 * 64 + 64
+
+
 # names
 
 
@@ -164,6 +177,15 @@ def test_thirds_are_chosen_and_left_out_by_name_and_glob():
     assert names(["attn.qkv[q]", "attn.proj"], ["attn.qkv"]) == ["attn.proj"]
     assert names(["attn.qkv[q]", "attn.qkv[k]"], ["attn.qkv[q]"]) == ["attn.qkv[k]"]
     assert names([r"re:attn\.qkv\[k\]"]) == ["attn.qkv[k]"]
+
+
+def test_tables_print_the_names_of_thirds_and_whatever_looks_like_markup():
+    result = prunus.prune(Net(), "magnitude", sparsity=0.5, layers=["attn.qkv[q]", "attn.qkv[k]"])
+    result.left_dense = ["attn.qkv[v]", ":smile:"]
+    assert "attn.qkv[q]" in str(result)
+    assert "left dense: attn.qkv[v], :smile:" in str(result)
+    values = prunus.results.SweepResult({0.5: {"accuracy[top]": 1.0}})
+    assert "accuracy[top]" in str(values)
 
 
 def test_split_third_reads_the_end_of_a_pattern():

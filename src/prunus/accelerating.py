@@ -145,12 +145,13 @@ def accelerate(model: nn.Module, example: Any = None, *, rows: int = 128) -> Acc
     anew.
 
     ``example`` is a batch as `Calibration` takes it. One forward pass on it in evaluation mode
-    tells how many rows (batch times tokens) each layer is given; without it, all are measured with
-    ``rows``. Call it as the model will run: with the same number of threads, and within the
-    `torch.autocast` that it will run in.
+    tells how many rows (batch times tokens) each layer is given, and which layers are never called;
+    without it, all are measured with ``rows``. Call it as the model will run: with the same number
+    of threads, and within the `torch.autocast` that it will run in.
 
     Raises what the forward pass raises, and ValueError for ``rows`` below 1; the model is then as
-    it was. The backward pass of an accelerated layer raises RuntimeError.
+    it was. The backward pass of an accelerated layer raises RuntimeError, as does giving it another
+    weight.
     """
     if rows < 1:
         raise ValueError(f"rows={rows}: a layer is given at least 1 row; use batch times tokens")

@@ -10,25 +10,18 @@ from typing import Any
 import torch
 from rich.console import RenderableType
 from torch import nn
-from torch.utils.data import DataLoader
 
 from prunus.accelerating import accelerate
 from prunus.calibration import Calibration, undisturbed
 from prunus.execution import DENSE, timings
 
 
-def bench(
-    model: nn.Module, batches: Any = None, *, rows: int = 128, device: str = "cpu"
-) -> Iterator[RenderableType]:
+def bench(model: nn.Module, batch: Any = None, *, rows: int = 128) -> Iterator[RenderableType]:
     """Accelerate the model, and say how long it takes, layer by layer and in all.
 
-    ``batches`` is a batch, or a loader or Calibration, of which the first one counts. Raises
-    ValueError for a device that is not there.
+    It is put in evaluation mode. ``batch`` and ``rows`` are those of `accelerate`.
     """
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={device!r}: torch sees no GPU here; use --device cpu")
-    model.eval().to(device)
-    batch = next(iter(batches)) if isinstance(batches, DataLoader | Calibration) else batches
+    model.eval()
     dense = None if batch is None else copy.deepcopy(model)
     accelerated = accelerate(model, batch, rows=rows)
     yield accelerated

@@ -5,45 +5,37 @@ A model or a loader is named ``package.module:function``; the function is called
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
-import inspect
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
 from rich.text import Text
-from torch import nn
 
 import prunus
-from prunus.allocators import ALLOCATORS
 from prunus.bench_table import bench as bench_table
 from prunus.calibration import Calibration
+from prunus.catalogue import description, listing
+from prunus.cli_arguments import (
+    call_batch,
+    call_calibration,
+    call_model,
+    known_device,
+    overrides,
+)
 from prunus.compat.convert import convert as convert_recipe
-from prunus.masking import MASKINGS
-from prunus.modifiers import MODIFIERS, Context, PruningRun, TrainingRun
-from prunus.names import Registry, did_you_mean
+from prunus.modifiers import Context, PruningRun, TrainingRun
 from prunus.preview import preview, table_of
-from prunus.pruners import PRUNERS
 from prunus.recipe import Recipe, json_schema
-from prunus.recipe.schema import class_schema
-from prunus.schedules import CURVES
 from prunus.timing import Timeline
 
 app = typer.Typer(
     help=prunus.__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
-out = Console()
-REGISTRIES: dict[str, Registry[Any]] = {
-    "pruner": PRUNERS,
-    "allocator": ALLOCATORS,
-    "modifier": MODIFIERS,
-    "masking": MASKINGS,
-}
+out = Console(markup=False, emoji=False)  # `attn.qkv[q]` is a name, not markup
 
 ModelOption = Annotated[str, typer.Option(help="package.module:function that returns the model")]
 MemoryOption = Annotated[
@@ -63,71 +55,10 @@ def main() -> None:
         sys.exit(2)
 
 
-def call(name: str) -> Any:
-    """What ``package.module:function`` returns.
-
-    Raises ValueError if there is no such function.
-    """
-    module_name, _, function = name.partition(":")
-    if not function:
-        raise ValueError(f"'{name}' must be written package.module:function")
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # modules beside the shell's working directory
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"cannot import '{module_name}' of '{name}': {error}") from None
-    if not callable(getattr(module, function, None)):
-        hint = did_you_mean(function, [n for n, v in vars(module).items() if inspect.isfunction(v)])
-        raise ValueError(f"'{module_name}' has no function '{function}'{hint}")
-    try:
-        inspect.signature(getattr(module, function)).bind()
-    except (TypeError, ValueError):
-        raise ValueError(f"'{name}' cannot be called without arguments; wrap it") from None
-    return getattr(module, function)()
-
-
-def call_model(name: str) -> nn.Module:
-    model = call(name)
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"'{name}' returned {type(model).__name__}, not a torch.nn.Module")
-    return model
-
-
-def _overrides(pairs: list[str] | None) -> dict[str, Any]:
-    values = {}
-    for pair in pairs or []:
-        name, equals, text = pair.partition("=")
-        if not equals:
-            raise ValueError(f"--set {pair!r} must be written name=value")
-        try:
-            values[name] = json.loads(text)
-        except json.JSONDecodeError:
-            values[name] = text
-    return values
-
-
-def _description(cls: type) -> str:
-    return (inspect.getdoc(cls) or "").replace("``", "").replace("`", "'")
-
-
 @app.command("list")
 def list_() -> None:
     """What recipes can name: pruners, patterns, allocators, modifiers, curves."""
-    table = table_of("kind", "name", "what it does")
-    for kind, registry in REGISTRIES.items():
-        for name in registry:
-            table.add_row(kind, name, _description(registry[name]).split("\n")[0])
-        table.add_section()
-    for pattern, said in (
-        ("unstructured", "any weight may go"),
-        ("row", "every output keeps the same number of inputs"),
-        ("2:4", "N kept of every M consecutive input channels, any N and M"),
-        ("4x1", "blocks of outputs x inputs go together, any size"),
-    ):
-        table.add_row("pattern", pattern, said)
-    out.print(table)
-    out.print(f"curves of schedules: {', '.join([*CURVES, 'steps', 'cyclic'])}")
+    out.print(*listing(), sep="\n")
 
 
 @app.command()
@@ -135,31 +66,7 @@ def show(
     name: Annotated[str, typer.Argument(help="a pruner, allocator, modifier or masking")],
 ) -> None:
     """The description and the settings of one thing that `list` names."""
-    found = [(kind, registry[name]) for kind, registry in REGISTRIES.items() if name in registry]
-    if not found:
-        known = [n for registry in REGISTRIES.values() for n in registry]
-        raise ValueError(f"nothing is called {name!r}{did_you_mean(name, known)}")
-    for kind, cls in found:
-        out.print(Text(f"{kind} {name}", style="bold"))
-        out.print(Text(_description(cls)))
-        if kind == "pruner":
-            out.print(f"patterns: {', '.join(cls.patterns)}; allocator: {cls.allocator}")
-        properties = class_schema(cls).get("properties", {})
-        if not properties:
-            out.print("no settings")
-            continue
-        table = table_of("setting", "default", "meaning")
-        defaults = {f.name.rstrip("_"): f for f in dataclasses.fields(cls)}
-        for key, schema in properties.items():
-            table.add_row(key, _default(defaults[key]), schema.get("description", ""))
-        out.print(table)
-
-
-def _default(field: dataclasses.Field[Any]) -> str:
-    if field.default_factory is not dataclasses.MISSING:
-        value = field.default_factory()
-        return str(getattr(value, "name", value))
-    return "required" if field.default is dataclasses.MISSING else str(field.default)
+    out.print(*description(name), sep="\n")
 
 
 @app.command()
@@ -172,7 +79,7 @@ def check(
     set_: SetOption = None,
 ) -> None:
     """Which layers a recipe prunes, when, how sparse, and the memory it takes; changes nothing."""
-    loaded = Recipe.load(recipe, **_overrides(set_))
+    loaded = Recipe.load(recipe, **overrides(set_))
     out.print(f"{recipe}: {', '.join(m.name for m in loaded.modifiers)}: reads well")
     if not model:
         out.print("give --model to see its layers, the times and the memory")
@@ -219,7 +126,7 @@ def convert(
     set_: SetOption = None,
 ) -> None:
     """The same recipe in our own words; comments say what has no counterpart."""
-    text = convert_recipe(recipe, dialect, _overrides(set_))
+    text = convert_recipe(recipe, dialect, overrides(set_))
     if output is None:
         typer.echo(text, nl=False)
     else:
@@ -273,11 +180,6 @@ def prune(
     network = call_model(model)
     if weights is not None:
         prunus.load(weights, network)
-    data = None if calibration is None else call(calibration)
-    if data is not None and not isinstance(data, Calibration):
-        data = Calibration(data)
-    if data is not None and memory is not None:
-        data = dataclasses.replace(data, memory=memory)
     result = prunus.prune(
         network,
         pruner,
@@ -286,7 +188,7 @@ def prune(
         layers=layers,
         exclude=exclude or (),
         allocator=allocator,
-        calibration=data,
+        calibration=call_calibration(calibration, memory),
         recalibrate=recalibrate,
         sequential=sequential is not None and prunus.Sequential(blocks, device, folder=folder),
         permute=None if permute is None else prunus.Permute(permute, shared),  # type: ignore[arg-type]
@@ -306,17 +208,18 @@ def bench(
         Path | None, typer.Option(help="safetensors file to load into the model first")
     ] = None,
     batch: Annotated[
-        str | None, typer.Option(help="package.module:function, a batch, a loader or a Calibration")
+        str | None, typer.Option(help="package.module:function, a batch, batches or a Calibration")
     ] = None,
     rows: Annotated[int, typer.Option(help="input rows of each layer, without --batch")] = 128,
     device: Annotated[str, typer.Option(help="where to measure: cpu or cuda")] = "cpu",
 ) -> None:
     """How fast a pruned model runs here in sparse forms, layer by layer."""
+    where = known_device(device)
     network = call_model(model)
     if checkpoint is not None:
         prunus.load(checkpoint, network)
-    example = None if batch is None else call(batch)
-    out.print(*bench_table(network, example, rows=rows, device=device), sep="\n")
+    network.to(where)
+    out.print(*bench_table(network, call_batch(batch), rows=rows), sep="\n")
 
 
 @app.command()

@@ -115,6 +115,11 @@ class Masks(Mapping[str, Tensor]):
         self._masks[name] = mask
         self._weights[name] = weight
 
+    def keep_only(self, names: Iterable[str]) -> None:
+        """Forget all other masks."""
+        for name in self._masks.keys() - set(names):
+            del self._masks[name], self._weights[name]
+
     def parts(self, names: Iterable[str]) -> tuple[list[Tensor], list[Tensor]]:
         """Local weights and masks of those names that have one."""
         names = [name for name in names if name in self._masks]

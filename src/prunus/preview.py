@@ -19,6 +19,8 @@ def table_of(*columns: str, title: str = "") -> Table:
 def preview(run: PruningRun | TrainingRun, where: str) -> Iterator[RenderableType]:
     """Tables and lines for the entry at this place of the recipe."""
     yield _layers(run, where)
+    if run.left_dense:
+        yield f"left dense: {', '.join(run.left_dense)}"
     if isinstance(run, TrainingRun):
         yield _bytes(run)
         return
@@ -60,7 +62,6 @@ def _size(nbytes: float) -> str:
 
 
 def _memory(run: PruningRun) -> list[str]:
-    dense = [f"left dense: {', '.join(run.left_dense)}"] if run.left_dense else []
     measured = run.measurements()
     plan = []
     if len(measured.groups) > 1 and run.modifier.walk(run.context) is None:
@@ -69,7 +70,7 @@ def _memory(run: PruningRun) -> list[str]:
             f"statistics of {_size(whole)} in {len(measured.groups)} groups, one at a time: "
             f"{run.passes()} passes over the calibration data in each pruning step"
         ]
-    return [*dense, _bytes(run), *plan]
+    return [_bytes(run), *plan]
 
 
 def _bytes(run: PruningRun | TrainingRun) -> str:

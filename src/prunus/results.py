@@ -8,11 +8,12 @@ import io
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 from prunus.layers import all_layers
@@ -45,11 +46,12 @@ class Printable(abc.ABC):
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table(title=self.title, title_justify="left", box=box.SIMPLE_HEAD)
         for i, name in enumerate(self.header()):
-            table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
-        for row in self.cells():
-            table.add_row(*row)
+            justify: Literal["left", "right"] = "left" if i == 0 else "right"
+            table.add_column(Text(name), justify=justify, overflow="fold")
+        for row in self.cells():  # Text, for in a str `attn.qkv[q]` ends with markup
+            table.add_row(*map(Text, row))
         yield table
-        yield from self.notes()
+        yield from map(Text, self.notes())
 
     def __str__(self) -> str:
         text = io.StringIO()

@@ -171,6 +171,8 @@ class Session:
                 (run.skipped if skipped else run.settle)(self.step)
             for run in self.runs if not skipped else ():
                 run.after_step(self.step)
+            for run in self.runs if not skipped else ():
+                run.enter(self.step)
 
     def _begin(self) -> None:
         if not self._fresh:
@@ -228,8 +230,10 @@ class Session:
         self.step, self._fresh = int(state["step"]), True
         for name, mask in masks.items():
             self.masks.put(name, parameters[name], scatter(mask, parameters[name]))
+        self._context.owners.clear()
         for run, part in zip(self.runs, state["runs"], strict=True):
             run.load_state_dict(part)
+        self.masks.keep_only(masks)
         self.recorder.rewind(self.step)
 
     def _check_state(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -284,7 +288,7 @@ class Session:
         last = max((run.due for run in self.runs if run.due is not None), default=0)
         if last > self.step:
             log.warning("closed at step %d of %d: pruned to the target at once", self.step, last)
-        for run in self.runs:
+        for run in sorted(self.runs, key=lambda run: run.due or 0):
             run.finish(self.step)
         sparsity = whole_sparsity(self.masks)
         self.recorder({"event": "end", "step": self.step, "sparsity": sparsity})

@@ -60,8 +60,8 @@ class SRSTE(STE):
     """lambda of the paper; beside the optimizer's own weight decay"""
 
     def __post_init__(self) -> None:
-        if self.decay < 0:
-            raise ValueError(f"decay={self.decay} would make pruned weights grow; use 0 or more")
+        if not 0 <= self.decay < math.inf:
+            raise ValueError(f"decay={self.decay} does not let pruned weights decay; use 0 or more")
 
     def treat(
         self, grads: list[Tensor], weights: list[Tensor], masks: list[Tensor], beta: float, c: float
@@ -101,8 +101,11 @@ class MDGF(STE):
             raise ValueError(f"unknown decay {self.decay!r}{did_you_mean(self.decay, DECAYS)}")
         if self.rate is not None and self.decay not in ("linear", "exponential"):
             raise ValueError(f"'rate' means nothing to decay {self.decay!r}; drop it")
-        if self.rate is not None and self.rate <= 0:
-            raise ValueError(f"rate={self.rate} never decays; use more than 0")
+        if self.rate is not None and not 0 < self.rate < math.inf:
+            raise ValueError(f"rate={self.rate} is no rate of decay; use a number above 0")
+        for name, values in (("gradient", ("scaled", "ste")), ("eval", ("hard", "soft"))):
+            if (value := getattr(self, name)) not in values:
+                raise ValueError(f"{name}={value!r}; use {values[0]!r} or {values[1]!r}")
 
     def beta(self, t: int, total: int) -> float:
         p = t / max(1, total)

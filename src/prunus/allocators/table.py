@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from prunus.allocators.base import ALLOCATORS, Allocation, Problem, filled
+from prunus.fused import split_third
 from prunus.names import did_you_mean
 
 
@@ -23,7 +24,7 @@ class Table:
     name: ClassVar[str] = "table"
 
     sparsities: Mapping[str, float] = field(default_factory=dict)
-    """layer name or glob -> sparsity; the first that matches counts"""
+    """layer name or glob, ``*.qkv[q]`` for thirds -> sparsity; the first that matches counts"""
     file: str | None = None
     """a JSON file of the same, as an Allocation is saved"""
 
@@ -49,12 +50,12 @@ class Table:
         """
         entries = self._entries()
         for pattern in entries:
-            if not fnmatch.filter(names, pattern):
+            if not any(_matches(name, pattern) for name in names):
                 hint = did_you_mean(pattern, names)
                 raise ValueError(f"allocator table: {pattern!r} matches no pruned layer{hint}")
         rates = []
         for name in names:
-            hits = [rate for pattern, rate in entries.items() if fnmatch.fnmatchcase(name, pattern)]
+            hits = [rate for pattern, rate in entries.items() if _matches(name, pattern)]
             if not hits:
                 raise ValueError(f"allocator table: no entry for {name!r}; add one, or '*'")
             rates.append(hits[0])
@@ -67,6 +68,13 @@ class Table:
             return filled(problem, rates)
         pairs = zip(rates, units, strict=True)
         return Allocation(units, [max(round(rate * x.size), x.pruned) for rate, x in pairs])
+
+
+def _matches(name: str, pattern: str) -> bool:
+    if name == pattern or fnmatch.fnmatchcase(name, pattern):
+        return True
+    base, letter = split_third(pattern)
+    return bool(letter) and fnmatch.fnmatchcase(name, f"{base}[[]{letter}]")
 
 
 def _check_entries(entries: Mapping[str, float]) -> None:

@@ -23,6 +23,11 @@ MOVED = (
     "prunus.accelerate anew to measure what is fastest there"
 )
 
+READ_ONLY = (
+    "the weight of a layer that runs sparse is read-only; call restore() on what "
+    "prunus.accelerate returned, write it, and accelerate anew"
+)
+
 
 @dataclass
 class Held:
@@ -77,11 +82,23 @@ class Sparse(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, in new memory at each access, without gradient."""
-        dense = self._held.stored.dense()
-        return dense.t().contiguous() if self._held.inputs_first else dense
+        """The dense weight, in new memory at each access; its backward pass raises RuntimeError."""
+        held = self._held
+        dense = held.stored.dense()
+        if held.inputs_first:
+            dense = dense.t().contiguous()
+        if torch.is_grad_enabled() and held.parameter.requires_grad:
+            dense = cast(Tensor, _ForInference.apply(dense, held.parameter))
+        return dense
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise RuntimeError(READ_ONLY)
+        super().__setattr__(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._parameters["weight"] is not None:  # as torch.func.functional_call puts it there
+            raise RuntimeError(READ_ONLY)
         bias = self._parameters["bias"]
         return run(self._held.stored.form, x, bias)
 
@@ -91,7 +108,7 @@ class Sparse(nn.Module):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        destination[f"{prefix}weight"] = self.weight
+        destination[f"{prefix}weight"] = self.weight if keep_vars else self.weight.detach()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, *given: Any, **named: Any) -> None:
@@ -160,7 +177,7 @@ def become_sparse(module: nn.Module, stored: Stored, rows: int) -> None:
 def become_dense(module: nn.Module) -> None:
     """The inverse of `become_sparse`: the same Parameter has its data again, to the bit."""
     held: Held = module.__dict__["_held"]
-    held.parameter.data = cast(Tensor, module.weight)
+    held.parameter.data = cast(Tensor, module.weight).detach()
     module._parameters["weight"] = held.parameter
     del module.__dict__["_held"]
     module.__class__ = dense_class(type(module))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dis
+import inspect
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +59,8 @@ def _refused(layer: Layer, parent: nn.Module | None) -> str:
     if isinstance(module, _PARENTS) or isinstance(parent, _PARENTS):
         owner = module if isinstance(module, _PARENTS) else parent
         return f"{type(owner).__name__} computes with the weight without calling the layer"
+    if parent is not None and _reads_weight(type(parent), layer.name.rpartition(".")[2]):
+        return f"{type(parent).__name__} reads the weight itself in its forward pass"
     if hasattr(layer.weight, "to_local"):
         return "its weight lies on several ranks"
     if not isinstance(layer.weight, nn.Parameter):
@@ -64,6 +69,26 @@ def _refused(layer: Layer, parent: nn.Module | None) -> str:
     if own or (isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward):
         return "its forward is not that of a linear layer"
     return ""
+
+
+def _reads_weight(parent: type[nn.Module], child: str) -> bool:
+    """Whether the forward pass of a class, by its bytecode, has ``self.child.weight`` in it.
+
+    There, or in a method that it calls. What it reads by another way goes unseen.
+    """
+    todo, seen = ["forward"], set[str]()
+    while todo:
+        method = todo.pop()
+        function: Any = getattr(parent, method, None)
+        code = getattr(inspect.unwrap(function), "__code__", None)
+        if code is None or method in seen:
+            continue
+        seen.add(method)
+        todo += code.co_names
+        words = [step.argval for step in dis.get_instructions(code)]
+        if (child, "weight") in itertools.pairwise(words):
+            return True
+    return False
 
 
 def _memory(weight: Tensor) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any, ClassVar
 
 import torch
@@ -80,7 +81,7 @@ class AccelerateRun(Run):
                 "training ends with 2:4 weights, but the dense ones are what is left, which no "
                 "step has been trained as; end the window earlier (to: 83%) or set keep: true"
             )
-        self.active, self.kept = False, False
+        self.active = False
         self.last = 0
         """the step after which masks were chosen last"""
         self.recorded = 0
@@ -139,16 +140,17 @@ class AccelerateRun(Run):
                 layer.weight.grad.add_(torch.where(mask, 0, layer.weight), alpha=decay)
 
     def settle(self, step: int) -> None:
-        owned = [x for x in self.layers if self.kept and self.context.owners.get(x.name) is self]
-        masks = [self.context.masks[x.parameter_name] for x in owned]
-        Hard().hide([x.local for x in owned], masks)
-
-    def after_step(self, step: int) -> None:
+        owned, masks = self.context.owned(self, self.layers), self.context.masks
+        Hard().hide([x.local for x in owned], [x.part(masks[x.parameter_name]) for x in owned])
         if self.active and self.end is not None and step >= self.end:
             self._end(step)
-        elif self.active:
+
+    def after_step(self, step: int) -> None:
+        if self.active:
             self._refresh(step)
-        elif self.begin <= step and (self.end is None or step < self.end):
+
+    def enter(self, step: int) -> None:
+        if not self.active and self.begin <= step and (self.end is None or step < self.end):
             self._swap(step)
 
     def _refresh(self, step: int) -> None:
@@ -163,12 +165,17 @@ class AccelerateRun(Run):
             self.context.record(flip_event(flips, step))
 
     def _end(self, step: int) -> None:
+        held = [(x.local, self.context.in_force(x)) for x in self.layers]
+        for weight, pruned in held:
+            if pruned is not None:  # another entry may not have put it on again yet
+                Hard().hide([weight], [pruned])
         self._refresh(step)
         if self.modifier.keep:
             for layer, module, mask in self._sparse():
+                pruned = self.context.in_force(layer)
+                mask = mask if pruned is None else mask & pruned
                 put_mask(self.context, self, layer, mask)
                 Hard().hide([module.weight.detach()], [mask])
-            self.kept = True
         self.release()
 
     @torch.no_grad()
@@ -180,6 +187,11 @@ class AccelerateRun(Run):
         if self.active:
             to_dense(self._named())
         self.active = False
+
+    @property
+    def span(self) -> tuple[int, float]:
+        """Steps between which the layers are sparse while they compute."""
+        return self.begin, inf if self.end is None else self.end
 
     def plan(self) -> list[tuple[int, str]]:
         m = self.modifier
@@ -193,8 +205,8 @@ class AccelerateRun(Run):
             layer.name: {"shape": list(mask.shape), "bits": pack(mask).cpu()}
             for layer, _, mask in self._sparse()
         }
-        owned = [x.name for x in self.layers if self.context.owners.get(x.name) is self]
-        names = ("active", "kept", "last", "recorded")
+        owned = [x.name for x in self.context.owned(self, self.layers)]
+        names = ("active", "last", "recorded")
         return {**{name: getattr(self, name) for name in names}, "masks": masks, "owned": owned}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -202,8 +214,7 @@ class AccelerateRun(Run):
             self._swap(int(state["last"]))
         elif not state["active"]:
             self.release()
-        self.kept, self.recorded = bool(state["kept"]), int(state["recorded"])
-        self.last = int(state["last"])
+        self.last, self.recorded = int(state["last"]), int(state["recorded"])
         for layer, module, _ in self._sparse():
             packed = state["masks"][layer.name]
             module.give_mask(unpack(packed["bits"], packed["shape"]))

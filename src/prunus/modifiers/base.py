@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prunus.block_walk import Sequential
 from prunus.calibration import Calibration
+from prunus.fused import THIRDS
+from prunus.layers import Layer
 from prunus.masking import Masks
 from prunus.names import Registry
 from prunus.timing import Timeline
@@ -34,10 +36,46 @@ class Context:
     masks: Masks = field(default_factory=Masks)
     record: Callable[[dict[str, Any]], None] = _discard
     owners: dict[str, object] = field(default_factory=dict)
-    """layer -> the run that keeps its mask: the one that pruned it last"""
+    """layer, or third of one -> the run that keeps its mask: the one that pruned it last"""
     one_shot: bool = False
     sequential: Sequential | None = None
     """how to go through the blocks, where a recipe does not say it all"""
+
+    def take(self, layer: Layer, run: object) -> None:
+        """From now on the run keeps the layer's mask; whoever kept more keeps the other thirds."""
+        whole, parts = _family(layer)
+        if layer.third is None:
+            for part in parts:
+                self.owners.pop(part, None)
+        elif whole in self.owners:
+            self.owners.update(dict.fromkeys(parts, self.owners.pop(whole)))
+        self.owners[layer.name] = run
+
+    def owned(self, run: object, layers: Iterable[Layer]) -> list[Layer]:
+        """The layers, or the thirds of them, whose masks the run keeps."""
+        mine = []
+        for layer in layers:
+            parts = enumerate(_family(layer)[1] if layer.third is None else [])
+            thirds = [replace(layer, name=name, third=i) for i, name in parts]
+            mine += [x for x in (layer, *thirds) if self.owners.get(x.name) is run]
+        return mine
+
+    def masked(self, layer: Layer) -> bool:
+        """Whether runs keep the masks of all of the layer."""
+        whole, parts = _family(layer)
+        parts = parts if layer.third is None else [layer.name]
+        return whole in self.owners or self.owners.keys() >= set(parts)
+
+    def in_force(self, layer: Layer) -> Tensor | None:
+        """The layer's keep-mask as it is now; None if its weight has none."""
+        mask = self.masks.get(layer.parameter_name)
+        return None if mask is None else layer.part(mask)
+
+
+def _family(layer: Layer) -> tuple[str, list[str]]:
+    """The names of the whole layer and of its thirds."""
+    whole = layer.name if layer.third is None else layer.name[: -len("[q]")]
+    return whole, [f"{whole}[{x}]" for x in THIRDS]
 
 
 class Run:
@@ -62,13 +100,19 @@ class Run:
         """In that step, once gradients are there: a closure computes them (LBFGS, Lightning)."""
 
     def settle(self, step: int) -> None:
-        """After optimizer step number ``step``, in all runs before `after_step`: put masks on."""
+        """After optimizer step number ``step``, in all runs before `after_step`: put masks on.
+
+        Windows that have masked until now end here, so that others may begin in `enter`.
+        """
 
     def after_step(self, step: int) -> None:
         """After optimizer step number ``step``."""
 
+    def enter(self, step: int) -> None:
+        """After optimizer step number ``step``, in all runs last: masks that begin to act."""
+
     def skipped(self, step: int) -> None:
-        """In place of `settle` and `after_step`, where GradScaler found infinite gradients."""
+        """In place of those three, where GradScaler found infinite gradients."""
 
     @property
     def due(self) -> int | None:

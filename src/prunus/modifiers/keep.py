@@ -90,7 +90,7 @@ class KeepRun(Run):
 
     def _free(self) -> list[Layer]:
         """The layers that no other entry masks yet."""
-        free = [x for x in self.layers if x.name not in self.context.owners]
+        free = [x for x in self.layers if not self.context.masked(x)]
         for layer in free:
             if parts := [x for x in self.context.owners if x.startswith(f"{layer.name}[")]:
                 raise ValueError(
@@ -101,8 +101,8 @@ class KeepRun(Run):
 
     @property
     def owned(self) -> list[Layer]:
-        """The layers whose masks this run keeps."""
-        return [layer for layer in self.layers if self.context.owners.get(layer.name) is self]
+        """The layers, or thirds of them, whose masks this run keeps."""
+        return self.context.owned(self, self.layers)
 
     def settle(self, step: int) -> None:
         owned, masks = self.owned, self.context.masks

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 
 from prunus.layers import Layer
+from prunus.modifiers.accelerate import AccelerateRun
 from prunus.modifiers.base import Run
 from prunus.modifiers.pruning_run import PruningRun
 from prunus.modifiers.training_run import TrainingRun
@@ -28,13 +29,18 @@ def _layers(run: Run) -> Sequence[Layer]:
 
 
 def check_turns(runs: Sequence[Run]) -> None:
-    """Raises ValueError where N:M training would share a layer with another entry at a time."""
-    masking = [run for run in runs if isinstance(run, PruningRun | TrainingRun)]
+    """Raises ValueError where two entries would mask a layer at the same time and one trains it so.
+
+    Pruning may go on in a layer while it is accelerated: the weights left are the same for both.
+    """
+    masking = [run for run in runs if isinstance(run, PruningRun | TrainingRun | AccelerateRun)]
     for a, b in itertools.combinations(masking, 2):
         apart = a.span[1] <= b.span[0] or b.span[1] <= a.span[0]
-        trains = isinstance(a, TrainingRun) or isinstance(b, TrainingRun)
+        prunes = isinstance(a, PruningRun) or isinstance(b, PruningRun)
+        trains = not prunes or isinstance(a, TrainingRun) or isinstance(b, TrainingRun)
         if trains and not apart and (name := in_both([a], [b])):
             raise ValueError(
-                f"two 'prune' entries mask {name} at the same time, and one of them trains it to "
-                "N:M; let one window begin where the other ends, or exclude the layer from one"
+                f"two entries mask {name} at the same time, and one of them trains it to N:M or "
+                "accelerates it; let one window begin where the other ends, or exclude the layer "
+                "from one"
             )

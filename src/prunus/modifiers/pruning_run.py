@@ -12,7 +12,7 @@ from prunus.blocks import by_block
 from prunus.distributed import shards_of
 from prunus.engine import check_reachable, prune_step, stage_count
 from prunus.layers import Layer
-from prunus.masking import Hard, zero_momentum
+from prunus.masking import Hard, local, zero_momentum
 from prunus.measuring import Measurements
 from prunus.method import LayerRow
 from prunus.modifiers.base import Context, Run, log
@@ -91,8 +91,8 @@ class PruningRun(Run):
 
     @property
     def owned(self) -> list[Layer]:
-        """The layers whose masks this run keeps."""
-        return [layer for layer in self.layers if self.context.owners.get(layer.name) is self]
+        """The layers, or thirds of them, whose masks this run keeps."""
+        return self.context.owned(self, self.layers)
 
     def settle(self, step: int) -> None:
         owned, masks = self.owned, self.context.masks
@@ -106,8 +106,8 @@ class PruningRun(Run):
 
     @property
     def span(self) -> tuple[int, int]:
-        """Steps of the first and the last pruning."""
-        return self.ticks[0], self.ticks[-1]
+        """Steps of the first and the last pruning; what is due at 0 happens after the first."""
+        return max(1, self.ticks[0]), max(1, self.ticks[-1])
 
     @property
     def due(self) -> int | None:
@@ -181,7 +181,6 @@ class PruningRun(Run):
     def memory(self) -> dict[str, int]:
         """Bytes beyond the model: always, for data, and while a pruning step runs."""
         weights = [layer.local for layer in self.layers]
-        masks = sum(w.numel() for w in weights)
         measured = self.measurements()
         statistics = measured.nbytes
         if (walk := self.modifier.walk(self.context)) is not None:  # of one block at a time
@@ -189,9 +188,9 @@ class PruningRun(Run):
             each = (sum(measured.stats[x].nbytes for x in b if x in measured.stats) for b in blocks)
             statistics = min(statistics, max(each))
         return {
-            "masks": masks,
+            "masks": mask_bytes(self.layers),
             "statistics": statistics,
-            "a pruning step": sum(w.nbytes for w in weights) + masks,
+            "a pruning step": sum(w.nbytes + w.numel() for w in weights),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -215,10 +214,15 @@ def put_mask(context: Context, run: Run, layer: Layer, mask: Tensor) -> None:
     """A layer's mask, from now on kept by the run; the momentum of what it prunes is zeroed."""
     part = None if layer.third is None else layer.part
     context.masks.put(layer.parameter_name, layer.weight, mask, part)
-    context.owners[layer.name] = run
+    context.take(layer, run)
     if context.optimizer is not None:
         whole = context.masks[layer.parameter_name]
         zero_momentum(context.optimizer, layer.weight, layer.part(whole), layer.part)
+
+
+def mask_bytes(layers: list[Layer]) -> int:
+    """Of the masks on this rank: of a third, that of the whole weight."""
+    return sum({x.parameter_name: local(x.weight).numel() for x in layers}.values())
 
 
 def pruning_event(

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from prunus.distributed import gather, scatter, shards_of
+from prunus.distributed import shards_of
 from prunus.layers import Layer, reshard
-from prunus.masking import Hard, local
+from prunus.masking import Hard
 from prunus.modifiers.base import Context, Run, log
-from prunus.modifiers.pruning_run import check_held, pruning_event, put_mask
+from prunus.modifiers.pruning_run import check_held, mask_bytes, pruning_event, put_mask
 from prunus.modifiers.trained import Trained
+from prunus.modifiers.trained_layers import TrainedLayers
 from prunus.modifiers.watching import Watch
 from prunus.selection import select
 from prunus.structure import Groups, fitting, stages
@@ -27,8 +28,7 @@ class TrainingRun(Run):
     """Dense before the window; in it masks chosen anew after each step; frozen and hard after it.
 
     Between steps the parameters are the hidden weights that the network computes with, and
-    ``dense`` holds those that the optimizer trains. ``shown`` is the beta of what is in the
-    parameters, None while that is the dense weight.
+    ``dense`` holds those that the optimizer trains.
     """
 
     def __init__(self, modifier: PruningModifier, context: Context) -> None:
@@ -40,12 +40,12 @@ class TrainingRun(Run):
         target: Any = modifier.method.pattern
         shards_of(self.layers, target)  # raises for what cannot be masked
         self.patterns = stages(modifier.structure, target)
-        self.trained = [Trained(layer, self._patterns_of(layer)) for layer in self.layers]
+        trained = [Trained(layer, self._patterns_of(layer)) for layer in self.layers]
+        self.trained = TrainedLayers(trained, self.masking, context)
         if context.optimizer is not None:
             check_held(context.optimizer, self.layers)
         self.begin, self.end = (modifier.window or Window()).span(context.timeline)
-        self.beta, self.frozen, self.resumed = 1.0, False, False
-        self.shown: float | None = None
+        self.frozen = False
         self.watch: Watch | None = None
 
     def _patterns_of(self, layer: Layer) -> list[Groups]:
@@ -58,104 +58,71 @@ class TrainingRun(Run):
             raise ValueError(f"{layer.name}: {error}") from None
 
     def prepare(self) -> None:
-        if isinstance(self.masking, MDGF) and self.masking.eval == "hard":
+        self._watch()
+        if self.begin == 0 and not self.layers[0].weight.is_meta:
+            self.trained.take()
+            self._mask(0)
+
+    def _watch(self) -> None:
+        if self.watch is None and isinstance(self.masking, MDGF) and self.masking.eval == "hard":
             modules = [layer.module for layer in self.layers]
             self.watch = Watch(self.context.model, modules, self._look)
-        if self.begin == 0 and not self.layers[0].weight.is_meta:
-            self._mask(0)
+
+    def _unwatch(self) -> None:
+        if self.watch is not None:
+            self.watch.close()
+        self.watch = None
 
     def _mask(self, step: int) -> None:
         """Choose masks from the dense weights, which are in the parameters, and hide these."""
         progress = (step - self.begin) / max(1, self.end - self.begin)
+        beta = self.masking.beta(step - self.begin, self.end - self.begin)
         for t in self.trained:
-            self._put(t.layer, t.choose(progress))
-            if t.dense is None:
-                t.dense = torch.empty_like(t.layer.local)
-        self.beta = self.masking.beta(step - self.begin, self.end - self.begin)
-        torch._foreach_copy_(self._dense(), self._weights())
-        self._hide(self.beta)
-
-    def _put(self, layer: Layer, mask: Tensor) -> None:
-        part = None if layer.third is None else layer.part
-        self.context.masks.put(layer.parameter_name, layer.weight, mask, part)
-        self.context.owners[layer.name] = self
-
-    def _hide(self, beta: float) -> None:
-        """Dense weights, which are in the parameters, to hidden ones."""
-        self.masking.hide(self._weights(), self._masks(), beta)
-        self.shown = beta
-        for t in self.trained:
-            t.mark()
-
-    def show(self, beta: float) -> None:
-        """Other hidden weights in place of those in the parameters."""
-        torch._foreach_copy_(self._weights(), self._dense())
-        self._hide(beta)
-
-    def _weights(self) -> list[Tensor]:
-        return [t.layer.local for t in self.trained]
-
-    def _dense(self) -> list[Tensor]:
-        return [t.dense for t in self.trained if t.dense is not None]
-
-    def _masks(self) -> list[Tensor]:
-        masks = self.context.masks
-        return [t.layer.part(masks[t.layer.parameter_name]) for t in self.trained]
+            t.bury()
+            part = None if t.layer.third is None else t.layer.part
+            mask = t.choose(progress)
+            self.context.masks.put(t.layer.parameter_name, t.layer.weight, mask, part)
+            self.context.take(t.layer, self)
+        self.trained.hide_all(beta)
 
     @torch.no_grad()
     def before_update(self, step: int) -> None:
-        if self.frozen or self.shown is None:
+        if not self.trained.hidden:
             return  # a closure called again finds the dense weights already there
         self._restore()
-        grads, weights, masks = [], [], []
-        for t, mask in zip(self.trained, self._masks(), strict=True):
-            if t.layer.weight.grad is not None:
-                grads.append(t.layer.part(local(t.layer.weight.grad)))
-                weights.append(t.layer.local)
-                masks.append(mask)
         scaled = getattr(self.context.optimizer, "grad_scale", None)
-        c = 1.0 if scaled is None else float(scaled)
-        if grads:
-            self.masking.treat(grads, weights, masks, self.beta, c)
+        self.trained.treat(1.0 if scaled is None else float(scaled))
 
     def _restore(self) -> None:
         """The dense weights back into the parameters; in the log, where that could not be."""
-        if others := self._put_back():
+        if others := self.trained.put_back():
             log.warning(
                 "the weights of %d layers were written between two steps; N:M training goes on "
                 "from what is there now",
                 others,
             )
 
-    def _put_back(self) -> int:
-        """The same in silence: how many layers keep what others have written to them."""
-        written = [False] * len(self.trained) if self.resumed else self._written()
-        kept = [t for t, other in zip(self.trained, written, strict=True) if not other]
-        self.shown, self.resumed = None, False
-        if kept:
-            dense = [t.dense for t in kept if t.dense is not None]
-            torch._foreach_copy_([t.layer.local for t in kept], dense)
-        return len(self.trained) - len(kept)
-
-    def _written(self) -> list[bool]:
-        """For each layer whether its parameter holds anything but what was put there."""
-        assert self.shown is not None
-        pairs = zip(self.trained, self._masks(), strict=True)
-        return [t.written(self.masking, mask, self.shown) for t, mask in pairs]
-
     def settle(self, step: int) -> None:
         if self.frozen:
-            owned = [x for x in self.layers if self.context.owners.get(x.name) is self]
-            masks = [x.part(self.context.masks[x.parameter_name]) for x in owned]
-            Hard().hide([x.local for x in owned], masks)
-        elif step >= self.end:
+            owned, masks = self.context.owned(self, self.layers), self.context.masks
+            Hard().hide([x.local for x in owned], [x.part(masks[x.parameter_name]) for x in owned])
+        elif self.trained.begun and step >= self.end:
             self._freeze(step)
-        elif step >= self.begin:
+        elif self.trained.begun:
+            self._mask(step)
+
+    def enter(self, step: int) -> None:
+        if self.frozen or self.trained.begun or step < self.begin:
+            return
+        self.trained.take()
+        if step >= self.end:
+            self._freeze(step)
+        else:
             self._mask(step)
 
     def skipped(self, step: int) -> None:
-        if self.shown is None and self.trained[0].dense is not None:
-            self._hide(self.beta)
+        if self.trained.begun and not self.trained.hidden:
+            self.trained.hide(self.trained.beta)
 
     def _freeze(self, step: int) -> None:
         """The last masks, from the dense weights in the parameters; hard from now on."""
@@ -165,18 +132,21 @@ class TrainingRun(Run):
             put_mask(self.context, self, t.layer, mask)
             Hard().hide([t.layer.local], [mask])
             rows.append(t.row(mask))
-            t.dense = None
-        self.frozen, self.shown = True, None
+            t.dense = t.alive = t.shown = None
+        self.frozen = True
         self._unwatch()
         target = self.modifier.method.pattern.fixed
         self.context.record(pruning_event(self.modifier, rows, step, target))
 
     @torch.no_grad()
     def finish(self, step: int) -> None:
-        if not self.frozen:
-            if self.shown is not None:
-                self._restore()
-            self._freeze(step)
+        if self.frozen:
+            return
+        if self.trained.hidden:
+            self._restore()
+        if not self.trained.begun:
+            self.trained.take()
+        self._freeze(step)
 
     @property
     def span(self) -> tuple[int, int]:
@@ -187,60 +157,52 @@ class TrainingRun(Run):
     def due(self) -> int | None:
         return None if self.frozen else self.end
 
+    @torch.no_grad()
     def release(self) -> None:
         self._unwatch()
+        if self.trained.hidden:
+            reshard(self.context.model)
+            self.trained.put_back()
 
     @torch.no_grad()
     def _look(self, training: bool) -> None:
-        if self.frozen or self.shown is None:
+        if not self.trained.hidden:
             return
-        wanted = self.beta if training else 0.0
+        beta = self.trained.beta if training else 0.0
         # the second time in a forward pass there is nothing to do, which autograd relies on
-        if wanted != self.shown or (self.resumed and any(self._written())):
+        if other := self.trained.not_showing(beta):
             reshard(self.context.model)
-            self.show(wanted)
-
-    def _unwatch(self) -> None:
-        if self.watch is not None:
-            self.watch.close()
+            self.trained.show(beta, other)
 
     def plan(self) -> list[tuple[int, str]]:
-        pattern, masking = self.modifier.pattern, self.masking.name
-        span, count = self.end - self.begin, len(self.patterns)
-        steps = [self.begin + -(-span * i // count) for i in range(count)]
-        said = [(s, f"{masking}: train {p}") for s, p in zip(steps, self.patterns, strict=True)]
-        return [*said, (self.end, f"{masking}: freeze the masks, {pattern}")]
+        masking, span = self.masking.name, self.end - self.begin
+        counts: Counter[tuple[int, str]] = Counter()
+        for t in self.trained:  # which groups divide them may differ
+            for i, pattern in enumerate(t.patterns):
+                counts[self.begin + -(-span * i // len(t.patterns)), str(pattern)] += 1
+        said = []
+        for (step, name), count in sorted(counts.items(), key=lambda item: item[0][0]):
+            some = "" if count == len(self.layers) else f" in {count} of {len(self.layers)} layers"
+            said.append((step, f"{masking}: train {name}{some}"))
+        return [*said, (self.end, f"{masking}: freeze the masks, {self.modifier.pattern}")]
 
     def memory(self) -> dict[str, int]:
         """Bytes beyond the model while the window lasts."""
-        weights = [layer.local for layer in self.layers]
-        masks = sum(w.numel() for w in weights)
-        return {"masks": masks, "dense weights": sum(w.nbytes for w in weights)}
+        dense = sum(layer.local.nbytes for layer in self.layers)
+        return {"masks": mask_bytes(self.layers), "dense weights": dense}
 
     def state_dict(self) -> dict[str, Any]:
-        dense = {}
-        for t in self.trained:
-            if t.dense is not None and self.shown is not None:
-                whole = gather(t.dense, t.layer.weight) if t.layer.third is None else t.dense
-                dense[t.layer.name] = whole.detach().clone()
-        owned = [x.name for x in self.layers if self.context.owners.get(x.name) is self]
-        return {"frozen": self.frozen, "beta": self.beta, "dense": dense, "owned": owned}
+        owned = [x.name for x in self.context.owned(self, self.layers)]
+        return {"frozen": self.frozen, **self.trained.state_dict(), "owned": owned}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if self.shown is not None:  # attaching has hidden weights that were loaded before
-            self._put_back()
-        self.frozen, self.beta = bool(state["frozen"]), float(state["beta"])
-        for t in self.trained:
-            kept = state["dense"].get(t.layer.name)
-            t.dense = None
-            if kept is not None:
-                whole = scatter(kept, t.layer.weight) if t.layer.third is None else kept
-                t.dense = whole.to(t.layer.local, copy=True)
-            if t.layer.name in state["owned"]:
-                self.context.owners[t.layer.name] = self
-        if state["dense"]:
-            self.show(self.beta)
-            self.resumed = True  # the model's own state may be loaded after this
+        if self.trained.hidden:  # attaching has hidden weights that were loaded before
+            self.trained.put_back()
+        self.frozen = bool(state["frozen"])
+        self.trained.load_state_dict(state)
+        self.context.owners.update(dict.fromkeys(state["owned"], self))
         if self.frozen:
             self._unwatch()
+        else:
+            self._watch()

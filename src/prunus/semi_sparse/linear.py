@@ -62,7 +62,8 @@ class SemiSparseLinear(_SemiSparse):
     The mask is that of the weight: the first forward pass after every ``refresh``-th update of the
     weight (``weight._version``) chooses it anew, in training and in evaluation. A compiled model
     does so in its graph where ``refresh`` is 1, and else keeps the stored mask: call
-    `refresh_masks` after each optimizer step.
+    `refresh_masks` after each optimizer step. Writing to ``weight.data`` counts as no update: train
+    with ``refresh=0`` and that same call if your optimizer does so.
     """
 
     tile_mask: Tensor | None = None
@@ -77,6 +78,7 @@ class SemiSparseLinear(_SemiSparse):
         if not self.weight.is_meta:
             self.choose_mask()
 
+    @torch.inference_mode(False)  # training goes on with a mask that an evaluation has chosen
     @torch.no_grad()
     def choose_mask(self) -> None:
         """Choose the mask of the present weight, now."""
@@ -93,13 +95,15 @@ class SemiSparseLinear(_SemiSparse):
         if self.tile_mask is None:
             return self.choose_mask()
         if self.tile_mask.device != self.weight.device:
-            self.tile_mask = self.tile_mask.to(self.weight.device)
+            with torch.inference_mode(False):
+                self.tile_mask = self.tile_mask.to(self.weight.device)
         if self.weight._version != self._seen:
             self._seen, self._updates = self.weight._version, self._updates + 1
             if self._updates == self.options.refresh:
                 self.choose_mask()
         return None
 
+    @torch.inference_mode(False)
     def give_mask(self, mask: Tensor) -> None:
         """Go on with a mask from elsewhere, boolean (out, in), until the next one is due.
 
@@ -109,7 +113,7 @@ class SemiSparseLinear(_SemiSparse):
         if mask.shape != self.weight.shape:
             shapes = f"{tuple(mask.shape)}; the weight is {tuple(self.weight.shape)}"
             raise ValueError(f"the mask is {shapes}: is it of another model?")
-        self.tile_mask, self.flips = mask.to(self.weight.device), None
+        self.tile_mask, self.flips = mask.to(self.weight.device, copy=True), None
         self._seen, self._updates, self._given = self.weight._version, 0, True
 
     def mask(self) -> Tensor:
