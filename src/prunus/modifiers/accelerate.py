@@ -140,8 +140,7 @@ class AccelerateRun(Run):
                 layer.weight.grad.add_(torch.where(mask, 0, layer.weight), alpha=decay)
 
     def settle(self, step: int) -> None:
-        owned, masks = self.context.owned(self, self.layers), self.context.masks
-        Hard().hide([x.local for x in owned], [x.part(masks[x.parameter_name]) for x in owned])
+        self.context.hide(self, self.layers)
         if self.active and self.end is not None and step >= self.end:
             self._end(step)
 

@@ -14,7 +14,7 @@ from prunus.block_walk import Sequential
 from prunus.calibration import Calibration
 from prunus.fused import THIRDS
 from prunus.layers import Layer
-from prunus.masking import Masks
+from prunus.masking import Hard, Masks
 from prunus.names import Registry
 from prunus.timing import Timeline
 
@@ -55,10 +55,19 @@ class Context:
         """The layers, or the thirds of them, whose masks the run keeps."""
         mine = []
         for layer in layers:
-            parts = enumerate(_family(layer)[1] if layer.third is None else [])
-            thirds = [replace(layer, name=name, third=i) for i, name in parts]
-            mine += [x for x in (layer, *thirds) if self.owners.get(x.name) is run]
+            if self.owners.get(layer.name) is run:
+                mine.append(layer)
+            elif layer.third is None:
+                parts = enumerate(_family(layer)[1])
+                held = [(i, name) for i, name in parts if self.owners.get(name) is run]
+                mine += [replace(layer, name=name, third=i) for i, name in held]
         return mine
+
+    def hide(self, run: object, layers: Iterable[Layer]) -> None:
+        """Zero what is pruned in the layers whose masks the run keeps."""
+        owned = self.owned(run, layers)
+        masks = [layer.part(self.masks[layer.parameter_name]) for layer in owned]
+        Hard().hide([layer.local for layer in owned], masks)
 
     def masked(self, layer: Layer) -> bool:
         """Whether runs keep the masks of all of the layer."""

@@ -9,7 +9,6 @@ import torch
 
 from prunus.distributed import ranks_of
 from prunus.layers import Layer
-from prunus.masking import Hard
 from prunus.method import LayerRow
 from prunus.modifiers.base import MODIFIERS, Context, Run, log
 from prunus.modifiers.events import layers_event
@@ -105,10 +104,9 @@ class KeepRun(Run):
         return self.context.owned(self, self.layers)
 
     def settle(self, step: int) -> None:
-        owned, masks = self.owned, self.context.masks
-        Hard().hide([x.local for x in owned], [x.part(masks[x.parameter_name]) for x in owned])
+        self.context.hide(self, self.layers)
         if self.end is not None and step >= self.end:
-            for layer in owned:
+            for layer in self.owned:
                 put_mask(self.context, self, layer, torch.ones_like(layer.local, dtype=torch.bool))
                 del self.context.owners[layer.name]
 

@@ -12,7 +12,7 @@ from prunus.blocks import by_block
 from prunus.distributed import shards_of
 from prunus.engine import check_reachable, prune_step, stage_count
 from prunus.layers import Layer
-from prunus.masking import Hard, local, zero_momentum
+from prunus.masking import local, zero_momentum
 from prunus.measuring import Measurements
 from prunus.method import LayerRow
 from prunus.modifiers.base import Context, Run, log
@@ -95,8 +95,7 @@ class PruningRun(Run):
         return self.context.owned(self, self.layers)
 
     def settle(self, step: int) -> None:
-        owned, masks = self.owned, self.context.masks
-        Hard().hide([x.local for x in owned], [x.part(masks[x.parameter_name]) for x in owned])
+        self.context.hide(self, self.layers)
 
     def after_step(self, step: int) -> None:
         if self.next < len(self.ticks) and step >= self.ticks[self.next]:

@@ -104,8 +104,7 @@ class TrainingRun(Run):
 
     def settle(self, step: int) -> None:
         if self.frozen:
-            owned, masks = self.context.owned(self, self.layers), self.context.masks
-            Hard().hide([x.local for x in owned], [x.part(masks[x.parameter_name]) for x in owned])
+            self.context.hide(self, self.layers)
         elif self.trained.begun and step >= self.end:
             self._freeze(step)
         elif self.trained.begun:
