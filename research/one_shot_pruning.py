@@ -100,6 +100,7 @@ class Results:
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self.folder, self.path = folder, folder / "results.csv"
         self.rows = read_csv(self.path)
+        settings = json.loads(json.dumps(settings))  # tuples are lists, as in the file
         said = folder / "settings.json"
         if said.is_file() and (old := json.loads(said.read_text())) != settings:
             changed = [k for k in settings if old.get(k) != settings[k]]
@@ -115,9 +116,10 @@ class Results:
         return any(row["sparsity"] == sparsity for row in self.rows)
 
     def add(self, sparsity: float, model: nn.Module, metrics: dict[str, float]) -> None:
-        """``sparsity`` is that of the layers that the recipe prunes."""
+        """``sparsity`` is that of the layers that the recipe prunes; replaces a row of the same."""
         row = {"sparsity": sparsity, "model_sparsity": float(prunus.sparsity(model)), **metrics}
-        self.rows = sorted([*self.rows, row], key=lambda row: row["sparsity"])
+        others = [old for old in self.rows if old["sparsity"] != sparsity]
+        self.rows = sorted([*others, row], key=lambda row: row["sparsity"])
         if is_main():
             write_csv(self.path, self.rows)
             console.print(f"sparsity {sparsity:.4f}: top-1 {metrics['top1']:.2f} %")
@@ -145,6 +147,8 @@ class Results:
 def pruning_of(recipe: prunus.Recipe) -> PruningModifier:
     """The one ``prune`` entry. Raises ValueError if there are others, or it goes block by block."""
     found = [m for m in recipe.modifiers if isinstance(m, PruningModifier)]
+    if trained := [m.name for m in found if type(m) is not PruningModifier]:
+        raise ValueError(f"the entry {trained[0]!r} needs training: use sparse_training.py")
     if len(found) != 1:
         raise ValueError(f"the recipe has {len(found)} 'prune' entries; use one with exactly one")
     if found[0].sequential and parse_pattern(found[0].pattern).fixed is None:
@@ -205,13 +209,21 @@ class Program:
             results.add(0.0, self.model, self.evaluate(self.model))
         fixed = parse_pattern(self.entry.pattern).fixed
         wanted = sorted(set(args.sparsities)) if fixed is None else [fixed]
-        left = [s for s in wanted if not results.has(s)]
+        left = [s for s in wanted if not self.done(s)]
         if left:
             self.prune(left, fixed is not None)
         if is_main():
             results.show()
             if args.log_wandb:
                 self.log()
+
+    def file(self, sparsity: float) -> Path:
+        return self.folder / f"{self.args.model}_sparsity={sparsity:g}.safetensors"
+
+    def done(self, sparsity: float) -> bool:
+        """Whether there is nothing left to do; with --save-model, the file has to be there, too."""
+        kept = not self.args.save_model or self.file(sparsity).is_file()
+        return kept and self.results.has(sparsity)
 
     def prune(self, left: Sequence[float], fixed: bool) -> None:
         """Each sparsity is on disk before the next begins."""
@@ -236,9 +248,9 @@ class Program:
         )
 
     def keep(self, target: float) -> dict[str, float]:
-        metrics, model = self.evaluate(self.model), self.args.model
+        metrics = self.evaluate(self.model)
         if self.args.save_model:
-            prunus.save(self.model, self.folder / f"{model}_sparsity={target:g}.safetensors")
+            prunus.save(self.model, self.file(target))
         self.results.add(target, self.model, metrics)
         return metrics
 

@@ -226,7 +226,7 @@ class Training:
             "next_epoch": self.epoch,
             "next_batch": self.batch,
             "updates": self.updates,
-            "losses": self.losses,
+            "losses": self.ranks.all_reduce(self.losses),
             "state_dict": self.plain.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "prunus": self.session.state_dict(),
@@ -241,7 +241,8 @@ class Training:
     def _load(self, state: dict[str, Any]) -> None:
         self.epoch, self.batch = state["next_epoch"], state["next_batch"]
         self.updates = state["updates"]
-        self.losses.copy_(state["losses"])
+        if self.ranks.rank == 0:  # they are the sums over all ranks
+            self.losses.copy_(state["losses"])
         self.plain.load_state_dict(state["state_dict"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.session.load_state_dict(state["prunus"])

@@ -155,6 +155,8 @@ class RunFolder:
         """The sparsity of each layer after the pruning at this step, and what that cost."""
         events = [e for e in session.recorder.events if e["event"] == "prune"]
         layers = {k: v for e in events if e["step"] == session.step for k, v in e["layers"].items()}
+        if not layers:  # AC/DC has begun a dense phase
+            return
         more = f"_step={session.step}" if epoch in self.pruned else ""
         self.pruned.append(epoch)
         said = {"epoch": epoch, "step": session.step, "sparsity": session.sparsity}

@@ -47,7 +47,10 @@ FREE += ("recipe", "set")  # the session compares recipes
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Train a vision model while it is pruned.")
+    parser = argparse.ArgumentParser(
+        description="Train a vision model while it is pruned.",
+        allow_abbrev=False,  # what was typed is looked up by its whole name
+    )
     parser.add_argument("-c", "--config", help="YAML file of defaults for all other options")
     for add_group in (_pruning, _data, _model, _optimizer, _schedule, _augmentation, _training):
         add_group(parser)

@@ -7,7 +7,7 @@ import contextlib
 import copy
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import prunus
 from prunus.distributed import Shards
 from prunus.modifiers import LearningRate
+from prunus.records import is_main
 from prunus.timing import parse_duration
 
 import vision_data
@@ -60,6 +61,8 @@ def build_teacher(args: Args, model: nn.Module) -> nn.Module | None:
     if args.distill is None:
         return None
     teacher = copy.deepcopy(model)
+    if args.distill == "dense" and not (args.pretrained or args.initial_checkpoint) and is_main():
+        log.warning("--distill: the dense model is untrained; give --pretrained or --distill FILE")
     if args.distill != "dense":
         load_checkpoint(teacher, args.distill)
     return teacher.eval().requires_grad_(False)
@@ -204,19 +207,26 @@ def build_optimizer(args: Args, model: nn.Module) -> torch.optim.Optimizer:
     return create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
 
 
+def _ends(modifiers: Iterable[Any]) -> list[tuple[float, str]]:
+    """When the windows end that say so."""
+    windows = [getattr(m, "window", None) for m in modifiers]
+    return [parse_duration(w.to) for w in windows if w is not None and w.to]
+
+
 def plan(
     args: Args, recipe: prunus.Recipe, optimizer: torch.optim.Optimizer, updates: int
 ) -> tuple[Any, int]:
     """The schedule of the learning rate (None where the recipe sets it), and the epochs.
 
-    A recipe says how many there are by its ``epochs``, or by a learning rate that ends after some,
-    unless ``--epochs`` was typed.
+    A recipe says how many there are by its ``epochs``, or by a learning rate that ends after some
+    (then training lasts until the last window that ends after epochs), unless ``--epochs`` was
+    typed.
     """
     rates = [m for m in recipe.modifiers if isinstance(m, LearningRate)]
-    ends = [parse_duration(m.window.to) for m in rates if m.window and m.window.to]
-    said = [value for value, unit in ends if unit == "ep"]
-    last = max(said) if rates and len(said) == len(ends) > 0 else None
-    length = recipe.epochs or last
+    ends = _ends(rates)
+    known = bool(ends) and all(unit == "ep" for _, unit in ends)
+    said = [value for value, unit in _ends(recipe.modifiers) if unit == "ep"]
+    length = recipe.epochs or (max(said) if known else None)
     if length is not None and not args.said_epochs:
         args.epochs = round(length)
         log.info("the recipe's training ends after %d epochs, and so does this one", args.epochs)

@@ -73,19 +73,23 @@ class Digits(Dataset[tuple[Any, int]]):
 class TarSplit:
     """The ``.../<class>/<image>`` of a tar file; a reader for timm's ImageDataset.
 
-    With `names`, only those in a folder of one of these names: ``.../<name>/<class>/<image>``.
+    With `names`, only those of the first name that has any: ``.../<name>/<class>/<image>``.
+    Raises ValueError for a file that is compressed or no tar, and where there are no images.
     """
 
     def __init__(self, path: Path, names: Sequence[str] = ()) -> None:
         self.path = path
-        with tarfile.open(path, "r:") as tar:
-            parts = [(Path(m.name).parts, m.offset_data, m.size) for m in tar if m.isfile()]
-        found = [
-            (p[-2], begin, size)
-            for p, begin, size in parts
-            if len(p) > 1 and (not names or p[-3:-2] in [(name,) for name in names])
-            if Path(p[-1]).suffix.lower() in ENDINGS
-        ]
+        try:
+            with tarfile.open(path, "r:") as tar:
+                parts = [(Path(m.name).parts, m.offset_data, m.size) for m in tar if m.isfile()]
+        except tarfile.ReadError as error:
+            raise ValueError(
+                f"{path} cannot be read as a tar that is not compressed ({error}); decompress it"
+            ) from None
+        parts = [x for x in parts if len(x[0]) > 1 and Path(x[0][-1]).suffix.lower() in ENDINGS]
+        splits = ([x for x in parts if x[0][-3:-2] == (name,)] for name in names)
+        chosen = next(filter(None, splits), []) if names else parts
+        found = [(p[-2], begin, size) for p, begin, size in chosen]
         if not found:
             where = f"{names[0]}/<class>/" if names else "<class>/"
             raise ValueError(f"{path} has no images in a folder {where}; give it one")
@@ -103,8 +107,9 @@ class TarSplit:
 
 
 def synonyms(split: str) -> Sequence[str]:
-    """The names a split goes by, with itself."""
-    return next((names for names in SPLITS if split in names), (split,))
+    """The names a split goes by, itself first."""
+    names = next((names for names in SPLITS if split in names), ())
+    return (split, *(name for name in names if name != split))
 
 
 def open_dataset(data_dir: str | None, name: str, split: str, in_chans: int) -> Dataset[Any]:
@@ -126,11 +131,23 @@ def open_dataset(data_dir: str | None, name: str, split: str, in_chans: int) -> 
         raise ValueError(f"{root}: images in a compressed tar have no places; gunzip it first")
     if root.suffix == ".tar" and root.is_file():
         return ImageDataset(data_dir, reader=TarSplit(root, synonyms(split)), input_img_mode=mode)
-    for path in [root / f"{name}.tar" for name in synonyms(split)]:
-        if path.is_file():
-            return ImageDataset(data_dir, reader=TarSplit(path), input_img_mode=mode)
-    # whatever the name: CAP says --dataset imagenet for a folder
-    return create_dataset("", data_dir, split, input_img_mode=mode)
+    for path in [root / name for name in synonyms(split)]:
+        tar = root / f"{path.name}.tar"
+        if tar.is_file():
+            return ImageDataset(data_dir, reader=TarSplit(tar), input_img_mode=mode)
+        if path.is_dir():  # whatever the dataset's name: CAP says --dataset imagenet for a folder
+            return ImageDataset(str(path), input_img_mode=mode)
+    raise ValueError(
+        f"{root} has no folder or tar for the split {split!r}, {told(root)}; make one, or name "
+        "another with --train-split or --val-split"
+    )
+
+
+def told(root: Path) -> str:
+    """The folders and tars of a folder, a few of them, in words."""
+    found = sorted(p.name for p in root.glob("*") if p.is_dir() or p.suffix == ".tar")
+    more = ", ..." if len(found) > 10 else ""
+    return f"only {', '.join(found[:10])}{more}" if found else "nor any other"
 
 
 def indexed(dataset: Any, name: str) -> Dataset[Any]:

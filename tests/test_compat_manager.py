@@ -91,6 +91,18 @@ def test_attach_and_modify_are_one_and_the_same():
         assert torch.equal(a, b)
 
 
+def test_all_that_prunes_is_a_pruning_modifier():
+    inner = "start_epoch: 0, end_epoch: 3, update_frequency: 1, params: __ALL_PRUNABLE__"
+    text = (
+        f"- !ACDCPruningModifier {{compression_sparsity: 0.5, {inner}}}\n"
+        f"- !MovementPruningModifier {{init_sparsity: 0, final_sparsity: 0.5, {inner}}}\n"
+        "- !ConstantPruningModifier {params: __ALL_PRUNABLE__}\n"
+        "- !SetLearningRateModifier {learning_rate: 0.1}\n"
+    )
+    names = {m.name for m in ScheduledModifierManager.from_yaml(text).pruning_modifiers}
+    assert names == {"acdc", "movement", "keep"}
+
+
 def test_what_scripts_ask_a_manager():
     manager = ScheduledModifierManager.from_yaml(RECIPE)
     assert (manager.min_epochs, manager.max_epochs) == (0, 4)

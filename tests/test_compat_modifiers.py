@@ -39,7 +39,7 @@ def only(*entries, **options):
     return modifier
 
 
-GRADUAL = {"sparsity": Schedule(0.2, 0.8, "cubic"), "layers": ("re:fc.*",)}
+GRADUAL = {"sparsity": Schedule(0.2, 0.8, "cubic"), "layers": ("re:fc.*(?<=weight)",)}
 WINDOW = Window("1ep", "5ep", "2ep")
 
 
@@ -139,7 +139,7 @@ def test_a_falling_sparsity_is_pruned_at_its_end_value_with_a_warning(caplog):
 
 def test_from_param_holds_what_is_there_and_begins_at_zero():
     keep, prune = load(pruning("GMPruning", init_sparsity="__FROM_PARAM__"))
-    assert keep == Keep(("re:fc.*",), window=Window("1ep"), allow_dense=True)
+    assert keep == Keep(("re:fc.*(?<=weight)",), window=Window("1ep"), allow_dense=True)
     assert prune.schedule == Schedule(0.0, 0.8, "cubic")
 
 
@@ -168,9 +168,9 @@ def test_a_mapping_of_sparsities_is_one_entry_for_each_and_the_first_match_count
         "GMPruning", final_sparsity="{0.6: ['re:a', b.weight], '0.9': 're:.*'}", params="[]"
     )
     first, second = load(entry)
-    assert (first.layers, first.exclude) == (("re:a.*", "b.weight"), ())
+    assert (first.layers, first.exclude) == (("re:a.*(?<=weight)", "b.weight"), ())
     assert first.schedule == Schedule(0.2, 0.6, "cubic")
-    assert (second.layers, second.exclude) == (("re:.*",), ("re:a.*", "b.weight"))
+    assert (second.layers, second.exclude) == (("re:.*(?<=weight)",), first.layers)
     assert second.schedule == Schedule(0.2, 0.9, "cubic")
     with pytest.raises(RecipeError, match=r"'params' must be \[\] where final_sparsity names them"):
         load(pruning("GMPruning", final_sparsity="{0.6: ['re:a']}"))
@@ -238,6 +238,12 @@ def test_other_mask_types_are_refused(mask_type):
         load(pruning("GMPruning", mask_type=mask_type))
 
 
+@pytest.mark.parametrize("mask_type", ["filter", "channel", "diamond"])
+def test_unknown_mask_types_are_refused_with_those_there_are(mask_type):
+    with pytest.raises(RecipeError, match=f"'{mask_type}'.*; use unstructured, block4"):
+        load(pruning("GMPruning", mask_type=mask_type))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -258,7 +264,9 @@ def test_masks_that_would_be_lifted_are_a_warning_if_training_goes_on(caplog):
 
 
 def test_constant_pruning_holds_the_zeros():
-    assert only(tag("ConstantPruning", params="['re:.*weight']")) == Keep(("re:.*weight.*",))
+    assert only(tag("ConstantPruning", params="['re:.*weight']")) == Keep(
+        ("re:.*weight.*(?<=weight)",)
+    )
     later = only(
         tag(
             "ConstantPruning",
@@ -284,7 +292,8 @@ def test_acdc_is_acdc():
         "params": "['re:fc']",
     }
     entry = tag("ACDCPruning", update_frequency=5, **settings)
-    expected = ACDC(sparsity=0.9, layers=("re:fc.*",), window=Window("5ep", "75ep", "5ep"))
+    layers = ("re:fc.*(?<=weight)",)
+    expected = ACDC(sparsity=0.9, layers=layers, window=Window("5ep", "75ep", "5ep"))
     assert only(entry) == expected
     settings |= {
         "momentum_buffer_reset": "False",
@@ -315,6 +324,11 @@ def test_what_is_pruned_already_is_not_pruned_again():
     assert len(load(first, pruning("CAPruning", **{**again, "final_sparsity": 0.9}))) == 2
     assert len(load(first, pruning("CAPruning", **{**again, "start_epoch": 4}))) == 2
     assert len(load(first, pruning("OBSPruning", **again))) == 2
+
+
+def test_only_what_has_ended_before_has_pruned_already():
+    again = pruning("CAPruning", init_sparsity=0.8, start_epoch=3)
+    assert len(load(pruning("CAPruning", end_epoch=-1), again)) == 2
 
 
 def test_the_length_of_training_is_the_last_epoch_named():
@@ -378,6 +392,40 @@ def test_a_rate_stays_at_its_final_value_when_training_goes_on():
     assert len(followed) == 2
 
 
+def test_a_rate_that_ends_leaves_another_one_that_runs_alone():
+    early = function(end_epoch=4, init_lr=1.0, final_lr=0.5)
+    late = function(start_epoch=2, end_epoch=10, init_lr=0.8, final_lr=0.0)
+    falling = [0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
+    assert rates(Recipe.load(early + late), 1, 10) == pytest.approx([1, 0.875, *falling])
+    inner = function(start_epoch=3, end_epoch=5, init_lr=0.2, final_lr=0.1)
+    found = rates(Recipe.load(late + inner), 1, 10)
+    assert found[2:] == pytest.approx([0.8, 0.2, 0.15, 0.5, 0.4, 0.3, 0.2, 0.1])
+
+
+@pytest.mark.parametrize("groups", [None, "[0, 1]"])
+def test_a_rate_settles_in_groups_that_no_other_one_takes_over(groups):
+    chosen = {} if groups is None else {"param_groups": groups}
+    early = function(end_epoch=2, init_lr=1.0, final_lr=0.5, **chosen)
+    for start, first in ((2, [1, 0.75, 0.4, 0.2]), (1, [1, 0.4, 0.8 / 3, 0.4 / 3])):
+        late = function(start_epoch=start, end_epoch=4, param_groups="[0]")
+        found = rates(Recipe.load(early + late), 1, 4, groups=2)
+        assert [r[0] for r in found] == pytest.approx(first)
+        assert [r[1] for r in found] == pytest.approx([1, 0.75, 0.5, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("settings", "last"),
+    [
+        ({"lr_func": "step", "decay_rate": 0.5, "decay_epochs": 1}, 0.05),
+        ({"cycle_epochs": 2, "cycle_mul": 0.5, "final_lr": 0.1}, 0.05),
+        ({"cycle_epochs": 3, "cycle_mul": 1}, 0.4 * 2 / 3),  # it stands still in the fourth epoch
+    ],
+)
+def test_caps_rates_stay_where_they_ended(settings, last):
+    recipe = Recipe.load(function(**settings) + EPOCHS, dialect="cap")
+    assert rates(recipe, 1, 7)[4:] == pytest.approx([last] * 3)
+
+
 def test_linear_cycles_in_cap_and_not_in_sparseml(caplog):
     entry = function(cycle_epochs=2)
     assert only(entry) == LearningRate(0.4, 0.0, "linear", window=Window("0ep", "4ep"))
@@ -433,7 +481,8 @@ def test_caps_steps_go_down_to_the_final_rate():
     [
         ({"warmup": 1, "cycle_mul": 1}, "warmup has no counterpart"),
         ({"lr_func": "exponential", "cycle_mul": 1}, "no lr_func 'exponential' here"),
-        ({"lr_func": "wave"}, "SparseML knows no lr_func 'wave'"),
+        ({"lr_func": "wave"}, "no lr_func 'wave'; use linear, cosine or cyclic_linear"),
+        ({"lr_func": "step"}, "no lr_func 'step'; CAP does: load the recipe with dialect='cap'"),
         ({"end_epoch": 0}, "end_epoch must come after start_epoch"),
         ({"param_groups": "all"}, "expected a list of numbers, not 'all'"),
     ],
@@ -497,15 +546,24 @@ def test_torchs_schedulers_count_in_epochs(entry, expected):
     assert found[::3] == pytest.approx(expected)
 
 
+def test_milestones_after_the_end_are_left_out(caplog):
+    entry = scheduler("MultiStepLR", milestones=[3, 5, 6], gamma=0.5)
+    found = rates(
+        Recipe.load(entry.replace("start_epoch: 1", "start_epoch: 1, end_epoch: 5")), 1, 7
+    )
+    assert found == pytest.approx([1, 0.8, 0.8, 0.4, 0.4, 0.4, 0.4])
+    assert "left out: milestones [5, 6], which end_epoch=5 cuts off" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
         (scheduler("StepLR", step_size=2), "lr_kwargs needs the number 'gamma', not None"),
         (scheduler("MultiStepLR", milestones=3, gamma=0.1), "milestones=3; give a list of epochs"),
-        (scheduler("OneCycleLR"), "unknown lr_class 'OneCycleLR'"),
+        (scheduler("OneCycleLR"), "unknown lr_class 'OneCycleLR'; use StepLR, MultiStepLR, "),
         (
             scheduler("CosineAnnealingWarmRestarts", lr_min=0, cycle_epochs=2, T_mult=2),
-            "unknown lr_kwargs: T_mult",
+            "T_mult=2: cycles cannot grow; write a modifier for each cycle",
         ),
     ],
 )
@@ -538,6 +596,11 @@ def test_parameters_are_frozen_and_thawed():
         Freeze(("*",), ("re:head.*",), Window("2ep")),
     )
     assert load(trainable("['re:head']", "True"), function()) == load(function())
+
+
+def test_what_can_be_pruned_is_no_name_for_freezing():
+    with pytest.raises(RecipeError, match="__ALL_PRUNABLE__ is read for pruning only; name them"):
+        load(trainable("[__ALL_PRUNABLE__]", "False"))
 
 
 def test_names_that_may_be_missing_are_one_pattern():

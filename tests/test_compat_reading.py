@@ -28,7 +28,7 @@ ENTRY = """\
 EXPECTED = PruningModifier(
     Magnitude(),
     Schedule(0.1, 0.8, "cubic"),
-    layers=("re:.*fc.weight.*",),
+    layers=("re:.*fc.weight.*(?<=weight)",),
     allocator=Recipe.load("modifiers: [prune: {allocator: uniform, sparsity: 1}]")
     .modifiers[0]
     .allocator,
@@ -80,6 +80,18 @@ def test_files_are_read_by_their_ending(ending, tmp_path):
     assert only(str(path)) == EXPECTED
 
 
+@pytest.mark.parametrize("second", ["modifiers:\n" + ENTRY, ENTRY, "my_modifiers: []\n"])
+def test_a_second_recipe_in_a_file_of_yaml_is_refused(second, tmp_path):
+    text = "---\n" + ENTRY + "---\n" + second
+    path = tmp_path / "two.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=r"two\.yaml:9: a second recipe begins here"):
+        Recipe.load(path)
+    path = tmp_path / "two.md"
+    path.write_text(text)
+    assert only(path) == EXPECTED
+
+
 def test_markdown_may_have_text_before_its_recipe(tmp_path):
     path = tmp_path / "card.md"
     path.write_text("# A model\n\n---\nmodifiers:\n" + ENTRY + "---\n")
@@ -119,7 +131,8 @@ def test_an_error_names_the_line_in_markdown_too():
 
 def test_a_regex_with_an_exclamation_mark_survives():
     text = magnitude(params="['re:(?!head)layer.*', 're:a!GMPruningModifier']")
-    assert only(text).layers == ("re:(?!head)layer.*", "re:a!GMPruningModifier.*")
+    expected = ("re:(?!head)layer.*(?<=weight)", "re:a!GMPruningModifier.*(?<=weight)")
+    assert only(text).layers == expected
 
 
 def test_anchors_aliases_and_merges_are_understood():
@@ -205,6 +218,20 @@ def test_an_override_reaches_the_stages():
     first, second = Recipe.load(STAGES, share=0.75).modifiers
     assert first.sparsity == second.sparsity == 0.75
     assert Recipe.load(STAGES, begin=5).modifiers[1].window == Window("5ep")
+
+
+def test_a_variable_is_worked_out_once():
+    asked = []
+
+    class Counting(dict):
+        def __getitem__(self, name):
+            asked.append(name)
+            return super().__getitem__(name)
+
+    chain = {f"x{i}": f"eval(x{i + 1} + x{i + 1} + x{i + 1})" for i in range(12)}
+    variables = Variables(Counting(chain, x12=1), Source("test"), ())
+    assert variables["x0"] == 3**12
+    assert sorted(asked) == sorted([*chain, "x12"])
 
 
 def test_cycles_of_variables_are_found():
@@ -298,6 +325,10 @@ CHOICES = {
     "[block.fc]": None,
     "['re:norm.weight']": None,
     "['re:conv|block.fc2']": ["conv", "block.fc2"],
+    "['re:(?!head).*']": ALL[:-1],  # neither does the class of the head match
+    "['re:(?!head.weight).*']": ALL[:-1],  # nor its name as a layer
+    "['re:Linear']": None,
+    "['re:(?i)HEAD|CONV']": ["conv", "head"],
 }
 
 
@@ -326,7 +357,7 @@ def test_a_dead_alternative_is_a_warning(caplog):
     prunus_attach(
         model, torch.optim.SGD(model.parameters(), lr=0.1), Recipe.load(magnitude(params=params))
     )
-    assert "alternative '(block.attn.[qkv].weight).*' of pattern" in caplog.text
+    assert "alternative '(block.attn.[qkv].weight).*(?<=weight)' of pattern" in caplog.text
     assert caplog.text.count("matches nothing") == 1
 
 

@@ -117,6 +117,21 @@ def test_what_is_left_of_an_interrupted_sweep_is_done_as_it_would_have_been(home
         assert run(home, tmp_path / "killed", *sparsities) == whole
 
 
+def test_a_model_that_is_asked_for_later_is_made_and_its_row_stays(home, tmp_path):
+    first = run(home, tmp_path, "--sparsities", "0.5", "0.75")
+    assert run(home, tmp_path, "--sparsities", "0.5", "--save-model") == first
+    assert [p.name for p in tmp_path.glob("*.safetensors")] == [
+        "digits_vit_sparsity=0.5.safetensors"
+    ]
+
+
+def test_a_tuple_among_the_settings_is_the_list_that_a_file_holds(tmp_path):
+    for _ in range(2):
+        one_shot_pruning.Results(tmp_path, {"model_kwargs": {"init_values": (1, 2)}})
+    with pytest.raises(ValueError, match="with another model_kwargs"):
+        one_shot_pruning.Results(tmp_path, {"model_kwargs": {"init_values": (1, 3)}})
+
+
 def test_results_of_other_settings_are_not_mixed(home, tmp_path):
     run(home, tmp_path, "--sparsities", "0.5")
     with pytest.raises(ValueError, match="with another seed; give another --experiment"):
@@ -177,6 +192,8 @@ def test_batchnorm_statistics_are_estimated_anew_on_request(tmp_path):
     [
         (CAP + CAP.split("\n", 2)[2], "has 2 'prune' entries; use one with exactly one"),
         ("modifiers: [freeze: {parameters: 'head.*'}]\n", "has 0 'prune' entries"),
+        ("modifiers: [acdc: {sparsity: 0.5, window: {to: 9ep}}]\n", "'acdc' needs training: use"),
+        ("modifiers: [movement: {sparsity: 0.5}]\n", "'movement' needs training: use"),
         ("modifiers: [prune: {pruner: wanda, sequential: true, sparsity: 0.5}]\n", "prunus.prune"),
     ],
 )

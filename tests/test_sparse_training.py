@@ -1,5 +1,6 @@
 """The program that trains vision models while they are pruned, on digits and on folders of images."""
 
+import gzip
 import json
 import os
 import random
@@ -199,6 +200,28 @@ def test_a_recipe_sets_epochs_and_learning_rate(tmp_path):
     assert training_parts.plan(typed, prunus.Recipe.load(recipe), optimizer, STEPS) == (None, 1)
 
 
+def test_a_recipe_is_trained_until_its_last_window_ends():
+    rate = "  - learning_rate: {curve: linear, from: 1e-2, to: 0.0, window: {to: 1ep}}\n"
+    args = training_options.parse([])
+    recipe = prunus.Recipe.load(GRADUAL + rate)
+    assert training_parts.plan(args, recipe, mock.Mock(), STEPS) == (None, 2)
+
+
+def test_a_dense_phase_writes_no_distribution(tmp_path):
+    recipe = "modifiers: [acdc: {sparsity: 0.5, window: {to: 2ep, every: 1ep}}]\n"
+    run = train(tmp_path, recipe)
+    said = [json.loads(p.read_text()) for p in run.glob("sparsity_distribution*.json")]
+    assert said
+    assert all(one["layers"] and one["sparsity"] > 0 for one in said)
+
+
+def test_distilling_from_an_untrained_model_is_said(tmp_path, caplog):
+    for more, count in ((["--pretrained"], 0), (["--initial-checkpoint", "x"], 0), ([], 1)):
+        args = runs.options(tmp_path, GRADUAL, "--distill", *more)
+        training_parts.build_teacher(args, nn.Linear(2, 2))
+        assert caplog.text.count("the dense model is untrained") == count
+
+
 def test_pruning_that_training_does_not_reach_is_done_in_the_end(tmp_path):
     run = train(tmp_path, GRADUAL.replace("to: 2ep", "to: 9ep"), "--epochs", "1")
     assert float(prunus.load(run / "model.safetensors").masks["blocks.0.mlp.fc1.weight"].sum())
@@ -331,9 +354,38 @@ def test_a_tar_holds_the_images_of_its_folder(images, path):
         assert content(one) == content(other)
 
 
+@leaves_files_open
+def test_only_one_of_several_splits_is_evaluated_on(images, tmp_path):
+    """The one asked for, or else the first synonym that there is, in a tar and in a folder."""
+    for split, kinds in (("val", 2), ("test", 1)):
+        for kind in range(kinds):
+            folder = tmp_path / "data" / split / f"kind{kind}"
+            folder.mkdir(parents=True)
+            (folder / "0.png").write_bytes((images / "folder/val/kind0/0.png").read_bytes())
+    tar = tmp_path / "data.tar"
+    subprocess.run(["tar", "-cf", str(tar), "-C", str(tmp_path), "data"], check=True)
+    for path in (tmp_path / "data", tar):
+        sizes = [
+            len(vision_data.open_dataset(str(path), "", split, 3))
+            for split in ("validation", "val", "test")
+        ]
+        assert sizes == [2, 2, 1]
+
+
+def test_a_split_that_a_folder_has_not_is_refused(images, tmp_path):
+    with pytest.raises(ValueError, match=r"split 'vall', only train, val; .* --val-split"):
+        vision_data.open_dataset(str(images / "folder"), "", "vall", 3)
+    with pytest.raises(ValueError, match=r"split 'vall', only train.tar, val.tar"):
+        vision_data.open_dataset(str(images / "tars"), "", "vall", 3)
+    (tmp_path / "cats").mkdir()  # classes, and no splits
+    with pytest.raises(ValueError, match=r"split 'validation', only cats"):
+        vision_data.open_dataset(str(tmp_path), "", "validation", 3)
+
+
 @pytest.mark.parametrize(
     ("path", "name", "remedy"),
     [
+        ("zipped.tar", "", "cannot be read as a tar that is not compressed .* decompress it"),
         ("nowhere", "", "give --data-dir a folder, or 'digits'"),
         ("x.tar.gz", "", "gunzip it first"),
         ("empty.tar", "", r"has no images in a folder train/<class>/"),
@@ -343,6 +395,8 @@ def test_a_tar_holds_the_images_of_its_folder(images, path):
 def test_data_that_cannot_be_read_is_refused_with_the_remedy(tmp_path, path, name, remedy):
     if path != "nowhere":
         (tmp_path / path).touch()
+    if path == "zipped.tar":
+        (tmp_path / path).write_bytes(gzip.compress(bytes(1024)))
     if path == "empty.tar":
         subprocess.run(["tar", "-cf", str(tmp_path / path), "-T", os.devnull], check=True)
     stream = mock.MagicMock(spec=torch.utils.data.IterableDataset)
@@ -400,10 +454,15 @@ def test_statistics_of_batchnorm_are_the_mean_over_processes_and_resume(ranks, t
     norms = [name for name in both[0] if "running" in name]
     assert norms
     assert all(torch.equal(both[0][name], both[1][name]) for name in both[0])
+    whole = rows(tmp_path / "run")
     again = [*command[:3], str(tmp_path / "again"), *command[4:]]
     ranks(runs.run_on_ranks, again, 7)
     resumed = ranks(runs.run_on_ranks, [*again, "--resume"])
     assert all(torch.equal(resumed[0][name], w) for name, w in both[0].items())
+    for mine, theirs in zip(rows(tmp_path / "again" / "run"), whole, strict=True):
+        assert {k: float(v) for k, v in mine.items()} == pytest.approx(
+            {k: float(v) for k, v in theirs.items()}
+        )
 
 
 def test_torchrun_starts_it_on_two_processes(tmp_path):
@@ -465,6 +524,7 @@ def test_without_data_the_digits_and_their_config_are_taken():
         (["--sparsities", "0.5", "0.9"], "for others: --set sparsity=0.9"),
         (["--data-dir", "x"], "--recipe is needed"),
         (["--sched", "plateau"], "use another"),
+        (["--epoch", "5"], "unrecognized arguments: --epoch"),
         (["--distill-weight", "2"], "is not between 0 and 1"),
     ],
 )

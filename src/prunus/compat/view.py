@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from prunus.modifiers import LearningRate, Modifier
+from prunus.modifiers import Keep, LearningRate, Modifier, PruningModifier
 from prunus.recipe import Recipe
 from prunus.recipe.sparseml import Reading
 
@@ -50,7 +50,7 @@ class RecipeView:
 
     @property
     def pruning_modifiers(self) -> list[Modifier]:
-        return [m for m in self.recipe.modifiers if m.name in ("prune", "keep")]
+        return [m for m in self.recipe.modifiers if isinstance(m, PruningModifier | Keep)]
 
     @property
     def quantization_modifiers(self) -> list[Modifier]:

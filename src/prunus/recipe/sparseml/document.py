@@ -17,6 +17,7 @@ from prunus.recipe.sparseml.equations import Variables
 from prunus.recipe.yaml import Tagged
 
 GROUP = "modifiers"
+_RECIPE = re.compile(r"^(?:\w*modifiers\w*:|\s*(?:-\s+)?!\S*Modifier)", re.M)
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,17 @@ def front_matter(text: str, name: str, markdown: bool = False) -> str:
     """The YAML between two lines of ``---`` or ``+++``, on the lines where it stood.
 
     A text that is no Markdown is returned as it is unless it begins so (after comments of HTML).
-    Raises RecipeError for Markdown without it.
+    Raises RecipeError for Markdown without it, and for a file of YAML with a second recipe.
     """
     lines = text.splitlines()
     marks = [i for i, line in enumerate(lines) if line.rstrip() in ("---", "+++")]
     before = "\n".join(lines[: marks[0]]) if marks else text
     begins = not re.sub(r"<!--.*?-->", "", before, flags=re.S).strip()
     if len(marks) > 1 and (begins or markdown):
+        rest = "\n".join(lines[marks[1] + 1 :])
+        if name.lower().endswith((".yaml", ".yml")) and _RECIPE.search(rest):
+            where = f"{name}:{marks[1] + 1}"
+            raise RecipeError(f"{where}: a second recipe begins here; give it a file of its own")
         return "\n" * (marks[0] + 1) + "\n".join(lines[marks[0] + 1 : marks[1]])
     if markdown:
         raise RecipeError(f"{name}: no recipe between two lines of '---' or '+++' at its top")

@@ -55,6 +55,7 @@ class Variables(Mapping[str, Any]):
     ) -> None:
         self.values_, self.source, self.path, self.outer = values, source, path, outer
         self.open: list[str] = []
+        self.known: dict[str, Any] = {}
 
     def __iter__(self) -> Any:
         return iter(dict.fromkeys([*self.values_, *(self.outer or ())]))
@@ -62,18 +63,24 @@ class Variables(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(list(iter(self)))
 
+    def __contains__(self, name: object) -> bool:
+        # Mapping's own would work the value out
+        return name in self.values_ or (self.outer is not None and name in self.outer)
+
     def __getitem__(self, name: str) -> Any:
         """Raises RecipeError for an unknown name, and for variables that refer to each other."""
         if name not in self.values_:
             if self.outer is None:
                 raise KeyError(name)
             return self.outer[name]
+        if name in self.known:
+            return self.known[name]
         if name in self.open:
             chain = " -> ".join([*self.open[self.open.index(name) :], name])
             raise self.source.error((*self.path, name), f"variables form a cycle: {chain}")
         self.open.append(name)
         try:
-            return self.fill(self.values_[name], (*self.path, name))
+            return self.known.setdefault(name, self.fill(self.values_[name], (*self.path, name)))
         finally:
             self.open.pop()
 

@@ -10,6 +10,8 @@ from prunus.recipe.sparseml.parts import CAP, Part, Situation, build, duration, 
 from prunus.recipe.sparseml.settings import REQUIRED, Settings
 from prunus.schedules import CURVES
 
+SCHEDULERS = ("StepLR", "MultiStepLR", "ExponentialLR", "CosineAnnealingWarmRestarts")
+
 
 def groups(settings: Settings) -> tuple[int, ...] | None:
     """Numbers of parameter groups; none given, or an empty list, are all of them."""
@@ -50,7 +52,7 @@ def learning_rate(settings: Settings, situation: Situation) -> Part:
     settings.ignore("update_frequency")
     situation.ignore(settings, "constant_logging")
     if kind == "MultiStepLR":
-        part = _milestones(settings, keywords, first, start, end)
+        part = _milestones(settings, situation, keywords, first, start, end)
     elif kind == "CosineAnnealingWarmRestarts":
         part = _restarts(settings, keywords, first, start, end)
     elif kind in ("StepLR", "ExponentialLR"):
@@ -59,27 +61,35 @@ def learning_rate(settings: Settings, situation: Situation) -> Part:
         values = _stairs(first, _keyword(settings, keywords, "gamma"), size, end - start)
         part = Part(start, end, [LearningRate(window=window(start, end), **values)])
     else:
-        raise settings.error(f"unknown lr_class {kind!r}", "lr_class")
+        raise settings.error(f"unknown lr_class {kind!r}; use {', '.join(SCHEDULERS)}", "lr_class")
     if keywords:
         raise settings.error(f"unknown lr_kwargs: {', '.join(keywords)}", "lr_kwargs")
     return part
 
 
 def _milestones(
-    settings: Settings, keywords: dict[str, Any], first: float, start: float, end: float
+    settings: Settings,
+    situation: Situation,
+    keywords: dict[str, Any],
+    first: float,
+    start: float,
+    end: float,
 ) -> Part:
     factor, marks = _keyword(settings, keywords, "gamma"), keywords.pop("milestones", None)
     if not isinstance(marks, list) or not all(type(m) in (int, float) for m in marks):
         raise settings.error(f"milestones={marks!r}; give a list of epochs", "lr_kwargs")
-    at = [start, *sorted(marks)]
+    if late := [m for m in sorted(marks) if 0 <= end <= m]:
+        situation.note(settings, f"left out: milestones {late}, which end_epoch={end:g} cuts off")
+    at = [start, *(m for m in sorted(marks) if m not in late)]
     return constants(settings, [(e, first * factor**i) for i, e in enumerate(at)], end)
 
 
 def _restarts(
     settings: Settings, keywords: dict[str, Any], first: float, start: float, end: float
 ) -> Part:
-    if keywords.get("T_mult") == 1:
-        del keywords["T_mult"]
+    if (growth := keywords.pop("T_mult", 1)) != 1:
+        remedy = "write a modifier for each cycle"
+        raise settings.error(f"T_mult={growth!r}: cycles cannot grow; {remedy}", "lr_kwargs")
     cycle = duration(_keyword(settings, keywords, "cycle_epochs"))
     ends = {"from_": first, "to": _keyword(settings, keywords, "lr_min"), "curve": "cosine"}
     rate = build(LearningRate, settings, window=window(start, end), cycle=cycle, **ends)
@@ -118,12 +128,13 @@ def function(settings: Settings, situation: Situation) -> Part:
     kind, cycle = settings.text("lr_func"), settings.number("cycle_epochs", -1.0)
     chosen, cap = groups(settings), situation.dialect == CAP
     pieces = (_cap if cap else _sparseml)(settings, situation, kind, cycle, end - start)
-    part = Part(start, end, settles=(last, chosen))
+    part = Part(start, end)
     for begin, stop, factor, values in pieces:
         ends = {} if "to" in values or "values" in values else {"from_": first, "to": last}
         scaled = {key: _scaled(key, v, factor) for key, v in {**ends, **values}.items()}
         when = window(start + begin, start + stop)
         part.modifiers.append(build(LearningRate, settings, window=when, groups=chosen, **scaled))
+    part.settles = (scaled["values"][-1] if "values" in scaled else scaled["to"], chosen)
     return part
 
 
@@ -141,7 +152,10 @@ def _sparseml(
     settings: Settings, situation: Situation, kind: str, cycle: float, span: float
 ) -> Iterator[Piece]:
     if kind not in ("linear", "cosine", "cyclic_linear"):
-        raise settings.error(f"SparseML knows no lr_func {kind!r}", "lr_func")
+        remedy = "use linear, cosine or cyclic_linear"
+        if kind == "step":
+            remedy = "CAP does: load the recipe with dialect='cap'"
+        raise settings.error(f"SparseML knows no lr_func {kind!r}; {remedy}", "lr_func")
     if kind != "cyclic_linear":
         if 0 < cycle < span and not situation.named:
             remedy = "in CAP's recipes it does: load them with dialect='cap'"

@@ -28,9 +28,10 @@ def pattern_of(settings: Settings, situation: Situation) -> Pattern:
             return NM(m - n if situation.dialect == CAP and given != "tensorrt" else n, m)
     except ValueError as error:
         raise settings.error(str(error), "mask_type") from None
-    if given in ("filter", "channel"):
-        raise settings.error("masks of whole filters and channels are not known", "mask_type")
     known = "unstructured, block4, [1, 4] or 2:4"
+    if given in ("filter", "channel"):
+        said = f"prunus removes no whole filters or channels (mask_type {given!r}); use {known}"
+        raise settings.error(said, "mask_type")
     raise settings.error(f"unknown mask_type {given!r}; use {known}", "mask_type")
 
 

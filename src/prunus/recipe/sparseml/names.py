@@ -15,20 +15,25 @@ ALL, ALL_PRUNABLE, FROM_PARAM = "__ALL__", "__ALL_PRUNABLE__", "__FROM_PARAM__"
 _GLOB = re.compile(r"[*?\[]")
 _WRAPPER = re.compile(r"(re:)?module\\?\.")
 _WHOLE = re.compile(r"(?<!\\)(?:\.\*|\$)$")
+_A_WEIGHT = "(?<=weight)"
+"""ends what is matched against layers: their names and classes are not to match, as a rule"""
 
 
-def patterns(names: Sequence[str], settings: Settings, key: str = "params") -> tuple[str, ...]:
+def patterns(
+    names: Sequence[str], settings: Settings, key: str = "params", weights: bool = True
+) -> tuple[str, ...]:
     """The names as our patterns, everything for ``__ALL__`` and ``__ALL_PRUNABLE__``.
 
-    ``module.`` at the front, which DistributedDataParallel puts there, is left out. Raises
-    RecipeError for a regex that does not compile.
+    With ``weights`` regexes match names of weights only, for they choose layers, which have other
+    names too. ``module.`` at the front, which DistributedDataParallel puts there, is left out.
+    Raises RecipeError for a regex that does not compile.
     """
     if ALL in names or ALL_PRUNABLE in names:
         return ("*",)
-    return tuple(_pattern(name, settings, key) for name in names)
+    return tuple(_pattern(name, settings, key, _A_WEIGHT if weights else "") for name in names)
 
 
-def _pattern(name: str, settings: Settings, key: str) -> str:
+def _pattern(name: str, settings: Settings, key: str, ending: str) -> str:
     if match := _WRAPPER.match(name):
         name = (match[1] or "") + name[match.end() :]
     if not name.startswith("re:"):
@@ -38,7 +43,7 @@ def _pattern(name: str, settings: Settings, key: str) -> str:
         re.compile(regex)
     except re.error as error:
         raise settings.error(f"{name!r} is not a regular expression: {error}", key) from None
-    return "re:" + "|".join(map(_prefix, alternatives(regex)))
+    return "re:" + "|".join(_prefix(part) + ending for part in alternatives(regex))
 
 
 def _prefix(regex: str) -> str:

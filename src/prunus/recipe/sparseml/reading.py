@@ -139,14 +139,30 @@ def _together(parts: Sequence[Part], situation: Situation) -> Iterator[Part]:
     for part in parts:
         if not isinstance(part, Trainable):
             yield part
-        if part.settles is None or any(abs(rate.start - part.end) < 1e-9 for rate in rates):
+        if part.settles is None or any(_takes_over(rate, part) for rate in rates):
             continue
         # else the loop's own rate, or one set before, would come back
         if part.end < situation.last or any(r.end < 0 and r.start < part.end for r in rates):
             rate, groups = part.settles
-            yield Part(
-                part.end, -1, [LearningRate(to=rate, window=window(part.end), groups=groups)]
-            )
+            stays = LearningRate(to=rate, window=window(part.end), groups=groups)
+            # right behind its schedule, so that rates which begin later have precedence
+            part.modifiers.append(stays)
+
+
+def _takes_over(rate: Part, part: Part) -> bool:
+    """Whether the rate is in force when the part ends, in all groups of the part."""
+    mine, theirs = _groups(part), _groups(rate)
+    if theirs is not None and (mine is None or not mine <= theirs):
+        return False
+    if rate.end < 0:
+        return part.start < rate.start <= part.end + 1e-9
+    return rate.start <= part.end + 1e-9 < rate.end
+
+
+def _groups(part: Part) -> set[int] | None:
+    """The parameter groups whose learning rate the part sets; None for all."""
+    (first, *_) = (m for m in part.modifiers if isinstance(m, LearningRate))
+    return None if first.groups is None else set(first.groups)
 
 
 def _needed(parts: Sequence[Part]) -> Iterator[Modifier]:
@@ -155,7 +171,7 @@ def _needed(parts: Sequence[Part]) -> Iterator[Modifier]:
     for part in parts:
         for modifier in part.modifiers:
             if isinstance(modifier, PruningModifier) and not isinstance(modifier, ACDC):
-                if any(end <= part.start and _reached(old, modifier) for end, old in done):
+                if any(0 <= end <= part.start and _reached(old, modifier) for end, old in done):
                     continue
                 done.append((part.start if modifier.at_once else part.end, modifier))
             yield modifier

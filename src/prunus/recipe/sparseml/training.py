@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from prunus.modifiers import Freeze, WeightDecay
 from prunus.recipe.sparseml.learning_rates import groups
-from prunus.recipe.sparseml.names import patterns
+from prunus.recipe.sparseml.names import ALL, ALL_PRUNABLE, patterns
 from prunus.recipe.sparseml.parts import Part, Situation, build, window
 from prunus.recipe.sparseml.settings import REQUIRED, Settings
 
@@ -37,7 +37,11 @@ class Trainable(Part):
 
 def trainable_params(settings: Settings, situation: Situation) -> Part:
     start, end = settings.span()
-    names = patterns(settings.words("params"), settings)
+    words = settings.words("params")
+    if ALL_PRUNABLE in words:
+        remedy = f"name them, such as 're:.*weight', or write {ALL} for all parameters"
+        raise settings.error(f"{ALL_PRUNABLE} is read for pruning only; {remedy}", "params")
+    names = patterns(words, settings, weights=False)
     if not settings.flag("params_strict", True) and all(n.startswith("re:") for n in names):
         names = ("re:" + "|".join(name.removeprefix("re:") for name in names),)
     trainable = settings.flag("trainable", True)
