@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from prunus.distributed import ranks_of
+from prunus.layers import Layer
 from prunus.method import LayerRow
+
+
+def counted(layer: Layer, pattern: str, entries: Tensor) -> LayerRow:
+    """The layer's row, with the zeros of its weight or mask counted over all ranks that hold it."""
+    counts = torch.tensor([entries.numel(), entries.numel() - int(entries.count_nonzero())])
+    size, zeros = ranks_of(layer.weight).all_reduce(counts).tolist()
+    itemsize = layer.weight.element_size()
+    return LayerRow(layer.name, layer.kind, layer.shape, pattern, size, zeros, itemsize, None)
 
 
 def layers_event(

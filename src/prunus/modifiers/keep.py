@@ -7,11 +7,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from prunus.distributed import ranks_of
 from prunus.layers import Layer
-from prunus.method import LayerRow
 from prunus.modifiers.base import MODIFIERS, Context, Run, log
-from prunus.modifiers.events import layers_event
+from prunus.modifiers.events import counted, layers_event
 from prunus.modifiers.pruning_run import check_held, put_mask
 from prunus.selection import select
 from prunus.timing import Window
@@ -71,7 +69,7 @@ class KeepRun(Run):
     @torch.no_grad()
     def _begin(self, step: int) -> None:
         free = self._free()
-        rows = [_row(layer) for layer in free]
+        rows = [counted(layer, "as found", layer.local) for layer in free]
         dense = [row.name for row in rows if row.zeros == 0]
         if rows and len(dense) == len(rows) and not self.allow_dense:
             raise ValueError(
@@ -121,12 +119,3 @@ class KeepRun(Run):
         self.begun = bool(state["begun"])
         for name in state["owned"]:
             self.context.owners[name] = self
-
-
-def _row(layer: Layer) -> LayerRow:
-    """The layer as it is, counted over all ranks that hold it."""
-    w = layer.local
-    counts = torch.tensor([w.numel(), w.numel() - int(w.count_nonzero())])
-    size, zeros = ranks_of(layer.weight).all_reduce(counts).tolist()
-    itemsize = layer.weight.element_size()
-    return LayerRow(layer.name, layer.kind, layer.shape, "as found", size, zeros, itemsize, None)

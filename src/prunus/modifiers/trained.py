@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunus.distributed import gather, ranks_of, scatter
+from prunus.distributed import gather, scatter
 from prunus.layers import Layer
 from prunus.masking import Hard, Masking, pack, unpack
 from prunus.method import LayerRow
+from prunus.modifiers.events import counted
 from prunus.structure import Groups
 
 
@@ -67,11 +68,7 @@ class Trained:
         return False
 
     def row(self, mask: Tensor) -> LayerRow:
-        layer = self.layer
-        counts = torch.tensor([mask.numel(), mask.numel() - int(mask.count_nonzero())])
-        size, zeros = ranks_of(layer.weight).all_reduce(counts).tolist()
-        pattern, itemsize = str(self.patterns[-1]), layer.weight.element_size()
-        return LayerRow(layer.name, layer.kind, layer.shape, pattern, size, zeros, itemsize, None)
+        return counted(self.layer, str(self.patterns[-1]), mask)
 
     def state_dict(self) -> dict[str, Any]:
         """Dense weight and what is alive, whole on every rank; empty outside the window."""
