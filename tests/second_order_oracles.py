@@ -105,9 +105,20 @@ def cap_trace(c, w, may_go=lambda p, gone: True):
 def cap_losses(c, w):
     """The losses of `cap_trace` at their weights' places, 0 where there was no weight."""
     order, losses, _ = cap_trace(c, w)
+    return at_places(order, losses, w)
+
+
+def cap_increases(c, w):
+    """What each weight of `cap_trace` adds to the loss, or one that went before it, if that is more."""
+    order, losses, _ = cap_trace(c, w)
+    added = [loss - before for loss, before in zip(losses, [0, *losses], strict=False)]
+    return at_places(order, [max(added[: k + 1]) for k in range(len(added))], w)
+
+
+def at_places(order, values, w):
     result = torch.zeros_like(w)
-    for p, loss in zip(order, losses, strict=True):
-        result[p] = loss
+    for p, value in zip(order, values, strict=True):
+        result[p] = value
     return result
 
 
@@ -227,14 +238,15 @@ SLOW = {  # scores and new weights of a block
         lambda f, w, keep: obs_update(inverse(f), w, gone_of(keep)),
     ),
     "cap": (
-        lambda f, w: cap_losses(inverse(f), w),
+        lambda f, w: cap_increases(inverse(f), w),
         lambda f, w, keep: group_solve(inverse(f), w, gone_of(keep)),
     ),
 }
+SLOW["loss"] = (lambda f, w: cap_losses(inverse(f), w), SLOW["cap"][1])
 
 
 def slowly_pruned(model, data, pruner, sparsity):
-    scores, update = SLOW[pruner.name]
+    scores, update = SLOW["loss" if getattr(pruner, "score", "") == "loss" else pruner.name]
     grads, ws = masked_gradients(model, data), [w.detach() for w in weights(model)]
     settings = pruner.damp, pruner.block_size
     ranked = [

@@ -1,5 +1,6 @@
 """Elimination in batches of blocks, beside one block after the other."""
 
+import itertools
 import math
 from unittest import mock
 
@@ -14,6 +15,7 @@ from prunus.elimination import (
     greedy_losses,
     greedy_losses_of_groups,
     group_solve,
+    increases,
     saliency,
 )
 from prunus.linalg import inverse
@@ -21,6 +23,7 @@ from prunus.solvers import keep_highest_of_groups
 
 from second_order_oracles import (
     cap_groups_keep,
+    cap_increases,
     cap_losses,
     cap_trace,
     eliminate,
@@ -158,6 +161,36 @@ def test_losses_never_decrease_along_the_order(n, d, seed):
         order = cap_trace(c[i], w[i])[0]
         assert bool((losses[i, order].diff() >= 0).all())
         assert float(losses[i].min()) >= 0
+
+
+@given(st.integers(1, 4), st.integers(1, 16), SEEDS, st.sampled_from([0, 0.3, 1]))
+@FEW
+def test_increases_equal_the_slow_ones_and_never_fall_along_the_order(n, d, seed, zeros):
+    _, c, w = problem(n, d, seed, zeros)
+    losses = greedy_losses(c.clone(), w)
+    rises = increases(losses)
+    expected = torch.stack([cap_increases(*block) for block in zip(c, w, strict=True)])
+    torch.testing.assert_close(rises, expected, **TIGHT)
+    assert bool((rises.gather(1, losses.argsort(1)).diff() >= 0).all())
+
+
+@given(st.integers(1, 3), st.integers(1, 7), SEEDS, st.integers(0, 30))
+@FEW
+def test_convex_losses_have_no_cheaper_prefixes_than_those_of_the_smallest_increases(
+    n, d, seed, count
+):
+    generator = torch.Generator().manual_seed(seed)
+    losses = torch.rand(n, d, generator=generator, dtype=torch.float64).sort(1).values.cumsum(1)
+    count = min(count, n * d)
+    chosen = increases(losses).flatten().argsort()[:count] // d
+    mine = sum(float(losses[b, k - 1]) for b, k in enumerate(chosen.bincount(minlength=n)) if k)
+    every = itertools.product(range(d + 1), repeat=n)
+    sums = (
+        sum(float(losses[b, k - 1]) for b, k in enumerate(each) if k)
+        for each in every
+        if sum(each) == count
+    )
+    assert mine == pytest.approx(min(sums))
 
 
 @given(st.integers(1, 16), SEEDS)

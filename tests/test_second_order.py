@@ -1,6 +1,8 @@
 """OBS, CAP and FastCAP through the front door: whole models beside loops, and known traps."""
 
+import copy
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,13 +19,16 @@ METHODS = {
     "fastcap": prunus.FastCAP(),
 }
 EACH = pytest.mark.parametrize("pruner", METHODS.values(), ids=METHODS)
-BLOCKWISE = pytest.mark.parametrize("pruner", [METHODS["obs"], METHODS["cap"]], ids=["obs", "cap"])
+AS_PUBLISHED = prunus.CAP(block_size=4, damp=1e-3, score="loss")
+BLOCKWISE = pytest.mark.parametrize(
+    "pruner", [METHODS["obs"], METHODS["cap"], AS_PUBLISHED], ids=["obs", "cap", "cap-as-published"]
+)
 
 
 @BLOCKWISE
 @pytest.mark.parametrize("num_grads", [1024, 3], ids=["primal", "dual"])
 def test_a_whole_model_equals_the_loops_in_a_first_and_a_second_step(pruner, num_grads):
-    model, pruner = net(), type(pruner)(block_size=4, damp=1e-3, num_grads=num_grads)
+    model, pruner = net(), replace(pruner, num_grads=num_grads)
     for sparsity in (0.4, 0.7):
         expected = slow.slowly_pruned(model, batches()[:num_grads], pruner, sparsity)
         prunus.prune(model, pruner, sparsity=sparsity, layers="*", calibration=data_for(model))
@@ -247,3 +252,22 @@ def test_wrong_settings_in_a_recipe_are_refused_by_name(setting):
 @pytest.mark.parametrize("text", ["1e-7", "1E-7", "1.0e-07", "0.0000001"])
 def test_damp_in_a_recipe_is_a_number(name, text):
     assert recipe(f"{{name: {name}, damp: {text}}}").modifiers[0].pruner.damp == 1e-7
+
+
+def test_blocks_of_any_length_are_ranked_alike_where_the_fisher_says_nothing():
+    model = torch.nn.Sequential(torch.nn.Linear(20, 9), torch.nn.Tanh(), torch.nn.Linear(9, 30))
+    data = prunus.Calibration([(torch.randn(4, 20), torch.randn(4, 30)) for _ in range(3)], mse)
+    plain, as_published = copy.deepcopy(model), copy.deepcopy(model)
+    prunus.prune(model, prunus.CAP(8, damp=1e6), sparsity=0.6, layers="*", calibration=data)
+    prunus.prune(plain, "magnitude", sparsity=0.6, layers="*")
+    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine == 0, theirs == 0)
+    pruner = prunus.CAP(8, damp=1e6, score="loss")
+    prunus.prune(as_published, pruner, sparsity=0.6, layers="*", calibration=data)
+    ends = as_published[0].weight[:, 16:] == 0  # blocks of four, all eaten up
+    assert float(ends.float().mean()) > 0.9 > float((model[0].weight[:, 16:] == 0).float().mean())
+
+
+def test_an_unknown_score_is_refused_with_a_near_miss():
+    with pytest.raises(ValueError, match=r"unknown score 'increas'.*increase"):
+        prunus.CAP(score="increas")

@@ -48,6 +48,7 @@ import vision_models  # noqa: F401  (registers digits_vit and digits_resnet)
 TARGETS = (0.75, 0.9)
 RATIOS = (0.8, 0.9, 0.95, 0.97, 0.98, 0.99)
 GRADUAL = Window("0%", "60%", "10%")
+FOLDS = 5
 WAYS = ("one shot", "one shot + fine-tune", "gradual")
 cross_entropy = nn.functional.cross_entropy
 Curve = list[float]
@@ -58,6 +59,7 @@ class Task:
     """A dense model, its data on its device, and how it is trained."""
 
     name: str
+    seed: int
     model: nn.Module
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
@@ -66,6 +68,8 @@ class Task:
     shift: int
     """images are flipped and moved by up to so many pixels while training; 0: left as they are"""
     num_grads: int
+    dense: float = 0.0
+    """accuracy before pruning"""
 
     def top1(self, model: nn.Module) -> float:
         """In percent."""
@@ -78,10 +82,11 @@ class Task:
             ]
         return 100 * int(torch.stack(hits).sum()) / len(y)
 
-    def calibration(self, seed: int) -> Calibration:
+    def calibration(self, batch_size: int = 8) -> Calibration:
         x, y = self.train
-        order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed)).to(y.device)
-        return Calibration([(x[i], y[i]) for i in order[:4096].split(8)], cross_entropy)
+        order = torch.randperm(len(y), generator=torch.Generator().manual_seed(self.seed))
+        batches = order[:4096].to(y.device).split(batch_size)
+        return Calibration([(x[i], y[i]) for i in batches], cross_entropy)
 
     def epoch(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         x, y = self.train
@@ -100,10 +105,10 @@ def changed(x: Tensor, shift: int) -> Tensor:
     return torch.where(flip, x.flip(3), x).roll(moves, (2, 3))
 
 
-def build(name: str, args: argparse.Namespace) -> Task:
-    torch.manual_seed(0)
+def build(name: str, seed: int, args: argparse.Namespace) -> Task:
+    torch.manual_seed(seed)
     if args.data is None:
-        train, test = demo.digits()
+        train, test = demo.digits(seed % FOLDS)
         model, batch_size, shift, lr = timm.create_model(f"digits_{name}"), 64, 0, 1e-3
     else:
         train, test = (read_images(args.data, split) for split in ("train", "val"))
@@ -115,8 +120,11 @@ def build(name: str, args: argparse.Namespace) -> Task:
             shape |= {"channels": (64, 128, 256)}
         model = timm.create_model(f"digits_{name}", **shape)
     train, test = ([t.to(args.device) for t in pair] for pair in (train, test))
-    task = Task(name, model.to(args.device), train, test, batch_size, lr, shift, args.num_grads)
+    task = Task(
+        name, seed, model.to(args.device), train, test, batch_size, lr, shift, args.num_grads
+    )
     train_dense(task, args.dense_epochs)
+    task.dense = task.top1(task.model)
     return task
 
 
@@ -132,8 +140,8 @@ def train_dense(task: Task, epochs: int) -> None:
 def pruners(task: Task) -> dict[str, Pruner]:
     return {
         "magnitude": Magnitude(),
-        "OBS": OBS(num_grads=task.num_grads, damp=1e-5),
-        "CAP": CAP(num_grads=task.num_grads, damp=1e-6),
+        "OBS": OBS(num_grads=task.num_grads, damp=1e-7),
+        "CAP": CAP(num_grads=task.num_grads),
         "FastCAP": FastCAP(num_grads=task.num_grads),
     }
 
@@ -145,11 +153,9 @@ def recipe(pruner: Pruner, target: float, gradual: bool, lr: float) -> prunus.Re
     return prunus.Recipe((prunus.PruningModifier(pruner, sparsity, window=window), rate))
 
 
-def trained(
-    task: Task, pruner: Pruner, target: float, gradual: bool, epochs: int, seed: int
-) -> Curve:
+def trained(task: Task, pruner: Pruner, target: float, gradual: bool, epochs: int) -> Curve:
     """Accuracy after each epoch of a run that ends pruned to the target."""
-    torch.manual_seed(seed)
+    torch.manual_seed(task.seed)
     model = copy.deepcopy(task.model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=task.lr, weight_decay=0.05)
     curve = []
@@ -159,7 +165,7 @@ def trained(
         recipe(pruner, target, gradual, task.lr),
         steps_per_epoch=len(task.train[1]) // task.batch_size,
         epochs=epochs,
-        calibration=task.calibration(seed),
+        calibration=task.calibration(),
     ) as session:
         for _ in range(epochs):
             task.epoch(model, optimizer)
@@ -168,116 +174,124 @@ def trained(
     return curve
 
 
-def at_once(task: Task, pruner: Pruner, target: float, seed: int) -> Curve:
+def at_once(task: Task, pruner: Pruner, target: float) -> Curve:
     model = copy.deepcopy(task.model)
-    prunus.prune(model, pruner, sparsity=target, calibration=task.calibration(seed))
+    data, fresh = task.calibration(), task.calibration(64)
+    prunus.prune(model, pruner, sparsity=target, calibration=data, recalibrate=fresh)
     return [task.top1(model)]
 
 
+@dataclass
+class Found:
+    """What one way of pruning came to, for each seed."""
+
+    curves: list[Curve]
+    lost: list[float]
+    seconds: float
+
+    def __str__(self) -> str:
+        mean = statistics.mean(curve[-1] for curve in self.curves)
+        if len(self.lost) == 1:
+            return f"{mean:.2f} ({-self.lost[0]:+.2f})"
+        error = statistics.stdev(self.lost) / len(self.lost) ** 0.5
+        return f"{mean:.2f} ({-statistics.mean(self.lost):+.2f} ± {error:.2f})"
+
+
 def run(
-    task: Task, way: str, pruner: Pruner, target: float, args: argparse.Namespace
-) -> tuple[list[Curve], float]:
-    """A curve for each seed, and the median time."""
+    tasks: Sequence[Task], way: str, pruner: Pruner, target: float, args: argparse.Namespace
+) -> Found:
     curves: list[Curve] = []
     times = []
-    # magnitude in one shot has nothing random in it
-    for seed in range(1 if way == "one shot" and isinstance(pruner, Magnitude) else args.seeds):
+    for task in tasks:
 
-        def once(seed: int = seed) -> None:
+        def once(task: Task = task) -> None:
             if way == "one shot":
-                curves.append(at_once(task, pruner, target, seed))
+                curves.append(at_once(task, pruner, target))
             else:
-                gradual = way == "gradual"
-                curves.append(trained(task, pruner, target, gradual, args.epochs, seed))
+                curves.append(trained(task, pruner, target, way == "gradual", args.epochs))
 
         times.append(seconds(once, args))
-    last = [curve[-1] for curve in curves]
-    print(f"{task.name} {way} {pruner.name} {target:g}: {last}", file=sys.stderr, flush=True)
-    return curves, statistics.median(times)
+    lost = [task.dense - curve[-1] for task, curve in zip(tasks, curves, strict=True)]
+    found = Found(curves, lost, statistics.median(times))
+    print(f"{tasks[0].name} {way} {pruner.name} {target:g}: {found}", file=sys.stderr, flush=True)
+    return found
 
 
-def said(curves: Sequence[Curve]) -> str:
-    last = [curve[-1] for curve in curves]
-    if len(last) == 1:
-        return f"{last[0]:.2f}"
-    return f"{statistics.mean(last):.2f} ± {(max(last) - min(last)) / 2:.2f}"
+def heading(tasks: Sequence[Task], args: argparse.Namespace, begun: str) -> str:
+    dense = statistics.mean(task.dense for task in tasks)
+    ended = f"{begun}-{time.strftime('%H:%M')}"
+    return f"{tasks[0].name}: dense {dense:.2f} %, {args.epochs} epochs, {len(tasks)} seeds ({ended})"
 
 
-def methods(task: Task, args: argparse.Namespace) -> None:
+def methods(tasks: Sequence[Task], args: argparse.Namespace) -> None:
     begun = time.strftime("%H:%M")
     found = {
-        (name, way, target): run(task, way, pruner, target, args)
-        for name, pruner in pruners(task).items()
+        (name, way, target): run(tasks, way, pruner, target, args)
+        for name, pruner in pruners(tasks[0]).items()
         for target in args.targets
         for way in WAYS
     }
-    print(f"{task.name}: dense {task.top1(task.model):.2f} %, {args.epochs} epochs ({begun})\n")
+    print(heading(tasks, args, begun), "\n")
     rows = [
-        (name, f"{target:g}", *(said(found[name, w, target][0]) for w in WAYS),
-         *(f"{found[name, w, target][1]:.0f}" for w in WAYS))
-        for name in pruners(task)
+        (name, f"{target:g}", *(str(found[name, w, target]) for w in WAYS),
+         *(f"{found[name, w, target].seconds:.0f}" for w in WAYS))
+        for name in pruners(tasks[0])
         for target in args.targets
     ]  # fmt: skip
     print_table(("method", "sparsity", *WAYS, *(f"{way}, s" for way in WAYS)), rows)
     if args.plot:
-        plot(task, {key: curves for key, (curves, _) in found.items()}, args)
+        plot(tasks, found, args)
 
 
-def plot(task: Task, found: Mapping[Any, Sequence[Curve]], args: argparse.Namespace) -> None:
+def plot(tasks: Sequence[Task], found: Mapping[Any, Found], args: argparse.Namespace) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5 * len(args.targets), 3.6), layout="constrained")
     axes = figure.subplots(1, len(args.targets), squeeze=False)[0]
+    lowest = min(c[-1] for k, f in found.items() if k[1] != WAYS[0] for c in f.curves)
     for axis, target in zip(axes, args.targets, strict=True):
-        for i, name in enumerate(pruners(task)):
+        for i, name in enumerate(pruners(tasks[0])):
             for way, style in ((WAYS[1], "--"), (WAYS[2], "-")):
-                means = [
-                    statistics.mean(points)
-                    for points in zip(*found[name, way, target], strict=True)
-                ]
+                curves = found[name, way, target].curves
+                means = [statistics.mean(points) for points in zip(*curves, strict=True)]
                 label = name if way == WAYS[2] else None
                 axis.plot(range(1, len(means) + 1), means, style, color=f"C{i}", label=label)
-        axis.axhline(task.top1(task.model), color="gray", linewidth=0.8)
-        lowest = min(c[-1] for k, curves in found.items() if k[1] != WAYS[0] for c in curves)
-        axis.set(title=f"{task.name}, {target:.0%}", xlabel="epoch", ylabel="top-1, %")
+        axis.axhline(statistics.mean(task.dense for task in tasks), color="gray", linewidth=0.8)
+        axis.set(title=f"{tasks[0].name}, {target:.0%}", xlabel="epoch", ylabel="top-1, %")
         axis.set_ylim(bottom=lowest - 10)
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False, title="gradual (at once: dashed)")
     Path(args.plot).mkdir(parents=True, exist_ok=True)
-    figure.savefig(Path(args.plot) / f"gradual-{task.name}.png", dpi=150)
+    figure.savefig(Path(args.plot) / f"gradual-{tasks[0].name}.png", dpi=150)
 
 
-def reached(means: Mapping[float, float], least: float) -> str:
-    """The sparsity at which accuracy falls below `least`, between the measured ones by a line."""
-    before = (0.0, None)
-    for sparsity, value in means.items():
-        if value < least:
-            if before[1] is None:
-                return f"< {sparsity:g}"
-            share = (before[1] - least) / (before[1] - value)
-            return f"{before[0] + share * (sparsity - before[0]):.3f}"
-        before = (sparsity, value)
+def reached(lost: Mapping[float, float], most: float = 1.0) -> str:
+    """The sparsity that loses more than `most` points, between the measured ones by a line."""
+    before = (0.0, 0.0)
+    for sparsity, points in lost.items():
+        if points > most:
+            share = (most - before[1]) / (points - before[1])
+            least = "" if before[0] else "< "
+            return f"{least}{before[0] + share * (sparsity - before[0]) if before[0] else sparsity:.3f}"
+        before = (sparsity, points)
     return f"> {before[0]:g}"
 
 
-def ratio(task: Task, args: argparse.Namespace) -> None:
+def ratio(tasks: Sequence[Task], args: argparse.Namespace) -> None:
     """How sparse, for a point of accuracy: in small steps, or in one aggressive one."""
-    dense = task.top1(task.model)
+    begun = time.strftime("%H:%M")
     rows = []
     for name in ("magnitude", "CAP"):
         for way in WAYS:
-            means = {}
-            for target in args.ratios:
-                curves, _ = run(task, way, pruners(task)[name], target, args)
-                means[target] = statistics.mean(curve[-1] for curve in curves)
-            values = [f"{value:.2f}" for value in means.values()]
-            rows.append((name, way, *values, reached(means, dense - 1)))
-    print(f"{task.name}: dense {dense:.2f} %, {args.epochs} epochs, {args.seeds} seeds\n")
+            found = {r: run(tasks, way, pruners(tasks[0])[name], r, args) for r in args.ratios}
+            lost = {r: statistics.mean(f.lost) for r, f in found.items()}
+            rows.append((name, way, *map(str, found.values()), reached(lost)))
+    print(heading(tasks, args, begun), "\n")
     print_table(("method", "way", *(f"{r:g}" for r in args.ratios), "at one point lost"), rows)
 
 
 def main() -> None:
-    parts: dict[str, Callable[..., None]] = {"methods": methods, "ratio": ratio}
+    parts: dict[str, Callable[[Sequence[Task], argparse.Namespace], None]] = {"methods": methods, "ratio": ratio}
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add_options(parser)
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
@@ -299,9 +313,9 @@ def main() -> None:
         args.targets, args.ratios = [0.9], [0.8, 0.9]
     print(hardware(args), "\n")
     for name in args.models:
-        task = build(name, args)
+        tasks = [build(name, seed, args) for seed in range(args.seeds)]
         for part in args.parts:
-            parts[part](task, args)
+            parts[part](tasks, args)
 
 
 if __name__ == "__main__":

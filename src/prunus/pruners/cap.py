@@ -3,28 +3,34 @@
 D. Kuznedelev, E. Kurtic, E. Frantar, D. Alistarh, "CAP: correlation-aware pruning for
 highly-accurate sparse vision models", 2023, https://arxiv.org/abs/2210.09223, algorithm 1.
 
-Here only the losses along the elimination are kept, not a copy of the weights after each step: for
-any mask, one group solve gives the weights that the elimination would have ended with, exactly.
+Two things are done otherwise. Blocks are ranked against each other by how much a weight adds to the
+loss of its block, where the paper takes that loss as it is by then, which favors pruning where blocks
+are short (``score="loss"`` does as the paper). And only these scores are kept along the elimination,
+not a copy of the weights after each step: for any mask, one group solve gives the weights that the
+elimination would have ended with, exactly.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from prunus.elimination import greedy_losses, greedy_losses_of_groups, group_solve
+from prunus.elimination import greedy_losses, greedy_losses_of_groups, group_solve, increases
+from prunus.names import did_you_mean
 from prunus.patterns import NM, Pattern
 from prunus.pruners.base import Ranks, register_pruner
 from prunus.pruners.second_order import SecondOrder
 from prunus.stats.fisher import BlockFisher
 
+SCORES = {"increase": increases, "loss": lambda losses: losses}
+
 
 @register_pruner
 @dataclass(frozen=True)
 class CAP(SecondOrder):
-    """Eliminate weights one by one, the others adjusting; score: the block's loss by then.
+    """Eliminate weights one by one, the others adjusting; score: what each adds to the loss.
 
     In each block the next to go is ``argmin w_p^2 / [F^-1]_pp``, with w and F^-1 as the weights
     gone so far have left them. What stays is ``w - F^-1[:, P] (F^-1_PP)^-1 w_P``.
@@ -34,9 +40,19 @@ class CAP(SecondOrder):
     patterns: ClassVar[tuple[str, ...]] = ("unstructured", "row", "N:M")
     allocator: ClassVar[str] = "global"
 
+    score: Literal["increase", "loss"] = "increase"
+    """what blocks are ranked by: the increase of the block's loss, or, as published, the loss"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.score not in SCORES:
+            near = did_you_mean(self.score, SCORES)
+            raise ValueError(f"unknown score {self.score!r}{near}")
+
     def scores(self, w: Tensor, stat: BlockFisher, pattern: Pattern, ranks: Ranks) -> Tensor:
         if not isinstance(pattern, NM):
-            return stat.per_block(lambda f, x: greedy_losses(f.inverse(), x.double()), w)
+            score = SCORES[self.score]
+            return stat.per_block(lambda f, x: score(greedy_losses(f.inverse(), x.double())), w)
         n, m = pattern.n, pattern.m
         return stat.per_block(
             lambda f, x: greedy_losses_of_groups(f.inverse(), x.double(), n, m), w
