@@ -213,7 +213,7 @@ def _training(parser: argparse.ArgumentParser) -> None:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The options; without data and config, those of the digits."""
     parser, argv = build_parser(), [dashed(argument) for argument in argv]
-    first = parser.parse_args(argv)
+    first = _read(parser, argv)
     data = first.data_dir or first.data or first.dataset
     config = first.config or (CONFIGS / "digits.yaml" if data in ("", "digits") else None)
     if config is not None:
@@ -221,10 +221,24 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         if first.recipe:  # the variables are those of the config's own recipe
             defaults.pop("set", None)
         parser.set_defaults(**defaults)
-    args = parser.parse_args(argv)
+    args = _read(parser, argv)
     args.data_dir, args.output = args.data_dir or args.data, args.output or OUTPUT
     _check(parser, args)
     args.said_epochs = any(a == "--epochs" or a.startswith("--epochs=") for a in argv)
+    return args
+
+
+def _read(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments; data after ``--resume`` or ``--distill`` is data, not their value."""
+    args = parser.parse_args(argv)
+    if args.resume and (last := Path(args.resume) / "last.pth").is_file():
+        args.resume = str(last)
+    for name, alone in (("resume", "auto"), ("distill", "dense")):
+        given = getattr(args, name)
+        is_data = given == "digits" or Path(given or "").suffix == ".tar"
+        if given and not args.data and (is_data or Path(given).is_dir()):
+            setattr(args, name, alone)
+            args.data = given
     return args
 
 

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -228,7 +229,7 @@ def plan(
     said = [value for value, unit in _ends(recipe.modifiers) if unit == "ep"]
     length = recipe.epochs or (max(said) if known else None)
     if length is not None and not args.said_epochs:
-        args.epochs = round(length)
+        args.epochs = math.ceil(length)
         log.info("the recipe's training ends after %d epochs, and so does this one", args.epochs)
     if rates:
         return None, args.epochs

@@ -158,7 +158,7 @@ def indexed(dataset: Any, name: str) -> Dataset[Any]:
 
 
 class Numbered(Dataset[Any]):
-    """Images whose random changes depend on the number drawn with them, in whatever process."""
+    """Images whose random changes depend on the number of their batch, in whatever process."""
 
     def __init__(self, images: Dataset[Any]) -> None:
         self.images: Any = images
@@ -168,12 +168,12 @@ class Numbered(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, drawn: tuple[int, int]) -> tuple[Any, int]:
-        number, index = drawn
-        seed_all(number)
-        image, target = self.images[index]
+    def __getitems__(self, drawn: Sequence[tuple[int, int]]) -> list[tuple[Any, int]]:
+        """A batch, of which the first image's number counts."""
         assert self.transform is not None
-        return self.transform(image), target
+        seed_all(drawn[0][0])
+        found = (self.images[index] for _, index in drawn)
+        return [(self.transform(image), target) for image, target in found]
 
 
 class Order(Sampler[tuple[int, int]]):

@@ -34,6 +34,7 @@ RECIPES = {
     "row": recipe("uniform", "row"),
     "block": recipe("global", "4x1", DIVISIBLE),
     "2:4": FIXED,
+    "movement": recipe().replace("prune:\n      pruner: magnitude\n", "movement:\n"),
 }
 
 
@@ -79,7 +80,13 @@ def test_resuming_on_two_ranks_is_bit_for_bit_the_uninterrupted_run(ranks, how, 
         assert_bit_for_bit(answer, uninterrupted)
 
 
-@pytest.mark.parametrize("name", ["global", "2:4"])
+def test_movement_under_ddp_prunes_as_one_process_does(ranks):
+    one = train("plain", RECIPES["movement"])
+    for answer in ranks(train, "ddp", RECIPES["movement"]):
+        assert_same(answer, one)
+
+
+@pytest.mark.parametrize("name", ["global", "2:4", "movement"])
 def test_a_state_saved_on_two_ranks_resumes_on_one_and_the_other_way_round(ranks, name):
     one = train("plain", RECIPES[name])
     from_two = ranks(train, "fsdp", RECIPES[name], "adam", None, 4)[0]["saved"]

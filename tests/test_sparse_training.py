@@ -200,11 +200,12 @@ def test_a_recipe_sets_epochs_and_learning_rate(tmp_path):
     assert training_parts.plan(typed, prunus.Recipe.load(recipe), optimizer, STEPS) == (None, 1)
 
 
-def test_a_recipe_is_trained_until_its_last_window_ends():
-    rate = "  - learning_rate: {curve: linear, from: 1e-2, to: 0.0, window: {to: 1ep}}\n"
+@pytest.mark.parametrize(("end", "epochs"), [("1ep", 2), ("2.4ep", 3)])
+def test_a_recipe_is_trained_until_its_last_window_ends_in_whole_epochs(end, epochs):
+    rate = f"  - learning_rate: {{curve: linear, from: 1e-2, to: 0.0, window: {{to: {end}}}}}\n"
     args = training_options.parse([])
     recipe = prunus.Recipe.load(GRADUAL + rate)
-    assert training_parts.plan(args, recipe, mock.Mock(), STEPS) == (None, 2)
+    assert training_parts.plan(args, recipe, mock.Mock(), STEPS) == (None, epochs)
 
 
 def test_a_dense_phase_writes_no_distribution(tmp_path):
@@ -516,6 +517,20 @@ def test_without_data_the_digits_and_their_config_are_taken():
     assert args.pretrained
     assert Path(args.recipe).is_file()
     assert not training_options.parse(["--no-pretrained", "--data_dir=digits"]).pretrained
+
+
+@pytest.mark.parametrize(("flag", "alone"), [("resume", "auto"), ("distill", "dense")])
+def test_data_after_an_option_that_needs_no_value_is_data(flag, alone, tmp_path):
+    begin, (file, run) = ["--recipe", "r.yaml"], (tmp_path / "a.pth", tmp_path / "run")
+    run.mkdir()
+    for data in (str(tmp_path), "digits", "images.tar"):
+        args = training_options.parse([*begin, "--model", "x", f"--{flag}", data])
+        assert (args.data_dir, getattr(args, flag)) == (data, alone)
+    args = training_options.parse([*begin, str(tmp_path), f"--{flag}", str(file)])
+    assert (args.data_dir, getattr(args, flag)) == (str(tmp_path), str(file))
+    (run / "last.pth").touch()
+    args = training_options.parse([*begin, "--resume", str(run)])
+    assert args.resume == str(run / "last.pth")
 
 
 @pytest.mark.parametrize(

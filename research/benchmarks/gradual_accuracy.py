@@ -219,8 +219,8 @@ def run(
 
 def heading(tasks: Sequence[Task], args: argparse.Namespace, begun: str) -> str:
     dense = statistics.mean(task.dense for task in tasks)
-    ended = f"{begun}-{time.strftime('%H:%M')}"
-    return f"{tasks[0].name}: dense {dense:.2f} %, {args.epochs} epochs, {len(tasks)} seeds ({ended})"
+    what = f"dense {dense:.2f} %, {args.epochs} epochs, {len(tasks)} seeds"
+    return f"{tasks[0].name}: {what} ({begun}-{time.strftime('%H:%M')})"
 
 
 def methods(tasks: Sequence[Task], args: argparse.Namespace) -> None:
@@ -267,14 +267,15 @@ def plot(tasks: Sequence[Task], found: Mapping[Any, Found], args: argparse.Names
 
 def reached(lost: Mapping[float, float], most: float = 1.0) -> str:
     """The sparsity that loses more than `most` points, between the measured ones by a line."""
-    before = (0.0, 0.0)
+    before: tuple[float, float] | None = None
     for sparsity, points in lost.items():
         if points > most:
+            if before is None:
+                return f"< {sparsity:g}"
             share = (most - before[1]) / (points - before[1])
-            least = "" if before[0] else "< "
-            return f"{least}{before[0] + share * (sparsity - before[0]) if before[0] else sparsity:.3f}"
+            return f"{before[0] + share * (sparsity - before[0]):.3f}"
         before = (sparsity, points)
-    return f"> {before[0]:g}"
+    return f"> {max(lost):g}"
 
 
 def ratio(tasks: Sequence[Task], args: argparse.Namespace) -> None:
@@ -291,7 +292,8 @@ def ratio(tasks: Sequence[Task], args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parts: dict[str, Callable[[Sequence[Task], argparse.Namespace], None]] = {"methods": methods, "ratio": ratio}
+    parts: dict[str, Callable[[Sequence[Task], argparse.Namespace], None]]
+    parts = {"methods": methods, "ratio": ratio}
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add_options(parser)
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))

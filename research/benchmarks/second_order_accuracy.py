@@ -1,11 +1,13 @@
 """Accuracy of the second-order methods in one shot, beside magnitude, over calibration seeds.
 
 On the CIFAR ResNet-20 of `resnet20_cifar10.py`, and on the demo's vision transformer and a small
-ResNet for digits, trained here. Three parts: ``sweep``, all methods over sparsities, with a plot; ``check``, the
-points that a prototype gave; ``push``, what buys most accuracy at 90 %, with its time.
+ResNet for digits, trained here. Three parts: ``sweep``, all methods over sparsities, with a plot;
+``check``, the points that a prototype gave; ``push``, what buys most accuracy at 90 %, with its
+time.
 
     python research/benchmarks/second_order_accuracy.py [--parts sweep check push] [--seeds 3]
-        [--models resnet20 digits digits-resnet] [--weights FILE] [--data FILE] [--plot FILE] [--device cuda]
+        [--models resnet20 digits digits-resnet] [--weights FILE] [--data FILE] [--plot FILE]
+        [--device cuda]
 """
 
 from __future__ import annotations
@@ -98,8 +100,9 @@ def _task(
 
 
 TASKS = {"resnet20": resnet20, "digits": digits, "digits-resnet": digits_resnet}
-DAMP = {"resnet20": 1e-7, "digits": 1e-8, "digits-resnet": 1e-8}  # the point to compare with; the default
-BEST_DAMP = {"resnet20": 1e-5, "digits": 1e-8, "digits-resnet": 1e-8}  # of the scan in `push`
+# the point to compare with; the default
+DAMP = {"resnet20": 1e-7, "digits": 1e-8, "digits-resnet": 1e-8}
+BEST_DAMP = {**DAMP, "resnet20": 1e-5}  # of the scan in `push`
 OBS_DAMP = {"resnet20": 1e-3, "digits": 1e-7, "digits-resnet": 1e-7}
 
 

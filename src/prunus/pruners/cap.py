@@ -3,15 +3,16 @@
 D. Kuznedelev, E. Kurtic, E. Frantar, D. Alistarh, "CAP: correlation-aware pruning for
 highly-accurate sparse vision models", 2023, https://arxiv.org/abs/2210.09223, algorithm 1.
 
-Two things are done otherwise. Blocks are ranked against each other by how much a weight adds to the
-loss of its block, where the paper takes that loss as it is by then, which favors pruning where blocks
-are short (``score="loss"`` does as the paper). And only these scores are kept along the elimination,
-not a copy of the weights after each step: for any mask, one group solve gives the weights that the
-elimination would have ended with, exactly.
+Two things are done otherwise. Blocks are ranked against each other by how much a weight adds to
+the loss of its block, where the paper takes that loss as it is by then, which favors pruning where
+blocks are short (``score="loss"`` does as the paper). And only these scores are kept along the
+elimination, not a copy of the weights after each step: for any mask, one group solve gives the
+weights that the elimination would have ended with, exactly.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -24,7 +25,7 @@ from prunus.pruners.base import Ranks, register_pruner
 from prunus.pruners.second_order import SecondOrder
 from prunus.stats.fisher import BlockFisher
 
-SCORES = {"increase": increases, "loss": lambda losses: losses}
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {"increase": increases, "loss": lambda x: x}
 
 
 @register_pruner
