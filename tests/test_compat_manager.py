@@ -107,7 +107,7 @@ def test_what_scripts_ask_a_manager():
     manager = ScheduledModifierManager.from_yaml(RECIPE)
     assert (manager.min_epochs, manager.max_epochs) == (0, 4)
     assert [type(m) for m in manager.learning_rate_modifiers] == [LearningRate]
-    assert [type(m) for m in manager.pruning_modifiers] == [PruningModifier]
+    assert [m.name for m in manager.pruning_modifiers] == ["prune"]
     assert list(manager.iter_modifiers()) == manager.modifiers
     assert len(manager.epoch_modifiers) == 1
     assert manager.quantization_modifiers == manager.distillation_modifiers == []
@@ -163,6 +163,38 @@ def test_overrides_reach_the_recipe_and_unknown_ones_do_not():
         ScheduledModifierManager.from_yaml(RECIPE, recipe_variables=json.dumps({"finale": 1}))
     with pytest.raises(ValueError, match="zoo:x: stubs of SparseZoo are not looked up"):
         ScheduledModifierManager.from_yaml("zoo:x")
+
+
+def test_scripts_set_sparsities_before_they_apply_a_recipe():
+    text = "pruning_modifiers:\n" + SECOND_ORDER
+    manager, model = ScheduledModifierManager.from_yaml(text), net()
+    for value in (0.25, 0.75):
+        manager.modifiers[0].init_sparsity = value
+        manager.modifiers[0].final_sparsity = value
+        pruned = copy.deepcopy(model)
+        manager.apply(pruned, grad_sampler=Calibration(DATA, nn.functional.cross_entropy))
+        assert float((pruned[0].weight == 0).float().mean()) == value
+    (view,) = manager.modifiers
+    assert (view.init_sparsity, view.final_sparsity) == (0.75, 0.75)
+    assert view.pruner.num_grads == 6
+
+
+def test_the_ends_of_a_gradual_recipe_are_set_one_by_one():
+    manager = ScheduledModifierManager.from_yaml(RECIPE)
+    (view,) = manager.pruning_modifiers
+    assert (view.init_sparsity, view.final_sparsity) == (0.25, 0.75)
+    view.final_sparsity, view.init_sparsity = 0.9, 0.5
+    assert (view.schedule.from_, view.schedule.to, view.schedule.kind) == (0.5, 0.9, "cubic")
+    assert view.window == Recipe.load(RECIPE).modifiers[0].window
+    with pytest.raises(ValueError, match="falls"):
+        view.init_sparsity = 0.95
+    assert view.init_sparsity == 0.5
+    fixed = ScheduledModifierManager.from_yaml("modifiers: [prune: {pattern: '2:4'}]\n")
+    assert fixed.modifiers[0].final_sparsity is None
+    with pytest.raises(ValueError, match="has sparsity 0.5"):
+        fixed.modifiers[0].final_sparsity = 0.75
+    with pytest.raises(AttributeError, match="momentum"):
+        _ = view.momentum
 
 
 class Sampler:

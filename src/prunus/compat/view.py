@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 from prunus.modifiers import Keep, LearningRate, Modifier, PruningModifier
 from prunus.recipe import Recipe
 from prunus.recipe.sparseml import Reading
+from prunus.schedules import Schedule
 
 
 class RecipeView:
@@ -33,11 +36,15 @@ class RecipeView:
         return math.floor(self.reading.min_epochs) if self.reading else 0
 
     @property
-    def modifiers(self) -> list[Modifier]:
-        return list(self.recipe.modifiers)
+    def modifiers(self) -> list[Any]:
+        """The recipe's modifiers; scripts may set the sparsities of those that prune."""
+        return [
+            PruningView(self, i) if isinstance(m, PruningModifier) else m
+            for i, m in enumerate(self.recipe.modifiers)
+        ]
 
-    def iter_modifiers(self) -> Iterator[Modifier]:
-        yield from self.recipe.modifiers
+    def iter_modifiers(self) -> Iterator[Any]:
+        yield from self.modifiers
 
     @property
     def epoch_modifiers(self) -> list[Recipe]:
@@ -49,8 +56,8 @@ class RecipeView:
         return [m for m in self.recipe.modifiers if isinstance(m, LearningRate)]
 
     @property
-    def pruning_modifiers(self) -> list[Modifier]:
-        return [m for m in self.recipe.modifiers if isinstance(m, PruningModifier | Keep)]
+    def pruning_modifiers(self) -> list[Any]:
+        return [m for m in self.modifiers if isinstance(m, PruningView | Keep)]
 
     @property
     def quantization_modifiers(self) -> list[Modifier]:
@@ -61,3 +68,52 @@ class RecipeView:
 
     def qat_active(self, epoch: float) -> bool:
         return False
+
+
+@dataclass
+class PruningView:
+    """A pruning modifier of a manager; ``init_sparsity`` and ``final_sparsity`` can be set.
+
+    Everything else is that of the `PruningModifier`. A sparsity that is constant has one value,
+    under both names.
+    """
+
+    owner: RecipeView
+    place: int
+    """among the recipe's modifiers"""
+
+    @property
+    def modifier(self) -> PruningModifier:
+        found = self.owner.recipe.modifiers[self.place]
+        assert isinstance(found, PruningModifier)
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.modifier, name)
+
+    @property
+    def init_sparsity(self) -> float | None:
+        """None where a pattern or a table says how much."""
+        schedule = self.modifier.schedule
+        return schedule and schedule(0.0)
+
+    @init_sparsity.setter
+    def init_sparsity(self, value: float) -> None:
+        self._set(from_=value)
+
+    @property
+    def final_sparsity(self) -> float | None:
+        schedule = self.modifier.schedule
+        return schedule and schedule.final
+
+    @final_sparsity.setter
+    def final_sparsity(self, value: float) -> None:
+        self._set(to=value)
+
+    def _set(self, **ends: float) -> None:
+        old, recipe = self.modifier.sparsity, self.owner.recipe
+        (value,) = ends.values()
+        sparsity = replace(old, **ends) if isinstance(old, Schedule) else value
+        modifiers = list(recipe.modifiers)
+        modifiers[self.place] = replace(self.modifier, sparsity=sparsity)
+        self.owner.recipe = replace(recipe, modifiers=tuple(modifiers))
