@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from prunus import Calibration, PruningModifier, Recipe
+from prunus import Calibration, Recipe
 from prunus.compat.samplers import calibration_of
 from prunus.compat.sparseml import ScheduledModifierManager
 from prunus.compat.variables import parse_variables
@@ -185,7 +185,7 @@ def test_the_ends_of_a_gradual_recipe_are_set_one_by_one():
     assert (view.init_sparsity, view.final_sparsity) == (0.25, 0.75)
     view.final_sparsity, view.init_sparsity = 0.9, 0.5
     assert (view.schedule.from_, view.schedule.to, view.schedule.kind) == (0.5, 0.9, "cubic")
-    assert view.window == Recipe.load(RECIPE).modifiers[0].window
+    assert view.window == Recipe.load(RECIPE).modifiers[-1].window
     with pytest.raises(ValueError, match="falls"):
         view.init_sparsity = 0.95
     assert view.init_sparsity == 0.5

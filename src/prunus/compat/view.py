@@ -95,25 +95,25 @@ class PruningView:
     def init_sparsity(self) -> float | None:
         """None where a pattern or a table says how much."""
         schedule = self.modifier.schedule
-        return schedule and schedule(0.0)
+        return None if schedule is None else schedule(0.0)
 
     @init_sparsity.setter
     def init_sparsity(self, value: float) -> None:
-        self._set(from_=value)
+        old = self.modifier.sparsity
+        self._set(replace(old, from_=value) if isinstance(old, Schedule) else value)
 
     @property
     def final_sparsity(self) -> float | None:
         schedule = self.modifier.schedule
-        return schedule and schedule.final
+        return None if schedule is None else schedule.final
 
     @final_sparsity.setter
     def final_sparsity(self, value: float) -> None:
-        self._set(to=value)
+        old = self.modifier.sparsity
+        self._set(replace(old, to=value) if isinstance(old, Schedule) else value)
 
-    def _set(self, **ends: float) -> None:
-        old, recipe = self.modifier.sparsity, self.owner.recipe
-        (value,) = ends.values()
-        sparsity = replace(old, **ends) if isinstance(old, Schedule) else value
+    def _set(self, sparsity: Schedule | float) -> None:
+        recipe = self.owner.recipe
         modifiers = list(recipe.modifiers)
         modifiers[self.place] = replace(self.modifier, sparsity=sparsity)
         self.owner.recipe = replace(recipe, modifiers=tuple(modifiers))
