@@ -19,7 +19,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import prunus
 from prunus.distributed import Shards
-from prunus.modifiers import PruningRun
 from prunus.session import innermost
 
 import training_options
@@ -71,7 +70,6 @@ class Training:
         """what the last pruning step did: its step, and metrics before and after"""
         state = checkpoint_of(args, folder, ranks.world_size)
         self.files = RunFolder(folder, args)
-        self.files.begin(state and state["folder"])
         # first its hook, then the session's, then the other: between them the weights are pruned
         innermost(self.optimizer).register_step_post_hook(self._before_pruning)
         self.session = self._attach(recipe)
@@ -80,6 +78,7 @@ class Training:
         self.loaders.calibration_order.epoch = lambda: self.session.step
         if state is not None:
             self._load(state)
+        self.files.begin(state and state["folder"])
 
     def _ema(self) -> ModelEmaV3 | None:
         args = self.args
@@ -115,7 +114,7 @@ class Training:
                 begin = time.monotonic()
                 self._train_epoch()
                 self._end_epoch(time.monotonic() - begin)
-            late = any(run.next < len(run.ticks) for run in self._prunings())
+            late = self._next_change(self.session.step) is not None
             before = self._measure() if late else {}
         if late:  # closing has pruned to the target
             self._pruned(before, self._measure())
@@ -188,25 +187,41 @@ class Training:
     def _measure(self) -> dict[str, float]:
         """Metrics of the model and of its average; if the better of them is best, it is saved."""
         models = {"eval": self.plain} | ({"ema": self.ema.module} if self.ema is not None else {})
-        for model in models.values():
-            self.session.project(model)  # in between an optimizer's step and pruning, too
-        sparse = float(prunus.sparsity(self.plain))
-        row = {"sparsity": self.session.sparsity, "model_sparsity": sparse}
-        for name, model in models.items():
-            if self.ranks.world_size > 1 and self.args.dist_bn:
-                distribute_bn(model, self.ranks.world_size, self.args.dist_bn == "reduce")
-            found = evaluate(model, self.loaders.test, self.autocast, self.ranks)
-            row |= {f"{name}_{key}": value for key, value in found.items()}
-            self.files.keep_best(model, self.session, found)
+        with self._as_pruned(models):
+            sparse = float(prunus.sparsity(self.plain))
+            row = {"sparsity": self.session.sparsity, "model_sparsity": sparse}
+            for name, model in models.items():
+                if self.ranks.world_size > 1 and self.args.dist_bn:
+                    distribute_bn(model, self.ranks.world_size, self.args.dist_bn == "reduce")
+                found = evaluate(model, self.loaders.test, self.autocast, self.ranks)
+                row |= {f"{name}_{key}": value for key, value in found.items()}
+                self.files.keep_best(model, self.session, found)
         return row
 
-    def _prunings(self) -> list[PruningRun]:
-        return [run for run in self.session.runs if isinstance(run, PruningRun)]
+    @contextlib.contextmanager
+    def _as_pruned(self, models: Mapping[str, nn.Module]) -> Iterator[None]:
+        """What is pruned is zero; afterwards the weights in training are as they were.
+
+        They are not in between an optimizer's step and pruning, nor are soft masks ever.
+        """
+        weights = [p.detach() for p in self.plain.parameters()]
+        trained = [w.clone() for w in weights]
+        for model in models.values():
+            self.session.project(model)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(weights, trained)
+
+    def _next_change(self, step: int) -> int | None:
+        """The first step from this one on that changes what is pruned."""
+        found = (run.next_change(step) for run in self.session.runs)
+        return min((change for change in found if change is not None), default=None)
 
     def _before_pruning(self, *_: Any) -> None:
         """Each sparsity is measured when it has been trained longest: just before the next one."""
         step = self.session.step + 1
-        if any(r.next < len(r.ticks) and step >= r.ticks[r.next] for r in self._prunings()):
+        if self._next_change(step) == step:
             self.before = self._measure()
 
     def _after_pruning(self, *_: Any) -> None:
@@ -221,10 +236,14 @@ class Training:
         log.info("pruned after step %d: top-1 %.2f %%, sparsity %.4f", step, *_told(after)[1:])
 
     def _save(self) -> None:
+        if self.ema is not None and self.ranks.world_size > 1:
+            for buffer in self.ema.module.buffers():  # a resumed run has rank 0's on all
+                torch.distributed.broadcast(buffer, 0)
         state = {
             "arch": self.args.model,
             "next_epoch": self.epoch,
             "next_batch": self.batch,
+            "batches": len(self.loaders.train),
             "updates": self.updates,
             "losses": self.ranks.all_reduce(self.losses),
             "state_dict": self.plain.state_dict(),
@@ -239,6 +258,9 @@ class Training:
         self.files.save(state)
 
     def _load(self, state: dict[str, Any]) -> None:
+        if state["batches"] != (now := len(self.loaders.train)):
+            was = state["batches"]
+            raise ValueError(f"the run had {was} batches in an epoch, this data makes {now}")
         self.epoch, self.batch = state["next_epoch"], state["next_batch"]
         self.updates = state["updates"]
         if self.ranks.rank == 0:  # they are the sums over all ranks
@@ -261,6 +283,8 @@ def main(argv: Sequence[str]) -> None:
     args = training_options.parse(argv)
     if args.report and importlib.util.find_spec("jinja2") is None:
         raise ValueError("--report needs: pip install 'prunus[report]'")
+    if args.log_wandb and importlib.util.find_spec("wandb") is None:
+        raise ValueError("--log-wandb needs: pip install wandb")
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

@@ -32,6 +32,7 @@ from processes import write_csv
 from training_options import FREE
 
 BINS = 64
+KINDS = ("best_sparsity=*", "sparsity_distribution_epoch=*", "checkpoint_epoch=*", "histograms*")
 Metrics = Mapping[str, float]
 
 
@@ -48,11 +49,16 @@ def checkpoint_of(args: argparse.Namespace, folder: Path, world_size: int) -> di
     Raises ValueError if a run would be overwritten, or was made with other options.
     """
     path = folder / "last.pth" if args.resume in ("", "auto") else Path(args.resume)
+    if path.parent.resolve() != folder.resolve():
+        raise ValueError(
+            f"{path} goes on beside its other files; leave out --experiment, or copy the folder "
+            f"{path.parent} and resume from the copy"
+        )
     if not args.resume and path.is_file():
         raise ValueError(f"{folder} holds a run; give --resume to go on, or another --experiment")
     if not args.resume or (args.resume == "auto" and not path.is_file()):
         return None
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    state: dict[str, Any] = read_checkpoint(path)
     if state["processes"] != world_size:
         raise ValueError(
             f"{path} is of {state['processes']} processes, now there are {world_size}, and batches "
@@ -62,6 +68,19 @@ def checkpoint_of(args: argparse.Namespace, folder: Path, world_size: int) -> di
     if changed := [k for k in mine if k not in FREE and mine[k] != theirs.get(k)]:
         said = "; ".join(f"{k} was {theirs.get(k)!r} and is {mine[k]!r}" for k in changed)
         raise ValueError(f"{path} is of a run with other options: {said}")
+    return state
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Raises ValueError if it is another file."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # of many kinds, by what is in the file
+        raise ValueError(f"{path} cannot be read ({error}); give a last.pth to --resume") from None
+    if not isinstance(state, dict) or not {"processes", "folder", "args"} <= state.keys():
+        raise ValueError(f"{path} is no checkpoint of this program; give its last.pth to --resume")
     return state
 
 
@@ -90,6 +109,9 @@ class RunFolder:
             self.wandb_id = state["wandb"]
         if not is_main():
             return
+        if state is None:  # left by a run that was killed before its first checkpoint
+            for left in (path for kind in KINDS for path in self.folder.glob(kind)):
+                left.unlink()
         self._rewind_histograms()
         with atomic_write(self.folder / "args.yaml") as draft:
             draft.write_text(yaml.safe_dump(plain(self.args)))
@@ -170,8 +192,14 @@ class RunFolder:
         """``last.pth``: the old one stays until the new one is complete."""
         if is_main():
             whole = {**state, "folder": self.state_dict(), "args": plain(self.args)}
-            with atomic_write(self.folder / "last.pth") as draft:
-                torch.save(whole, draft)
+            path = self.folder / "last.pth"
+            try:
+                with atomic_write(path) as draft:
+                    torch.save(whole, draft)
+            except RuntimeError as error:  # which torch makes of a full disk
+                raise OSError(
+                    f"{path} could not be written, the old one is there: {error}"
+                ) from None
 
     def keep(self, epoch: int) -> None:
         """A copy of ``last.pth`` after so many epochs, which stays."""
@@ -190,6 +218,7 @@ def histograms(model: nn.Module) -> dict[str, dict[str, Any]]:
     found = {}
     for name, weight in clean_parameters(model).items():
         left = weight.detach()[weight.detach() != 0].float()
+        left = left[left.isfinite()]
         if weight.dim() > 1 and len(left):
             low, high = left.min().item(), left.max().item()
             counts = torch.histc(left.cpu(), BINS, low, high).long().tolist()

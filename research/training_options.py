@@ -8,41 +8,20 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import yaml
 from timm.utils import ParseKwargs
-
-from prunus.names import did_you_mean
 
 import vision_models
 from processes import dashed, default_device
+from training_config import read_config
 
 OUTPUT = "runs/train"
 CONFIGS = Path(__file__).parent / "configs"
-# of timm's configs: what we do not have, and the value at which that makes no difference
-ABSENT = {
-    **dict.fromkeys(("apex_amp", "native_amp", "bn_tf", "jsd", "jsd_loss", "split_bn"), False),
-    **dict.fromkeys(("resplit", "torchscript", "save_images", "use_multi_epochs_loader"), False),
-    **dict.fromkeys(("no_prefetcher", "no_resume_opt", "model_ema_force_cpu"), False),
-    **dict.fromkeys(("aug_splits", "tta", "recovery_interval", "epoch_repeats", "local_rank"), 0),
-    **dict.fromkeys(("start_epoch", "drop_connect"), None),
-    "validation_batch_size_multiplier": 1,
-}
-IGNORED = ("checkpoint_hist",)  # one file for each sparsity is kept, and the last one
 # what may change between the two parts of a run that is resumed
 FREE = ("resume", "config", "data", "data_dir", "model_folder", "workers", "pin_mem", "timeout")
-FREE += (
-    "validation_batch_size",
-    "memory",
-    "device",
-    "output",
-    "experiment",
-    "report",
-    "local_rank",
-)
+FREE += ("validation_batch_size", "memory", "device", "output", "experiment", "report")
 FREE += ("log_interval", "log_wandb", "log_param_histogram", "log_sparsity", "save_last")
-FREE += ("checkpoint_freq", "checkpoint_steps", "gs_loader", "said_epochs")
+FREE += ("checkpoint_freq", "checkpoint_steps", "gs_loader", "said_epochs", "local_rank")
 FREE += ("recipe", "set")  # the session compares recipes
 
 
@@ -216,12 +195,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     first = _read(parser, argv)
     data = first.data_dir or first.data or first.dataset
     config = first.config or (CONFIGS / "digits.yaml" if data in ("", "digits") else None)
+    variables = {}
     if config is not None:
         defaults = read_config(config, parser)
-        if first.recipe:  # the variables are those of the config's own recipe
-            defaults.pop("set", None)
+        own = defaults.pop("set", {})
+        variables = {} if first.recipe else own  # they are those of the config's own recipe
         parser.set_defaults(**defaults)
     args = _read(parser, argv)
+    args.set = {**variables, **args.set}
     args.data_dir, args.output = args.data_dir or args.data, args.output or OUTPUT
     _check(parser, args)
     args.said_epochs = any(a == "--epochs" or a.startswith("--epochs=") for a in argv)
@@ -242,26 +223,14 @@ def _read(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     return args
 
 
-def read_config(path: str | Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """Defaults of a YAML file. Raises ValueError for names and settings that do not exist."""
-    given = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    known = {action.dest for action in parser._actions}
-    for key in [key for key in given if key not in known]:
-        if key in ABSENT and given[key] != ABSENT[key]:
-            raise ValueError(f"{path}: {key}: {given[key]!r} is not supported; remove it")
-        if key not in ABSENT and key not in IGNORED:
-            raise ValueError(f"{path}: unknown option {key!r}{did_you_mean(key, known)}")
-    beside = Path(path).parent / str(given.get("recipe"))
-    if beside.is_file():
-        given["recipe"] = str(beside)
-    return {key: v for key, v in given.items() if key in known and v is not None}
-
-
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.sparsities:
         parser.error("the recipe says the sparsities; for others: --set sparsity=0.9")
     if not args.recipe:
         parser.error("--recipe is needed; recipes/ has some")
+    for name in ("epochs", "grad_accum_steps", "log_interval", "batch_size", "gs_batch_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}; at least 1 is needed")
     if args.sched == "plateau":
         parser.error("--sched plateau depends on what a resumed run forgets; use another")
     if not 0 <= args.distill_weight <= 1:

@@ -80,7 +80,6 @@ class Loaders:
 
     def __init__(self, args: Args, model: Any, ranks: Shards, device: torch.device) -> None:
         config = resolve_data_config(vars(args), model=model)
-        config.pop("crop_mode")
         common = {**config, "num_workers": args.workers, "device": device}
         common["pin_memory"] = args.pin_mem
         chans = config["input_size"][0]
@@ -229,7 +228,7 @@ def plan(
     said = [value for value, unit in _ends(recipe.modifiers) if unit == "ep"]
     length = recipe.epochs or (max(said) if known else None)
     if length is not None and not args.said_epochs:
-        args.epochs = math.ceil(length)
+        args.epochs, args.cooldown_epochs = math.ceil(length), 0
         log.info("the recipe's training ends after %d epochs, and so does this one", args.epochs)
     if rates:
         return None, args.epochs

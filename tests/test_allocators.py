@@ -24,7 +24,7 @@ def problems(draw):
     return units
 
 
-@given(problems(), st.floats(0, 1), st.sampled_from([Uniform(), ERK(), Table({"*": 0.5})]))
+@given(problems(), st.floats(0, 1), st.sampled_from([ERK(), Table({"*": 0.5})]))
 @settings(deadline=None)
 def test_the_target_is_met_exactly_and_zeros_stay(units, target, allocator):
     problem = Problem(units, target, lambda k: [])
@@ -55,10 +55,26 @@ def test_fill_is_proportional_between_its_bounds(rows, data):
         assert max(free) - min(free) <= slack + 1e-6
 
 
-def test_uniform_is_within_one_unit_in_each_layer():
-    units = [Unit(str(i), (n, 1), n, 0) for i, n in enumerate([7, 13, 100, 1])]
-    drop = Uniform().allocate(Problem(units, 0.5, lambda k: [])).drop
-    assert all(abs(d - 0.5 * u.size) < 1 for d, u in zip(drop, units, strict=True))
+@given(problems(), st.floats(0, 1))
+@settings(deadline=None)
+def test_uniform_is_within_one_unit_in_each_layer_and_zeros_stay(units, target):
+    problem = Problem(units, target, lambda k: [])
+    drop = Uniform().allocate(problem).drop
+    wanted = [max(target * u.size, u.pruned) for u in units]
+    assert all(abs(d - w) <= 1 for d, w in zip(drop, wanted, strict=True))
+    assert all(u.pruned <= d <= u.size for u, d in zip(units, drop, strict=True))
+    assert abs(sum(drop) - sum(wanted)) <= 0.5 + 1e-6
+    if not any(u.pruned > target * u.size for u in units):
+        assert sum(drop) == problem.drop
+
+
+def test_uniform_does_not_make_up_for_a_layer_that_is_sparser():
+    model = small_mlp()
+    prunus.prune(model, "magnitude", sparsity=0.9, layers=["0"])
+    result = prunus.prune(model, "magnitude", sparsity=0.6, allocator="uniform", layers=["0", "2"])
+    assert {r.name: r.sparsity for r in result.rows} == pytest.approx(
+        {"0": 0.9, "2": 0.6}, abs=2e-3
+    )
 
 
 def test_erk_keeps_small_layers_denser_in_the_published_proportion():
@@ -154,6 +170,6 @@ def test_a_table_that_does_not_fit_is_refused(table, message):
 def test_layers_sparser_than_their_share_spare_the_others():
     model = small_mlp()
     prunus.prune(model, "magnitude", sparsity=0.9, layers=["0"])
-    result = prunus.prune(model, "magnitude", sparsity=0.5, allocator="uniform", layers=["0", "2"])
+    result = prunus.prune(model, "magnitude", sparsity=0.5, allocator="erk", layers=["0", "2"])
     assert result.sparsity == pytest.approx(0.5, abs=1e-3)
     assert result.rows[0].sparsity == pytest.approx(0.9, abs=5e-3)

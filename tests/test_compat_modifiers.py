@@ -426,6 +426,11 @@ def test_caps_rates_stay_where_they_ended(settings, last):
     assert rates(recipe, 1, 7)[4:] == pytest.approx([last] * 3)
 
 
+def test_a_cycle_of_one_epoch_is_what_sparseml_writes_itself(caplog):
+    assert only(function(cycle_epochs=1.0)) == only(function())
+    assert caplog.text == ""
+
+
 def test_linear_cycles_in_cap_and_not_in_sparseml(caplog):
     entry = function(cycle_epochs=2)
     assert only(entry) == LearningRate(0.4, 0.0, "linear", window=Window("0ep", "4ep"))

@@ -312,3 +312,19 @@ def _refused_on_ranks():
 def test_ranks_without_a_zero_are_refused_together(ranks):
     for error in ranks(_refused_on_ranks):
         assert error.startswith("ValueError: 'keep' found no zero in conv")
+
+
+def test_layers_of_keep_that_stayed_dense_are_no_error_beside_those_another_entry_prunes(caplog):
+    model = small_mlp()
+    recipe = """
+    modifiers:
+      - prune: {layers: ["0"], sparsity: 0.5}
+      - keep: {layers: ["0", "2"], window: {from: 2step}}
+    """
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    with prunus.attach(model, optimizer, recipe) as session:
+        for _ in range(4):
+            model(torch.randn(4, 8)).sum().backward()
+            optimizer.step()
+    assert "keep: no zeros in 2; trained as dense layers" in caplog.text
+    assert session.masks.keys() == {"0.weight"}

@@ -729,3 +729,31 @@ def test_metrics_are_recorded_at_their_step():
         session.log(loss=0.5, accuracy=torch.tensor(0.25))
     metrics = [e for e in session.recorder.events if e["event"] == "metrics"]
     assert [(e["step"], e["loss"], e["accuracy"]) for e in metrics] == [(2, 0.5, 0.25)]
+
+
+def test_sparsity_is_that_of_all_layers_the_recipe_prunes_sooner_or_later():
+    model = small_mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    late = "{layers: ['2'], sparsity: 0.5, window: {from: 2step}}"
+    recipe = f"modifiers: [prune: {{layers: ['0'], sparsity: 0.75}}, prune: {late}]"
+    whole = sum(model[i].weight.numel() for i in (0, 2))
+    with prunus.attach(model, optimizer, recipe) as session:
+        assert session.sparsity == 0
+        train(model, optimizer, 1)
+        assert session.sparsity == pytest.approx(0.75 * model[0].weight.numel() / whole, abs=1e-3)
+        train(model, optimizer, 1)
+        assert session.sparsity == pytest.approx(zeros(model))
+
+
+def test_runs_say_which_step_changes_what_is_pruned():
+    model = small_mlp()
+    trained = "{pattern: '2:4', masking: sr_ste, window: {from: 3step, to: 5step}, layers: ['0']}"
+    recipe = f"{GRADUAL}      layers: ['2']\n  - prune: {trained}\n  - weight_decay: {{to: 0.0}}\n"
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    with prunus.attach(model, optimizer, recipe) as session:
+        gradual, stages, other = session.runs
+        for step in range(1, 12):
+            assert gradual.next_change(step) == next((t for t in (2, 6, 10) if t >= step), None)
+            assert stages.next_change(step) == next((t for t in (3, 5) if t >= step), None)
+            assert other.next_change(step) is None
+            train(model, optimizer, 1)

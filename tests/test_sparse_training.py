@@ -1,9 +1,11 @@
 """The program that trains vision models while they are pruned, on digits and on folders of images."""
 
+import argparse
 import gzip
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -30,6 +32,7 @@ from training_workers import CAP, GRADUAL, PLAIN, Killed, killed_at, rows, train
 # isort: split
 import sparse_training
 
+import training_files
 import training_options
 import training_parts
 import vision_data
@@ -135,6 +138,45 @@ def test_the_best_model_of_each_sparsity_is_kept_with_its_masks(whole):
         assert zeros == round(float(level) * size)
 
 
+STAGES = """
+modifiers:
+  - prune:
+      pattern: "1:4"
+      masking: {name: sr_ste}
+      structure: ["2:4", "1:4"]
+      window: {from: 1ep, to: 3ep}
+"""
+
+
+def test_each_stage_of_an_nm_training_is_measured_before_the_next_and_kept(tmp_path):
+    run = train(tmp_path, STAGES, "--epochs", "4")
+    found = [(float(r["sparsity"]), r["pruned_sparsity"]) for r in rows(run)]
+    # each epoch ends with what it trained; a change after its last update is told beside it
+    assert [sparsity for sparsity, _ in found] == pytest.approx([0, 0.5, 0.75, 0.75])
+    assert [float(pruned or -1) for _, pruned in found] == pytest.approx([0.5, 0.75, 0.75, -1])
+    best = {p.name for p in run.glob("best_sparsity=*")}
+    assert best == {f"best_sparsity={s}.safetensors" for s in ("0.0000", "0.5000", "0.7500")}
+    for path in run.glob("best_sparsity=*"):
+        model = timm.create_model("digits_vit", embed_dim=16, depth=2, num_heads=2)
+        prunus.load(path, model)
+        expected = float(path.stem.partition("=")[2])
+        weight = model.blocks[0].mlp.fc1.weight
+        assert float((weight == 0).float().mean()) == pytest.approx(expected)
+
+
+def test_measuring_soft_masks_leaves_training_alone(tmp_path):
+    recipe = STAGES.replace("{name: sr_ste}", "{name: mdgf, eval: soft}")
+    more = ["--epochs", "3", "--lr", "0.01", "--checkpoint-steps", "2"]
+    one = train(tmp_path / "one", recipe, *more)
+    with killed_at(STEPS + 5), pytest.raises(Killed):
+        train(tmp_path / "two", recipe, *more)
+    same_files(one, train(tmp_path / "two", recipe, *more, "--resume"))
+    with mock.patch.object(sparse_training.Training, "_before_pruning", return_value=None):
+        blind = train(tmp_path / "blind", recipe, *more)
+    mine, theirs = (load_file(run / "model.safetensors") for run in (one, blind))
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
 def test_the_average_of_the_weights_is_as_sparse_as_they_are(whole):
     state = torch.load(whole / "last.pth", weights_only=True)
     for name in state["prunus"]["masks"]:
@@ -206,6 +248,14 @@ def test_a_recipe_is_trained_until_its_last_window_ends_in_whole_epochs(end, epo
     args = training_options.parse([])
     recipe = prunus.Recipe.load(GRADUAL + rate)
     assert training_parts.plan(args, recipe, mock.Mock(), STEPS) == (None, epochs)
+
+
+def test_a_recipes_epochs_are_all_there_is(tmp_path):
+    args = training_options.parse(["--recipe", "r.yaml", "--cooldown-epochs", "2"])
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    recipe = prunus.Recipe.load("epochs: 2\n" + GRADUAL)
+    _, epochs = training_parts.plan(args, recipe, optimizer, STEPS)
+    assert epochs == 2
 
 
 def test_a_dense_phase_writes_no_distribution(tmp_path):
@@ -519,6 +569,38 @@ def test_without_data_the_digits_and_their_config_are_taken():
     assert not training_options.parse(["--no-pretrained", "--data_dir=digits"]).pretrained
 
 
+@pytest.mark.parametrize(
+    ("line", "remedy"),
+    [
+        ("eval_metric: acc1", "eval_metric: 'acc1'; expected one of 'top1', 'top5', 'loss'"),
+        ("amp_dtype: bf16", "expected one of 'float16', 'bfloat16'; did you mean 'bfloat16'"),
+        ("no_aug: 'false'", "no_aug: 'false'; expected true or false"),
+        ("pretrained: 1", "expected true or false"),
+        ("batch_size: 64.5", "batch_size: 64.5; expected a whole number"),
+        ("batch_size: true", "expected a whole number"),
+        ("lr: fast", "lr: 'fast'; expected a number"),
+        ("mean: 0.5", "mean: 0.5; expected a list of values"),
+        ("input_size: [3, 8]", "expected a list of 3"),
+        ("scale: [0.5, wide]", "expected a number"),
+        ("set: lr=3", "set: 'lr=3'; expected a mapping"),
+        ("[a, b]", "not a mapping of options to values"),
+    ],
+)
+def test_values_of_a_config_are_checked_as_options_are(line, remedy, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(line)
+    with pytest.raises(ValueError, match=re.escape(remedy)):
+        training_options.parse(["--data-dir", "x", "--recipe", "y", "--config", str(path)])
+
+
+def test_typed_variables_add_to_those_of_a_config(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("set: {a: 1, b: 2}\nrecipe: r.yaml\nlr: 1e-3\n")  # which YAML reads as text
+    args = training_options.parse(["--data-dir", "x", "--config", str(path), "--set", "b=3"])
+    assert args.set == {"a": 1, "b": 3}
+    assert args.lr == 1e-3
+
+
 @pytest.mark.parametrize(("flag", "alone"), [("resume", "auto"), ("distill", "dense")])
 def test_data_after_an_option_that_needs_no_value_is_data(flag, alone, tmp_path):
     begin, (file, run) = ["--recipe", "r.yaml"], (tmp_path / "a.pth", tmp_path / "run")
@@ -555,8 +637,44 @@ def test_what_would_overwrite_or_change_a_run_is_refused(tmp_path):
         train(tmp_path, GRADUAL, "--epochs", "1")
     with pytest.raises(ValueError, match="epochs was 1 and is 2; seed was 42 and is 7"):
         train(tmp_path, GRADUAL, "--epochs", "2", "--seed", "7", "--resume")
+    told = (tmp_path / "run" / "args.yaml").read_text()
     with pytest.raises(ValueError, match="the state is of another recipe"):
         train(tmp_path, CAP, "--epochs", "1", "--resume")
+    with pytest.raises(ValueError, match="the run had 11 batches in an epoch, this data makes 89"):
+        sparse_training.main(runs.flags(tmp_path, GRADUAL, "--epochs", "1", "--resume"))
+    assert (tmp_path / "run" / "args.yaml").read_text() == told
+    last = str(tmp_path / "run" / "last.pth")
+    with pytest.raises(ValueError, match="goes on beside its other files; leave out --experiment"):
+        train(tmp_path / "other", GRADUAL, "--epochs", "1", "--resume", last)
+    torch.save({"state_dict": {}}, last)
+    with pytest.raises(ValueError, match=r"last.pth is no checkpoint of this program"):
+        train(tmp_path, GRADUAL, "--epochs", "1", "--resume")
+    Path(last).write_bytes(b"junk")
+    with pytest.raises(ValueError, match=r"last.pth cannot be read .* give a last.pth"):
+        train(tmp_path, GRADUAL, "--epochs", "1", "--resume")
+
+
+def test_a_full_disk_is_an_error_and_keeps_the_last_checkpoint(tmp_path):
+    train(tmp_path, GRADUAL, "--epochs", "1")
+    last = tmp_path / "run" / "last.pth"
+    before = last.read_bytes()
+    files = training_files.RunFolder(last.parent, argparse.Namespace())
+    full = mock.patch.object(torch, "save", side_effect=RuntimeError("file write failed"))
+    with full, pytest.raises(OSError, match="the old one is there: file write failed"):
+        files.save({})
+    assert last.read_bytes() == before
+
+
+def test_what_a_run_without_a_checkpoint_left_is_removed(tmp_path):
+    left = tmp_path / "run" / "best_sparsity=0.1234.safetensors"
+    left.parent.mkdir()
+    left.touch()
+    train(tmp_path, GRADUAL, "--epochs", "1")
+    assert not left.exists()
+
+
+def test_the_number_of_processes_stays(tmp_path):
+    train(tmp_path, GRADUAL, "--epochs", "1")
     args = runs.options(tmp_path, GRADUAL, "--epochs", "1", "--resume")
     with (
         mock.patch.object(sparse_training, "DistributedDataParallel", lambda model, **_: model),

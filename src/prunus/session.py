@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from prunus.calibration import Calibration
 from prunus.distributed import gather, scatter, whole_sparsity
 from prunus.layers import clean_parameters
-from prunus.masking import Masks, pack, unpack
-from prunus.modifiers import Context, Run
+from prunus.masking import Masks, local, pack, unpack
+from prunus.modifiers import Context, PruningRun, Run, TrainingRun
 from prunus.modifiers.overlap import check_turns, in_both
 from prunus.recipe import Recipe
 from prunus.records import Recorder, Sink, is_main, number, start_event
@@ -133,10 +133,13 @@ class Session:
 
     @property
     def sparsity(self) -> float:
-        """Share of the masked weights that are pruned (of this rank's part)."""
-        size = sum(mask.numel() for mask in self.masks.values())
-        kept = sum(int(mask.count_nonzero()) for mask in self.masks.values())
-        return (size - kept) / size if size else 0.0
+        """Share that is pruned of the weights the recipe prunes by now or later (this rank's)."""
+        sizes = {name: mask.numel() for name, mask in self.masks.items()}
+        for run in self.runs:
+            if isinstance(run, PruningRun | TrainingRun):
+                sizes |= {x.parameter_name: local(x.weight).numel() for x in run.layers}
+        pruned = sum(m.numel() - int(m.count_nonzero()) for m in self.masks.values())
+        return pruned / sum(sizes.values()) if sizes else 0.0
 
     def _before(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._begin()

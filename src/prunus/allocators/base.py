@@ -50,12 +50,14 @@ class Problem:
     @property
     def drop(self) -> int:
         """Units to be gone in all, exactly; never fewer than are gone already."""
-        return self.count(self.target)
+        return max(round(self.given * self.size), self.pruned)
 
-    def count(self, target: float | None) -> int:
-        if target is None:
+    @property
+    def given(self) -> float:
+        """The target. Raises ValueError if there is none."""
+        if self.target is None:
             raise ValueError("no sparsity was given; give one, such as sparsity=0.75")
-        return max(round(target * self.size), self.pruned)
+        return self.target
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,10 @@ class Run:
         """The step of the last thing that is still to be done; None if nothing is."""
         return None
 
+    def next_change(self, step: int) -> int | None:
+        """The first step, from ``step`` on, after which other weights are pruned; None: none is."""
+        return None
+
     def finish(self, step: int) -> None:
         """Once, when training is over: do what is still due."""
 

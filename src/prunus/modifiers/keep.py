@@ -71,7 +71,7 @@ class KeepRun(Run):
         free = self._free()
         rows = [counted(layer, "as found", layer.local) for layer in free]
         dense = [row.name for row in rows if row.zeros == 0]
-        if rows and len(dense) == len(rows) and not self.allow_dense:
+        if len(dense) == len(self.layers) and not self.allow_dense:
             raise ValueError(
                 f"'keep' found no zero in {dense[0]} or any other of its {len(dense)} layers; load "
                 "the sparse weights before training, or name the pruned layers with 'layers'"

@@ -112,6 +112,9 @@ class PruningRun(Run):
     def due(self) -> int | None:
         return self.ticks[-1] if self.next < len(self.ticks) else None
 
+    def next_change(self, step: int) -> int | None:
+        return max(step, self.ticks[self.next]) if self.next < len(self.ticks) else None
+
     def finish(self, step: int) -> None:
         if self.next < len(self.ticks):
             self.next = len(self.ticks)

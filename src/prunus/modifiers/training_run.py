@@ -156,6 +156,10 @@ class TrainingRun(Run):
     def due(self) -> int | None:
         return None if self.frozen else self.end
 
+    def next_change(self, step: int) -> int | None:
+        """Where a stage begins, or masks are frozen; not what changes at each step within one."""
+        return min((at for at, _ in self.plan() if at >= step and not self.frozen), default=None)
+
     @torch.no_grad()
     def release(self) -> None:
         self._unwatch()

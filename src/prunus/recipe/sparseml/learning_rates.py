@@ -157,7 +157,7 @@ def _sparseml(
             remedy = "CAP does: load the recipe with dialect='cap'"
         raise settings.error(f"SparseML knows no lr_func {kind!r}; {remedy}", "lr_func")
     if kind != "cyclic_linear":
-        if 0 < cycle < span and not situation.named:
+        if 0 < cycle < span and cycle != 1 and not situation.named:  # which SparseML writes itself
             remedy = "in CAP's recipes it does: load them with dialect='cap'"
             situation.note(settings, f"cycle_epochs does nothing to lr_func {kind!r}; {remedy}")
         yield 0, span, 1, {"curve": kind}

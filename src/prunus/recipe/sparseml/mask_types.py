@@ -18,7 +18,7 @@ def pattern_of(settings: Settings, situation: Situation) -> Pattern:
     given = settings.any("mask_type", "unstructured")
     if given == "unstructured":
         return Unstructured()
-    if given == "block4":
+    if given in ("block4", "block"):  # as it is called since, and as it was
         return Block(1, 4)
     try:
         if isinstance(given, list) and all(type(i) is int for i in given) and len(given) == 2:

@@ -41,6 +41,9 @@ def _sampled(settings: Settings, situation: Situation, pattern: Pattern) -> dict
         if situation.sampler.setdefault(key, value) != value:
             said = f"{key}={situation.sampler[key]!r} of an earlier modifier counts for all"
             situation.note(settings, f"grad_sampler_kwargs: {said}")
+        else:
+            said = f"{key}={value!r} is for the manager's sampler; a Calibration brings its own"
+            situation.note(settings, f"grad_sampler_kwargs: {said}", harmless=True)
     situation.ignore(settings, "traces_backup_dir", "blocks_in_parallel", "block_implementation")
     return {
         "block_size": _block_size(settings, situation, pattern),
