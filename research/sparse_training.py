@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import importlib.util
 import logging
 import os
@@ -283,8 +284,11 @@ def main(argv: Sequence[str]) -> None:
     args = training_options.parse(argv)
     if args.report and importlib.util.find_spec("jinja2") is None:
         raise ValueError("--report needs: pip install 'prunus[report]'")
-    if args.log_wandb and importlib.util.find_spec("wandb") is None:
-        raise ValueError("--log-wandb needs: pip install wandb")
+    if args.log_wandb:
+        try:
+            importlib.import_module("wandb")
+        except ImportError:
+            raise ValueError("--log-wandb needs: pip install wandb") from None
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
