@@ -185,7 +185,7 @@ class Program:
 
     def images(self, split: str) -> Any:
         args, chans = self.args, self.settings["input_size"][0]
-        return vision_data.open_dataset(args.data_dir, args.dataset, split, chans)
+        return vision_data.open_dataset(args.data_dir, args.dataset, split, chans, args.train_split)
 
     def calibration(self, batch_size: int) -> prunus.Calibration:
         args, images = self.args, self.images(self.args.train_split)
