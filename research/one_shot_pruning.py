@@ -177,7 +177,6 @@ class Program:
         )
         self.model.to(device).eval()
         config = resolve_data_config(vars(args), model=self.model)
-        config.pop("crop_mode")
         self.settings = {**config, "num_workers": args.workers, "device": device}
         self.test = vision_data.evaluation_loader(
             self.images(args.val_split), ranks, batch_size=args.val_batch_size, **self.settings

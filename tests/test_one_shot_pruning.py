@@ -5,9 +5,11 @@ import subprocess
 import sys
 from unittest import mock
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
@@ -136,6 +138,18 @@ def test_results_of_other_settings_are_not_mixed(home, tmp_path):
     run(home, tmp_path, "--sparsities", "0.5")
     with pytest.raises(ValueError, match="with another seed; give another --experiment"):
         run(home, tmp_path, "--sparsities", "0.5", "--seed", "1")
+
+
+def test_images_are_cropped_as_the_model_wants_them(home, tmp_path):
+    wide = Image.fromarray(np.arange(128, dtype=np.uint8).reshape(8, 16))
+    for mode, seen in (
+        ("squash", wide.resize((8, 8), Image.Resampling.BILINEAR)),
+        ("center", wide.crop((4, 0, 12, 8))),
+    ):
+        with mock.patch.dict(vision_models.CONFIG, crop_mode=mode):
+            args = one_shot_pruning.parse(flags(home, tmp_path))
+            program = one_shot_pruning.Program(args, Shards(), torch.device("cpu"))
+        assert np.array_equal(program.test.dataset.transform(wide)[0], np.asarray(seen))
 
 
 def test_the_command_of_caps_readme_runs(home, tmp_path):
