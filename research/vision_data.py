@@ -88,6 +88,17 @@ def open_dataset(
     return ImageDataset(data_dir, reader=reader, input_img_mode=mode)
 
 
+def check_classes(images: Any, model: Any) -> None:
+    """Raises ValueError where the images have more classes than the model, if both are known."""
+    digits = isinstance(images, Digits)
+    count = 10 if digits else len(getattr(getattr(images, "reader", None), "numbers", ()))
+    if count > getattr(model, "num_classes", count):
+        raise ValueError(
+            f"the images have {count} classes, the model {model.num_classes}; give --num-classes "
+            f"{count} and weights for as many"
+        )
+
+
 def indexed(dataset: Any, name: str) -> Dataset[Any]:
     """Itself. Raises ValueError for a stream."""
     if isinstance(dataset, IterableDataset):

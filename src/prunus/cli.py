@@ -127,12 +127,12 @@ def convert(
     set_: SetOption = None,
 ) -> None:
     """The same recipe in our own words; comments say what has no counterpart."""
-    if output is not None and output.exists() and output.samefile(recipe):
-        raise ValueError(f"--output {output} is the recipe itself; give it another name")
     text = convert_recipe(recipe, dialect, overrides(set_))
     if output is None:
         typer.echo(text, nl=False)
         return
+    if output.exists() and Path(recipe).exists() and output.samefile(recipe):
+        raise ValueError(f"--output {output} is the recipe itself; give it another name")
     with atomic_write(output) as draft:
         draft.write_text(text, encoding="utf-8")
 
