@@ -236,6 +236,35 @@ def test_the_command_of_caps_readme_runs(home, tmp_path):
     assert "top-1" in done.stdout
 
 
+@pytest.mark.parametrize("name", ["run_one_shot_pruning.sh", "run_gradual_pruning.sh"])
+def test_scripts_take_paths_from_where_they_are_called(tmp_path, name):
+    """And otherwise from the repository; digits are no path."""
+    for folder in ("images", "digits"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "mine.yaml").touch()
+
+    def given(**variables):
+        done = subprocess.run(
+            [str(runs.RESEARCH / name), "--seed", "1"],
+            env={**SINGLE, "PYTHON": "echo", **variables},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        words = done.stdout.split()
+        assert words[-2:] == ["--seed", "1"]
+        return [words[words.index(f"--{key.lower().replace('_', '-')}") + 1] for key in variables]
+
+    mine = str(tmp_path / "mine.yaml")
+    assert given(RECIPE="mine.yaml", DATA_DIR="images") == [mine, str(tmp_path / "images")]
+    shipped = "recipes/vit/cap-gradual-90.yaml"
+    assert given(RECIPE=shipped, DATA_DIR="digits") == [shipped, "digits"]
+    assert given(RECIPE=mine) == [mine]
+    if "gradual" in name:
+        assert given(CONFIG="mine.yaml") == [mine]
+
+
 def test_two_processes_prune_alike_and_evaluate_each_image_once(ranks, home, tmp_path):
     (home / "fastcap.yaml").write_text(CAP.replace("cap, block_size: 16", "fastcap"))
     more = ["--recipe", str(home / "fastcap.yaml"), "--sparsities", "0.5"]
