@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,7 @@ from prunus.modifiers import PruningModifier
 from prunus.patterns import parse_pattern
 from prunus.preview import table_of
 from prunus.records import is_main
+from prunus.selection import select
 
 import vision_data
 import vision_models
@@ -100,17 +102,15 @@ class Results:
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self.folder, self.path = folder, folder / "results.csv"
         self.rows = read_csv(self.path)
-        settings = json.loads(json.dumps(settings))  # tuples are lists, as in the file
-        said = folder / "settings.json"
-        if said.is_file() and (old := json.loads(said.read_text())) != settings:
-            changed = [k for k in settings if old.get(k) != settings[k]]
+        self.settings = json.loads(json.dumps(settings))  # tuples are lists, as in the file
+        self.said = folder / "settings.json"
+        binding = bool(self.rows) and self.said.is_file()
+        old = json.loads(self.said.read_text()) if binding else self.settings
+        if changed := [k for k in self.settings if old.get(k) != self.settings[k]]:
             raise ValueError(
                 f"{folder} holds results with another {', '.join(changed)}; "
                 "give another --experiment, or remove it"
             )
-        if is_main():
-            with atomic_write(said) as draft:
-                draft.write_text(json.dumps(settings, indent=1) + "\n")
 
     def has(self, sparsity: float) -> bool:
         return any(row["sparsity"] == sparsity for row in self.rows)
@@ -121,6 +121,8 @@ class Results:
         others = [old for old in self.rows if old["sparsity"] != sparsity]
         self.rows = sorted([*others, row], key=lambda row: row["sparsity"])
         if is_main():
+            with atomic_write(self.said) as draft:  # with a row: what fails before binds none
+                draft.write_text(json.dumps(self.settings, indent=1) + "\n")
             write_csv(self.path, self.rows)
             console.print(f"sparsity {sparsity:.4f}: top-1 {metrics['top1']:.2f} %")
 
@@ -163,6 +165,8 @@ class Program:
         self.entry = pruning_of(self.recipe)
         settings = {name: getattr(args, name) for name in SETTINGS}
         settings |= {"recipe": self.recipe.to_yaml(), "processes": ranks.world_size}
+        if args.recalibrate:
+            settings["val_batch_size"] = args.val_batch_size
         self.folder = Path(args.output_dir) / args.experiment
         self.results = Results(self.folder, settings)
         vision_data.seed_all(args.seed)
@@ -171,21 +175,23 @@ class Program:
             args.model,
             pretrained=True,
             checkpoint=args.checkpoint,
+            option="--checkpoint",
             folder=args.model_folder,
             ranks=ranks,
             **{**args.model_kwargs, **chosen},
         )
         self.model.to(device).eval()
         config = resolve_data_config(vars(args), model=self.model)
-        config.pop("crop_mode")
         self.settings = {**config, "num_workers": args.workers, "device": device}
+        images = self.images(args.val_split)
+        vision_data.check_classes(images, self.model)
         self.test = vision_data.evaluation_loader(
-            self.images(args.val_split), ranks, batch_size=args.val_batch_size, **self.settings
+            images, ranks, batch_size=args.val_batch_size, **self.settings
         )
 
     def images(self, split: str) -> Any:
         args, chans = self.args, self.settings["input_size"][0]
-        return vision_data.open_dataset(args.data_dir, args.dataset, split, chans)
+        return vision_data.open_dataset(args.data_dir, args.dataset, split, chans, args.train_split)
 
     def calibration(self, batch_size: int) -> prunus.Calibration:
         args, images = self.args, self.images(self.args.train_split)
@@ -205,17 +211,24 @@ class Program:
 
     def run(self) -> None:
         args, results = self.args, self.results
-        if not results.has(0.0):
-            results.add(0.0, self.model, self.evaluate(self.model))
         fixed = parse_pattern(self.entry.pattern).fixed
         wanted = sorted(set(args.sparsities)) if fixed is None else [fixed]
         left = [s for s in wanted if not self.done(s)]
+        before = self.before()
+        if before not in left and not results.has(before):
+            results.add(before, self.model, self.evaluate(self.model))
         if left:
             self.prune(left, fixed is not None)
         if is_main():
             results.show()
             if args.log_wandb:
                 self.log()
+
+    def before(self) -> float:
+        """The sparsity of the recipe's layers: a checkpoint may be sparse already."""
+        layers = select(self.model, self.entry.layers, self.entry.exclude).layers
+        zeros = sum(int((layer.local == 0).sum()) for layer in layers)
+        return zeros / sum(layer.local.numel() for layer in layers)
 
     def file(self, sparsity: float) -> Path:
         return self.folder / f"{self.args.model}_sparsity={sparsity:g}.safetensors"
@@ -265,6 +278,8 @@ class Program:
 
 def main(argv: Sequence[str]) -> None:
     args = parse(argv)
+    if args.log_wandb and importlib.util.find_spec("wandb") is None:
+        raise ValueError("--log-wandb needs: pip install 'prunus[wandb]'")
     with processes(args.device, args.timeout) as (ranks, device):
         Program(args, ranks, device).run()
 

@@ -6,15 +6,20 @@
 #       research/run_gradual_pruning.sh --pretrained --amp --amp-dtype bfloat16
 # and what stands after it is passed on. After an interruption: the same command with --resume.
 set -euo pipefail
+
+# paths are those of the folder it is called from, or else of the repository
+from_here() { if [[ $1 != digits && -e $PWD/$1 ]]; then echo "$PWD/$1"; else echo "$1"; fi; }
+DATA_DIR=$(from_here "${DATA_DIR:-digits}")
+CONFIG=$(from_here "${CONFIG:-research/configs/digits.yaml}")
+RECIPE=${RECIPE:+$(from_here "$RECIPE")}
 cd "$(dirname "$0")/.."
 
 MODEL=${MODEL:-digits_vit}
-CONFIG=${CONFIG:-research/configs/digits.yaml}
 NUM_PROC=${NUM_PROC:-1} # processes, one for each GPU
 
 "${PYTHON:-python}" -m torch.distributed.run --standalone --nproc-per-node "$NUM_PROC" \
     research/sparse_training.py \
-    --data-dir "${DATA_DIR:-digits}" \
+    --data-dir "$DATA_DIR" \
     --config "$CONFIG" \
     ${RECIPE:+--recipe "$RECIPE"} \
     --model "$MODEL" \

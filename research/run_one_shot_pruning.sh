@@ -4,11 +4,14 @@
 #   DATA_DIR=/data/imagenet MODEL=deit_small_patch16_224 NUM_PROC=8 research/run_one_shot_pruning.sh
 # and what stands after it is passed on: research/run_one_shot_pruning.sh --save-model --log-wandb
 set -euo pipefail
+
+# paths are those of the folder it is called from, or else of the repository
+from_here() { if [[ $1 != digits && -e $PWD/$1 ]]; then echo "$PWD/$1"; else echo "$1"; fi; }
+DATA_DIR=$(from_here "${DATA_DIR:-digits}")
+RECIPE=$(from_here "${RECIPE:-recipes/vit/cap-one-shot-50.yaml}")
 cd "$(dirname "$0")/.."
 
-DATA_DIR=${DATA_DIR:-digits}
 MODEL=${MODEL:-digits_vit}
-RECIPE=${RECIPE:-recipes/vit/cap-one-shot-50.yaml}
 EXPERIMENT=${EXPERIMENT:-$MODEL}
 SPARSITIES=${SPARSITIES:-0.5 0.6 0.75 0.9}
 NUM_PROC=${NUM_PROC:-1} # processes, one for each GPU

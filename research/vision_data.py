@@ -6,9 +6,7 @@ neither how many workers load them nor where a run was interrupted changes them.
 
 from __future__ import annotations
 
-import io
 import random
-import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,15 +15,13 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import ImageDataset, create_dataset, create_loader
-from timm.utils.misc import natural_key
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
 import demo
+from image_folders import SPLITS, open_split
 from prunus.distributed import Shards
 
-SPLITS = (("train", "training"), ("validation", "val", "valid", "eval", "evaluation", "test"))
-ENDINGS = {".jpg", ".jpeg", ".png"}
 DIGITS = "digits"
 BITS = (1 << 64) - 1
 Autocast = Callable[[], Any]
@@ -70,53 +66,14 @@ class Digits(Dataset[tuple[Any, int]]):
         return self.transform(image) if self.transform else image, self.labels[index]
 
 
-class TarSplit:
-    """The ``.../<class>/<image>`` of a tar file; a reader for timm's ImageDataset.
-
-    With `names`, only those of the first name that has any: ``.../<name>/<class>/<image>``.
-    Raises ValueError for a file that is compressed or no tar, and where there are no images.
-    """
-
-    def __init__(self, path: Path, names: Sequence[str] = ()) -> None:
-        self.path = path
-        try:
-            with tarfile.open(path, "r:") as tar:
-                parts = [(Path(m.name).parts, m.offset_data, m.size) for m in tar if m.isfile()]
-        except tarfile.ReadError as error:
-            raise ValueError(
-                f"{path} cannot be read as a tar that is not compressed ({error}); decompress it"
-            ) from None
-        parts = [x for x in parts if len(x[0]) > 1 and Path(x[0][-1]).suffix.lower() in ENDINGS]
-        splits = ([x for x in parts if x[0][-3:-2] == (name,)] for name in names)
-        chosen = next(filter(None, splits), []) if names else parts
-        found = [(p[-2], begin, size) for p, begin, size in chosen]
-        if not found:
-            where = f"{names[0]}/<class>/" if names else "<class>/"
-            raise ValueError(f"{path} has no images in a folder {where}; give it one")
-        classes = sorted({name for name, _, _ in found}, key=natural_key)
-        self.images = [(begin, size, classes.index(name)) for name, begin, size in found]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[io.BytesIO, int]:
-        begin, size, target = self.images[index]
-        with self.path.open("rb") as file:  # a handle of its own for each loading process
-            file.seek(begin)
-            return io.BytesIO(file.read(size)), target
-
-
-def synonyms(split: str) -> Sequence[str]:
-    """The names a split goes by, itself first."""
-    names = next((names for names in SPLITS if split in names), ())
-    return (split, *(name for name in names if name != split))
-
-
-def open_dataset(data_dir: str | None, name: str, split: str, in_chans: int) -> Dataset[Any]:
+def open_dataset(
+    data_dir: str | None, name: str, split: str, in_chans: int, train: str = "train"
+) -> Dataset[Any]:
     """Pictures and labels: ``digits``, a folder, a tar, or what timm's `create_dataset` knows.
 
     A tar holds ``train`` and ``val`` folders of classes, or a folder holds ``train.tar`` and
-    ``val.tar``. Raises ValueError with the remedy for what cannot be read.
+    ``val.tar``. Classes are numbered as in the split ``train``. Raises ValueError with the remedy
+    for what cannot be read.
     """
     mode = "L" if in_chans == 1 else "RGB"
     if "/" in name:
@@ -126,28 +83,20 @@ def open_dataset(data_dir: str | None, name: str, split: str, in_chans: int) -> 
         return Digits(split in SPLITS[0], mode)
     if data_dir is None or not Path(data_dir).exists():
         raise ValueError(f"there is no data in {data_dir!r}; give --data-dir a folder, or 'digits'")
-    root = Path(data_dir)
-    if root.suffixes[-2:] == [".tar", ".gz"] or root.suffix == ".tgz":
-        raise ValueError(f"{root}: images in a compressed tar have no places; gunzip it first")
-    if root.suffix == ".tar" and root.is_file():
-        return ImageDataset(data_dir, reader=TarSplit(root, synonyms(split)), input_img_mode=mode)
-    for path in [root / name for name in synonyms(split)]:
-        tar = root / f"{path.name}.tar"
-        if tar.is_file():
-            return ImageDataset(data_dir, reader=TarSplit(tar), input_img_mode=mode)
-        if path.is_dir():  # whatever the dataset's name: CAP says --dataset imagenet for a folder
-            return ImageDataset(str(path), input_img_mode=mode)
-    raise ValueError(
-        f"{root} has no folder or tar for the split {split!r}, {told(root)}; make one, or name "
-        "another with --train-split or --val-split"
-    )
+    # whatever the dataset's name: CAP says --dataset imagenet for a folder
+    reader = open_split(Path(data_dir), split, train)
+    return ImageDataset(data_dir, reader=reader, input_img_mode=mode)
 
 
-def told(root: Path) -> str:
-    """The folders and tars of a folder, a few of them, in words."""
-    found = sorted(p.name for p in root.glob("*") if p.is_dir() or p.suffix == ".tar")
-    more = ", ..." if len(found) > 10 else ""
-    return f"only {', '.join(found[:10])}{more}" if found else "nor any other"
+def check_classes(images: Any, model: Any) -> None:
+    """Raises ValueError where the images have more classes than the model, if both are known."""
+    digits = isinstance(images, Digits)
+    count = 10 if digits else len(getattr(getattr(images, "reader", None), "numbers", ()))
+    if count > getattr(model, "num_classes", count):
+        raise ValueError(
+            f"the images have {count} classes, the model {model.num_classes}; give --num-classes "
+            f"{count} and weights for as many"
+        )
 
 
 def indexed(dataset: Any, name: str) -> Dataset[Any]:

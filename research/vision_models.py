@@ -7,21 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
+from textwrap import shorten
 from typing import Any
 
 import timm
 import torch
-from timm.models import ResNet, VisionTransformer, register_model
+from safetensors import SafetensorError
+from timm.models import ResNet, VisionTransformer, load_checkpoint, register_model
 from timm.models.resnet import BasicBlock
 from torch import nn
 
 import demo
 import prunus
 from prunus.distributed import Shards
+from prunus.names import did_you_mean
 
 FOLDER = "runs/digits"
 EPOCHS = 30  # of training a digits model
 CONFIG = {"input_size": (1, 8, 8), "mean": (0.5,), "std": (0.5,), "crop_pct": 1.0}
+UNREADABLE = (RuntimeError, EOFError, UnpicklingError, SafetensorError)
 NOT_OURS = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 
 
@@ -76,10 +81,37 @@ def create(
     checkpoint: str = "",
     folder: str | Path = FOLDER,
     ranks: Shards | None = None,
+    option: str = "--initial-checkpoint",
     **options: Any,
 ) -> Any:
-    """A model of timm, with its pretrained weights, with those of a file, or with random ones."""
+    """A model of timm, with its pretrained weights, with those of a file, or with random ones.
+
+    Raises ValueError for a name timm does not know, and for a file, which was given with `option`,
+    that is not there or does not fit.
+    """
+    # names with a colon are of models that are not timm's own
+    if ":" not in name and not timm.is_model(name.rpartition("/")[2]):
+        near = did_you_mean(name, timm.list_models())
+        raise ValueError(f"--model {name}: timm has no such model{near}")
+    origin = f"{option} {checkpoint}" if checkpoint else f"--model {name}"
+    if checkpoint and not Path(checkpoint).is_file():
+        raise ValueError(f"{origin} is not a file; give one with weights")
     if pretrained and not checkpoint and name in DIGITS_MODELS:
+        if (classes := options.get("num_classes", 10)) != 10:
+            raise ValueError(
+                f"--num-classes {classes}: the weights trained on digits are for 10; leave it out, "
+                f"or give {option} weights for {classes}"
+            )
         checkpoint = trained_on_digits(name, folder, ranks or Shards())
     pretrained = pretrained and not checkpoint
-    return timm.create_model(name, pretrained=pretrained, checkpoint_path=checkpoint, **options)
+    model = timm.create_model(name, pretrained=pretrained, **options)
+    if checkpoint:
+        try:
+            load_checkpoint(model, checkpoint)
+        except UNREADABLE as error:
+            said = shorten(str(error), 300) or type(error).__name__
+            raise ValueError(
+                f"{origin}: no weights for this model, with its --num-classes and --model-kwargs: "
+                f"{said}"
+            ) from error
+    return model

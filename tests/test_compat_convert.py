@@ -1,5 +1,8 @@
 """``prunus convert``: the same recipe in our own words."""
 
+from pathlib import Path
+from unittest import mock
+
 import pytest
 from typer.testing import CliRunner
 
@@ -66,3 +69,25 @@ def test_the_command_prints_or_writes(tmp_path):
     assert Recipe.load(printed).epochs == 24
     assert call("--output", str(new), "--dialect", "cap").stdout == ""
     assert Recipe.load(new) == Recipe.load(OLD, strict=False)
+
+
+@pytest.mark.parametrize("name", ["old.yaml", "./old.yaml", "link.yaml"])
+def test_the_command_does_not_write_over_its_recipe(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    Path("old.yaml").write_text(OLD)
+    Path("link.yaml").symlink_to("old.yaml")
+    done = CliRunner().invoke(app, ["convert", "old.yaml", "--output", name])
+    assert str(done.exception).endswith("is the recipe itself; give it another name")
+    assert Path("old.yaml").read_text() == OLD
+
+
+def test_the_command_leaves_a_file_as_it_is_where_the_disk_is_full(tmp_path):
+    (tmp_path / "old.yaml").write_text(OLD)
+    new = tmp_path / "new.yaml"
+    new.write_text("what was there")
+    with mock.patch("os.fsync", side_effect=OSError("no space left")):
+        done = CliRunner().invoke(
+            app, ["convert", str(tmp_path / "old.yaml"), "--output", str(new)]
+        )
+    assert isinstance(done.exception, OSError)
+    assert new.read_text() == "what was there"

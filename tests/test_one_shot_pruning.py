@@ -5,9 +5,11 @@ import subprocess
 import sys
 from unittest import mock
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
@@ -127,7 +129,8 @@ def test_a_model_that_is_asked_for_later_is_made_and_its_row_stays(home, tmp_pat
 
 def test_a_tuple_among_the_settings_is_the_list_that_a_file_holds(tmp_path):
     for _ in range(2):
-        one_shot_pruning.Results(tmp_path, {"model_kwargs": {"init_values": (1, 2)}})
+        results = one_shot_pruning.Results(tmp_path, {"model_kwargs": {"init_values": (1, 2)}})
+        results.add(0.0, nn.Linear(2, 2), {"top1": 0.0})
     with pytest.raises(ValueError, match="with another model_kwargs"):
         one_shot_pruning.Results(tmp_path, {"model_kwargs": {"init_values": (1, 3)}})
 
@@ -136,6 +139,88 @@ def test_results_of_other_settings_are_not_mixed(home, tmp_path):
     run(home, tmp_path, "--sparsities", "0.5")
     with pytest.raises(ValueError, match="with another seed; give another --experiment"):
         run(home, tmp_path, "--sparsities", "0.5", "--seed", "1")
+
+
+def test_a_run_that_found_nothing_binds_none(home, tmp_path):
+    with pytest.raises(ValueError, match="is not a file"):
+        run(home, tmp_path, "--checkpoint", "nosuch.pth")
+    assert [row["sparsity"] for row in run(home, tmp_path, "--sparsities", "0.5")] == [0.0, 0.5]
+
+
+def test_the_batch_size_counts_where_batches_are_normalized(home, tmp_path):
+    """It changes the results of --recalibrate, and no others."""
+    recipe = tmp_path / "magnitude.yaml"
+    recipe.write_text("modifiers: [{prune: {sparsity: 0.5}}]\n")
+    more = ["--sparsities", "0.5", "--recipe", str(recipe)]
+    prunus.save(timm.create_model("digits_resnet"), tmp_path / "resnet.safetensors")
+    more += ["--model", "digits_resnet", "--checkpoint", str(tmp_path / "resnet.safetensors")]
+    plain = run(home, tmp_path / "plain", *more, "-vb", "45")
+    assert run(home, tmp_path / "plain", *more, "-vb", "60") == plain
+    run(home, tmp_path / "anew", *more, "--recalibrate", "-vb", "45")
+    with pytest.raises(ValueError, match="results with another val_batch_size; give"):
+        run(home, tmp_path / "anew", *more, "--recalibrate", "-vb", "60")
+
+
+def test_a_sparse_checkpoint_is_listed_by_its_sparsity(home, tmp_path):
+    model = timm.create_model("digits_vit")
+    prunus.load(home / "digits_vit.safetensors", model)
+    prunus.prune(model, "magnitude", sparsity=0.3, layers=["blocks.*"])
+    prunus.save(model, tmp_path / "sparse.safetensors")
+    (tmp_path / "recipe.yaml").write_text(
+        "modifiers: [{prune: {sparsity: 0.5, layers: ['blocks.*']}}]\n"
+    )
+    more = ["--recipe", str(tmp_path / "recipe.yaml")]
+    more += ["--checkpoint", str(tmp_path / "sparse.safetensors"), "--sparsities", "0.75"]
+    found = run(home, tmp_path / "runs", *more)
+    assert [row["sparsity"] for row in found] == pytest.approx([0.3, 0.75], abs=1e-4)
+    assert found[0]["model_sparsity"] == pytest.approx(float(prunus.sparsity(model)))
+    with mock.patch.object(one_shot_pruning.Program, "evaluate", side_effect=AssertionError):
+        assert run(home, tmp_path / "runs", *more) == found
+
+
+@pytest.mark.parametrize(
+    ("flags", "remedy"),
+    [
+        ("--model digits_vitt", "--model digits_vitt: .* did you mean 'digits_vit'"),
+        ("--checkpoint nosuch.pth", "--checkpoint nosuch.pth is not a file; give"),
+        ("--checkpoint {}/cap.yaml", "--checkpoint .*cap.yaml: no weights for this model"),
+        ("--checkpoint {}/empty.pth", r"empty.pth: no weights for this model.*: \w+"),
+        (
+            "--model digits_resnet --checkpoint {}/digits_vit.safetensors",
+            "_vit.safetensors: no .* Missing key",
+        ),
+        ("--num-classes 5", "--num-classes 5: .* digits are for 10; leave it out, or give --check"),
+        ("--num-classes 5 --checkpoint {}/five.safetensors", "have 10 classes, the model 5; give"),
+        ("--model-kwargs embed_dim=32", "digits_vit: no weights .* --model-kwargs: .* cls_token"),
+    ],
+)
+def test_a_model_that_cannot_be_is_refused_with_the_option(home, tmp_path, flags, remedy):
+    (home / "empty.pth").touch()
+    prunus.save(timm.create_model("digits_vit", num_classes=5), home / "five.safetensors")
+    with pytest.raises(ValueError, match=remedy):
+        run(home, tmp_path, *flags.format(home).split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_wandb_is_missed_before_the_work_is_done(home, tmp_path):
+    with (
+        mock.patch.object(one_shot_pruning.importlib.util, "find_spec", return_value=None),
+        mock.patch.object(one_shot_pruning, "Program", side_effect=AssertionError),
+        pytest.raises(ValueError, match=r"--log-wandb needs: pip install 'prunus\[wandb\]'"),
+    ):
+        run(home, tmp_path, "--log-wandb")
+
+
+def test_images_are_cropped_as_the_model_wants_them(home, tmp_path):
+    wide = Image.fromarray(np.arange(128, dtype=np.uint8).reshape(8, 16))
+    for mode, seen in (
+        ("squash", wide.resize((8, 8), Image.Resampling.BILINEAR)),
+        ("center", wide.crop((4, 0, 12, 8))),
+    ):
+        with mock.patch.dict(vision_models.CONFIG, crop_mode=mode):
+            args = one_shot_pruning.parse(flags(home, tmp_path))
+            program = one_shot_pruning.Program(args, Shards(), torch.device("cpu"))
+        assert np.array_equal(program.test.dataset.transform(wide)[0], np.asarray(seen))
 
 
 def test_the_command_of_caps_readme_runs(home, tmp_path):
@@ -149,6 +234,35 @@ def test_the_command_of_caps_readme_runs(home, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert [row["sparsity"] for row in table(tmp_path / "first")] == [0.0, 0.5, 0.75]
     assert "top-1" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["run_one_shot_pruning.sh", "run_gradual_pruning.sh"])
+def test_scripts_take_paths_from_where_they_are_called(tmp_path, name):
+    """And otherwise from the repository; digits are no path."""
+    for folder in ("images", "digits"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "mine.yaml").touch()
+
+    def given(**variables):
+        done = subprocess.run(
+            [str(runs.RESEARCH / name), "--seed", "1"],
+            env={**SINGLE, "PYTHON": "echo", **variables},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        words = done.stdout.split()
+        assert words[-2:] == ["--seed", "1"]
+        return [words[words.index(f"--{key.lower().replace('_', '-')}") + 1] for key in variables]
+
+    mine = str(tmp_path / "mine.yaml")
+    assert given(RECIPE="mine.yaml", DATA_DIR="images") == [mine, str(tmp_path / "images")]
+    shipped = "recipes/vit/cap-gradual-90.yaml"
+    assert given(RECIPE=shipped, DATA_DIR="digits") == [shipped, "digits"]
+    assert given(RECIPE=mine) == [mine]
+    if "gradual" in name:
+        assert given(CONFIG="mine.yaml") == [mine]
 
 
 def test_two_processes_prune_alike_and_evaluate_each_image_once(ranks, home, tmp_path):
@@ -205,7 +319,7 @@ def test_a_recipe_that_cannot_be_swept_is_refused(home, tmp_path, recipe, remedy
 
 
 def test_a_table_goes_to_wandb(home, tmp_path):
-    fake = mock.MagicMock()
+    fake = mock.MagicMock(__spec__=mock.sentinel.there)
     with mock.patch.dict(sys.modules, wandb=fake):
         found = run(home, tmp_path, "--sparsities", "0.5", "--log-wandb")
     logged = [call.args[0] for call in fake.init.return_value.log.call_args_list]

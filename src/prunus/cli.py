@@ -27,6 +27,7 @@ from prunus.cli_arguments import (
     overrides,
 )
 from prunus.compat.convert import convert as convert_recipe
+from prunus.files import atomic_write
 from prunus.modifiers import Context, PruningRun, TrainingRun
 from prunus.preview import preview, table_of
 from prunus.recipe import Recipe, json_schema
@@ -129,8 +130,11 @@ def convert(
     text = convert_recipe(recipe, dialect, overrides(set_))
     if output is None:
         typer.echo(text, nl=False)
-    else:
-        output.write_text(text, encoding="utf-8")
+        return
+    if output.exists() and Path(recipe).exists() and output.samefile(recipe):
+        raise ValueError(f"--output {output} is the recipe itself; give it another name")
+    with atomic_write(output) as draft:
+        draft.write_text(text, encoding="utf-8")
 
 
 @app.command()
