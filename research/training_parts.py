@@ -84,7 +84,9 @@ class Loaders:
         common["pin_memory"] = args.pin_mem
         chans = config["input_size"][0]
         source = functools.partial(vision_data.open_dataset, args.data_dir, args.dataset)
-        train, test = (source(split, chans) for split in (args.train_split, args.val_split))
+        splits = (args.train_split, args.val_split)
+        train, test = (source(split, chans, args.train_split) for split in splits)
+        vision_data.check_classes(test, model)
         batch, calibrating = args.batch_size, args.gs_batch_size
         self.order = vision_data.Order(len(train), batch, args.seed, ranks, args.aug_repeats)
         changes = {**common, **augmentation(args, config)}
@@ -96,7 +98,9 @@ class Loaders:
         )
         self.calibration_order = vision_data.Order(len(train), calibrating, args.seed + 1, ranks)
         self.calibration = vision_data.training_loader(
-            source(args.train_split, chans),  # a loader gives its images their changes
+            source(
+                args.train_split, chans, args.train_split
+            ),  # a loader gives its images their changes
             self.calibration_order,
             batch_size=calibrating,
             is_training=args.gs_aug,

@@ -19,8 +19,9 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
 import demo
-from image_folders import SPLITS, open_split
 from prunus.distributed import Shards
+
+from image_folders import SPLITS, open_split
 
 DIGITS = "digits"
 BITS = (1 << 64) - 1

@@ -11,9 +11,8 @@ from timm.data import ImageDataset
 import training_workers  # noqa: F401 - shows where the programs are
 
 # isort: split
-from image_folders import Split
-
 import vision_data
+from image_folders import Split
 
 TRAIN = {"kind0": 3, "kind1": 3, "kind2": 3, "kind10": 0}
 VAL = {"kind0": 2, "kind2": 2, "kind10": 1}
