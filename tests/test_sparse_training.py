@@ -496,8 +496,9 @@ def test_two_processes_train_as_one_with_batches_twice_as_large(ranks, tmp_path)
     assert len(rows(tmp_path / "two" / "run")) == 2
 
 
-def test_statistics_of_batchnorm_are_the_mean_over_processes_and_resume(ranks, tmp_path):
+def test_statistics_of_batchnorm_are_the_mean_over_processes_and_resume_as_averages_do(ranks, tmp_path):
     more = ["--model", "digits_resnet", "--epochs", "1", "--checkpoint-steps", "4", "-b", "8"]
+    more += ["--model-ema", "--model-ema-decay", "0.9"]
     slim = [x for x in runs.SMALL if x not in ("--model-kwargs", *runs.TINY)]
     with mock.patch.object(runs, "SMALL", [*slim]):
         command = runs.flags(tmp_path, GRADUAL, *more)
@@ -510,6 +511,11 @@ def test_statistics_of_batchnorm_are_the_mean_over_processes_and_resume(ranks, t
     ranks(runs.run_on_ranks, again, 7)
     resumed = ranks(runs.run_on_ranks, [*again, "--resume"])
     assert all(torch.equal(resumed[0][name], w) for name, w in both[0].items())
+    averages = [
+        torch.load(tmp_path / where / "last.pth", weights_only=True)["state_dict_ema"]
+        for where in ("run", "again/run")
+    ]
+    assert all(torch.equal(w, averages[1][name]) for name, w in averages[0].items())
     for mine, theirs in zip(rows(tmp_path / "again" / "run"), whole, strict=True):
         assert {k: float(v) for k, v in mine.items()} == pytest.approx(
             {k: float(v) for k, v in theirs.items()}
