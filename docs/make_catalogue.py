@@ -27,7 +27,7 @@ INTRO = """\
 The files in [`recipes/`](../recipes), by family, for models whose layers are named as in timm
 (from ViT to EfficientNet) or in transformers (from Llama on). Stem or embeddings and output head
 stay dense. Windows and cycles are shares of training, so a recipe works for any number of epochs;
-where one is given, the learning rate was chosen for it. `sparsity` and `lr` are variables:
+where one is given, the learning rate was chosen for it. Most have variables, `sparsity` or `lr`:
 `Recipe.load(path, sparsity=0.8)`.
 
 Every one-shot or gradual method but `magnitude` needs calibration data (`prunus.Calibration`).

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -281,6 +282,8 @@ def main(argv: Sequence[str]) -> None:
     if args.log_wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError("--log-wandb needs: pip install 'prunus[wandb]'")
     with processes(args.device, args.timeout) as (ranks, device):
+        level = logging.INFO if ranks.rank == 0 else logging.WARNING
+        logging.basicConfig(format="%(message)s", level=level)
         Program(args, ranks, device).run()
 
 

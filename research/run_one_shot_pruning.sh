@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One-shot pruning of a model to several sparsities. As it stands: digits, in half a minute on a CPU.
+# One-shot pruning of a model to several sparsities. As it stands: digits, in a minute on a CPU.
 # What stands before the command changes it:
 #   DATA_DIR=/data/imagenet MODEL=deit_small_patch16_224 NUM_PROC=8 research/run_one_shot_pruning.sh
 # and what stands after it is passed on: research/run_one_shot_pruning.sh --save-model --log-wandb

@@ -197,6 +197,26 @@ def test_the_ends_of_a_gradual_recipe_are_set_one_by_one():
         _ = view.momentum
 
 
+def test_gradients_without_a_sampler_are_asked_for_at_once():
+    manager, model = (
+        ScheduledModifierManager.from_yaml("pruning_modifiers:\n" + SECOND_ORDER),
+        net(),
+    )
+    for call in (lambda: manager.modify(model, sgd(model), 5), lambda: manager.apply(model)):
+        with pytest.raises(ValueError, match=r"give modify\(\) or apply\(\) a grad_sampler"):
+            call()
+
+
+def test_the_session_keeps_its_records_after_the_end():
+    manager, model = ScheduledModifierManager.from_yaml(RECIPE), net()
+    optimizer = manager.modify(model, sgd(model), len(DATA))
+    train(model, optimizer, 4)
+    manager.finalize(model)
+    assert manager.session.sparsity == pytest.approx(0.75, abs=0.01)
+    assert not manager.initialized
+    assert manager.state_dict() == {}
+
+
 class Sampler:
     """Counts how loaders are built, in either spelling; without end, as SparseML's are."""
 

@@ -757,3 +757,21 @@ def test_runs_say_which_step_changes_what_is_pruned():
             assert stages.next_change(step) == next((t for t in (3, 5) if t >= step), None)
             assert other.next_change(step) is None
             train(model, optimizer, 1)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("pruner: cap, sparsity: 0.5", "pruner 'cap' learns from data; pass calibration="),
+        ("pruner: wanda, sparsity: 0.5", "pruner 'wanda' learns from data"),
+        ("allocator: owl, sparsity: 0.5", "allocator 'owl' learns from data"),
+    ],
+)
+def test_data_that_will_be_needed_is_asked_for_when_attaching(entry, message):
+    model = small_mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    late = f"modifiers: [prune: {{{entry}, window: {{from: 100step}}}}]"
+    with pytest.raises(ValueError, match=message):
+        prunus.attach(model, optimizer, late)
+    assert not optimizer._optimizer_step_pre_hooks
+    prunus.attach(model, optimizer, AT_ONCE).close(finish=False)  # nothing of the other is left

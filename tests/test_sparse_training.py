@@ -496,7 +496,9 @@ def test_two_processes_train_as_one_with_batches_twice_as_large(ranks, tmp_path)
     assert len(rows(tmp_path / "two" / "run")) == 2
 
 
-def test_statistics_of_batchnorm_are_the_mean_over_processes_and_resume_as_averages_do(ranks, tmp_path):
+def test_statistics_of_batchnorm_are_the_mean_over_processes_and_resume_as_averages_do(
+    ranks, tmp_path
+):
     more = ["--model", "digits_resnet", "--epochs", "1", "--checkpoint-steps", "4", "-b", "8"]
     more += ["--model-ema", "--model-ema-decay", "0.9"]
     slim = [x for x in runs.SMALL if x not in ("--model-kwargs", *runs.TINY)]

@@ -101,6 +101,7 @@ def check(
         if timed:
             plan = table_of("after step", "epoch", "what", title=f"modifiers[{i}] {modifier.name}")
             for step, what in run.plan():
+                step = max(1, step)  # what is due at 0 happens after the first
                 plan.add_row(str(step), f"{step / (steps_per_epoch or 1):.2f}", what)
             out.print(plan)
 

@@ -32,6 +32,7 @@ from prunus.solving import no_scores
 from prunus.stats import GradientStatistic
 
 log = logging.getLogger("prunus")
+NO_INPUTS = "sequential: blocks need inputs; pass calibration=prunus.Calibration(...)"
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def prune_blocks(
     failure all is taken back. A model read from disk has no changes to take back or to return.
     """
     if calibration is None:
-        raise ValueError("sequential: blocks need inputs; pass calibration=prunus.Calibration(...)")
+        raise ValueError(NO_INPUTS)
     permute = permute or Permute()
     _check_places(model, how, permute, folds)
     blocks = blocks_for(model, layers, how)

@@ -99,6 +99,8 @@ class Session:
         self._fresh = True
         self._context = Context(model, self.optimizer, timeline, calibration, Masks(), recorder)
         self.runs: list[Run] = [modifier.bind(self._context) for modifier in recipe.modifiers]
+        for run in self.runs:
+            run.check_data()
         self._refuse_overlap()
         try:
             for run in self.runs:

@@ -50,7 +50,7 @@ class ScheduledModifierManager(RecipeView):
         super().__init__(modifiers if isinstance(modifiers, Recipe) else Recipe(tuple(modifiers)))
         self.metadata = metadata
         self.session: Session | None = None
-        """at work between `modify` and `finalize`"""
+        """from `modify` on; after `finalize` it still has its records and reports"""
         self.loggers = Loggers()
         self._epoch = 0.0
         self._sampler: Mapping[str, Any] | Calibration | None = None
@@ -94,7 +94,7 @@ class ScheduledModifierManager(RecipeView):
 
     @property
     def initialized(self) -> bool:
-        return self.session is not None
+        return self.session is not None and not self.session.closed
 
     def initialize(
         self,
@@ -132,7 +132,7 @@ class ScheduledModifierManager(RecipeView):
         ``epoch`` is where training goes on; what is zero by then stays zero. ``loggers`` and
         ``grad_sampler`` are as for `initialize`. Raises ValueError as `prunus.attach` does.
         """
-        if self.session is not None:
+        if self.initialized:
             raise ValueError("the manager is at work already; call finalize() first")
         start = self._epoch if epoch is None else epoch
         self.initialize(module, start, **kwargs)
@@ -184,28 +184,32 @@ class ScheduledModifierManager(RecipeView):
         self, module: nn.Module | None = None, reset_loggers: bool = True, **_: Any
     ) -> None:
         """Do the pruning that is still due and remove the hooks; a second call does nothing."""
-        session, self.session = self.session, None
         self._applied = False
         try:
-            if session is not None:
-                session.close()
+            if self.session is not None:
+                self.session.close()
         finally:
             if reset_loggers:
                 self.loggers.set(None)
 
     def state_dict(self) -> dict[str, Any]:
         """All that resuming needs besides the model's and the optimizer's own states."""
-        return {} if self.session is None else self.session.state_dict()
+        return self.session.state_dict() if self.session and self.initialized else {}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
         """Go on where the state was taken. Raises ValueError before `modify`."""
-        if self.session is None:
+        if self.session is None or not self.initialized:
             raise ValueError("load_state_dict needs the hooks that modify() makes; call it first")
         self.session.load_state_dict(state_dict)
 
     def _calibration(self) -> Calibration | None:
         pruners = [m.pruner for m in self.recipe.modifiers if isinstance(m, PruningModifier)]
         grads = [p.num_grads for p in pruners if hasattr(p, "num_grads")]
+        if grads and self._sampler is None:
+            raise ValueError(
+                "the recipe learns from gradients; give modify() or apply() a grad_sampler, such "
+                "as dict(data_loader_builder=..., loss_function=...), or a Calibration"
+            )
         kwargs = self.reading.sampler if self.reading else {}
         return calibration_of(self._sampler, kwargs, max(grads, default=None))
 

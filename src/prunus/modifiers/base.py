@@ -96,6 +96,9 @@ class Run:
         A resumed run loads its state afterwards.
         """
 
+    def check_data(self) -> None:
+        """Raises ValueError if it will need calibration data and there is none."""
+
     def start(self) -> None:
         """Before the first step of a run that begins at step 0; a resumed run has passed it.
 

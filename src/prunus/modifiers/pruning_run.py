@@ -12,8 +12,9 @@ from prunus.blocks import by_block
 from prunus.distributed import shards_of
 from prunus.engine import check_reachable, prune_step, stage_count
 from prunus.layers import Layer
+from prunus.looking import looked_for
 from prunus.masking import local, zero_momentum
-from prunus.measuring import Measurements
+from prunus.measuring import Measurements, check_measurable
 from prunus.method import LayerRow
 from prunus.modifiers.base import Context, Run, log
 from prunus.modifiers.events import layers_event
@@ -21,7 +22,7 @@ from prunus.permute.folds import Plan
 from prunus.permuting import permute_layers, plan_folds
 from prunus.pruners import SweepPruner
 from prunus.selection import select
-from prunus.sequential import blocks_for, check_sequential, prune_blocks
+from prunus.sequential import NO_INPUTS, blocks_for, check_sequential, prune_blocks
 from prunus.solving import plan_measurements
 from prunus.timing import Window
 
@@ -73,6 +74,17 @@ class PruningRun(Run):
     def _ticks(self) -> list[int]:
         window, timeline = self.modifier.window or Window(), self.context.timeline
         return [window.begin(timeline)] if self.modifier.at_once else window.ticks(timeline)
+
+    def check_data(self) -> None:
+        context, method = self.context, self.method
+        if context.calibration is not None:
+            return
+        if self.modifier.walk(context) is not None:
+            raise ValueError(NO_INPUTS)
+        measured = plan_measurements(method, self.layers, context.model, None)
+        check_measurable(measured.stats, f"pruner {method.pruner.name!r}", None)
+        looks = looked_for(method.allocator, self.layers)
+        check_measurable(looks, f"allocator {method.allocator.name!r}", None)
 
     def start(self) -> None:
         schedule, pattern = self.modifier.schedule, self.method.pattern
