@@ -1,11 +1,12 @@
 """Accuracy of the second-order methods in one shot, beside magnitude, over calibration seeds.
 
 On the CIFAR ResNet-20 of `resnet20_cifar10.py`, and on the demo's vision transformer and a small
-ResNet for digits, trained here. Three parts: ``sweep``, all methods over sparsities, with a plot;
-``check``, the points that a prototype gave; ``push``, what buys most accuracy at 90 %, with its
+ResNet for digits, trained here. Four parts: ``sweep``, all methods over sparsities, with a plot;
+``score``, where CAP's two scores take the weights from; ``check``, the points that a prototype
+gave; ``push``, what buys most accuracy at 90 %, with its
 time.
 
-    python research/benchmarks/second_order_accuracy.py [--parts sweep check push] [--seeds 3]
+    python research/benchmarks/second_order_accuracy.py [--parts sweep score check push] [--seeds 3]
         [--models resnet20 digits digits-resnet] [--weights FILE] [--data FILE] [--plot FILE]
         [--device cuda]
 """
@@ -147,6 +148,26 @@ def sweep(task: Task, args: argparse.Namespace) -> dict[str, dict[float, list[fl
     return found
 
 
+def score(task: Task, args: argparse.Namespace) -> None:
+    """The sparsity of the layers with blocks of one length, at 90 %."""
+    lengths: dict[str, dict[int, list[float]]] = {}
+    for name in ("increase", "loss"):
+        model, found = copy.deepcopy(task.model), lengths.setdefault(name, {})
+        pruner = CAP(**task.settings, score=name)
+        result = prunus.prune(
+            model, pruner, sparsity=0.9, calibration=task.calibration(0), **task.layers
+        )
+        for mask in result.masks.values():
+            shortest = min(
+                mask[0].numel(), mask[0].numel() % pruner.block_size or pruner.block_size
+            )
+            found.setdefault(shortest, []).append(1 - mask.float().mean().item())
+    header = sorted(lengths["loss"])
+    rows = [(n, *(f"{statistics.mean(f[k]):.2f}" for k in header)) for n, f in lengths.items()]
+    print(f"{task.name} at 0.9: sparsity of layers by the length of their shortest block\n")
+    print_table(("score", *map(str, header)), rows)
+
+
 def pruned(
     task: Task, pruner: Pruner, sparsity: float, data: Calibration, recalibrate: Any
 ) -> tuple[float, float, float]:
@@ -278,7 +299,12 @@ def plot(found: Mapping[str, Mapping[str, Mapping[float, Sequence[float]]]], pat
 
 
 def main() -> None:
-    parts: dict[str, Callable[..., Any]] = {"sweep": sweep, "check": check, "push": push}
+    parts: dict[str, Callable[..., Any]] = {
+        "sweep": sweep,
+        "score": score,
+        "check": check,
+        "push": push,
+    }
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add_options(parser)
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
