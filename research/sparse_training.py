@@ -161,7 +161,9 @@ class Training:
         done, every = self.updates % self.upe, self.args.checkpoint_steps
         if self.updates % self.args.log_interval == 0:
             mean = (self.losses[0] / self.losses[1]).item()
-            log.info("epoch %d, update %d of %d: loss %.4f", self.epoch, done, self.upe, mean)
+            log.info(
+                "epoch %d, update %d of %d: loss %.4f", self.epoch, done or self.upe, self.upe, mean
+            )
         if every and self.updates % every == 0 and done:
             self._save()
 
