@@ -254,6 +254,7 @@ def variants(task: Task) -> dict[str, Variant]:
             f"examples, damp {damp:g}": cap(64, damp=damp, **examples) for damp in (best, 10 * best)
         },
         "score: loss": cap(score="loss"),
+        "damp 0.0001, score: loss": cap(damp=1e-4, score="loss"),
         "block 64": cap(block_size=64),
         "4 recomputations of a quarter of the gradients": cap(**quarter),
         "4 recomputations": cap(num_recomputations=4),
