@@ -83,9 +83,9 @@ class Loaders:
         common = {**config, "num_workers": args.workers, "device": device}
         common["pin_memory"] = args.pin_mem
         chans = config["input_size"][0]
-        source = functools.partial(vision_data.open_dataset, args.data_dir, args.dataset)
-        splits = (args.train_split, args.val_split)
-        train, test = (source(split, chans, args.train_split) for split in splits)
+        how = {"in_chans": chans, "train": args.train_split}
+        source = functools.partial(vision_data.open_dataset, args.data_dir, args.dataset, **how)
+        train, test = source(args.train_split), source(args.val_split)
         vision_data.check_classes(test, model)
         batch, calibrating = args.batch_size, args.gs_batch_size
         self.order = vision_data.Order(len(train), batch, args.seed, ranks, args.aug_repeats)
@@ -98,9 +98,7 @@ class Loaders:
         )
         self.calibration_order = vision_data.Order(len(train), calibrating, args.seed + 1, ranks)
         self.calibration = vision_data.training_loader(
-            source(
-                args.train_split, chans, args.train_split
-            ),  # a loader gives its images their changes
+            source(args.train_split),  # a loader gives its images their changes
             self.calibration_order,
             batch_size=calibrating,
             is_training=args.gs_aug,

@@ -3,8 +3,7 @@
 On the CIFAR ResNet-20 of `resnet20_cifar10.py`, and on the demo's vision transformer and a small
 ResNet for digits, trained here. Four parts: ``sweep``, all methods over sparsities, with a plot;
 ``score``, where CAP's two scores take the weights from; ``check``, the points that a prototype
-gave; ``push``, what buys most accuracy at 90 %, with its
-time.
+gave; ``push``, what buys most accuracy at 90 %, with its time.
 
     python research/benchmarks/second_order_accuracy.py [--parts sweep score check push] [--seeds 3]
         [--models resnet20 digits digits-resnet] [--weights FILE] [--data FILE] [--plot FILE]

@@ -83,8 +83,8 @@ def increases(losses: Tensor) -> Tensor:
     """(n, d) what each weight adds to the loss of its block, of `greedy_losses`.
 
     At least as much as any weight that went before it, so that a ranking of all blocks together
-    takes a prefix of every block. Where the losses are convex, as they nearly are, no other
-    choice of prefixes has a smaller sum of losses.
+    takes a prefix of every block. Where the losses are convex no other choice of prefixes has a
+    smaller sum of losses.
     """
     loss, order = losses.sort(1)
     rises = loss.diff(dim=1, prepend=loss.new_zeros(len(loss), 1)).cummax(1).values

@@ -150,9 +150,10 @@ def places(problem: Problem) -> list[float]:
     return [(look - low) / width if width > 0 else 0.5 for look in looks]
 
 
-def filled(problem: Problem, rates: Sequence[float]) -> Allocation:
-    """Sparsities in proportion to `rates`, scaled to meet the target exactly."""
+def filled(problem: Problem, rates: Sequence[float], total: int | None = None) -> Allocation:
+    """Sparsities in proportion to `rates`, scaled to meet the target, or `total` units, exactly."""
     sizes = [unit.size for unit in problem.units]
     shares = [rate * size for rate, size in zip(rates, sizes, strict=True)]
     pruned = [unit.pruned for unit in problem.units]
-    return Allocation(problem.units, fill(shares, pruned, sizes, problem.drop))
+    drop = problem.drop if total is None else total
+    return Allocation(problem.units, fill(shares, pruned, sizes, drop))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from prunus.allocators.base import ALLOCATORS, Allocation, Problem, fill
+from prunus.allocators.base import ALLOCATORS, Allocation, Problem, filled
 
 
 @dataclass(frozen=True)
@@ -15,12 +15,9 @@ class Uniform:
     name: ClassVar[str] = "uniform"
 
     def allocate(self, problem: Problem) -> Allocation:
-        share = problem.given
-        sizes = [unit.size for unit in problem.units]
-        pruned = [unit.pruned for unit in problem.units]
-        pairs = zip(sizes, pruned, strict=True)
-        total = round(sum(max(share * size, gone) for size, gone in pairs))
-        return Allocation(problem.units, fill(sizes, pruned, sizes, total))
+        share, units = problem.given, problem.units
+        total = round(sum(max(share * unit.size, unit.pruned) for unit in units))
+        return filled(problem, [1.0] * len(units), total)
 
 
 ALLOCATORS.add(Uniform.name, Uniform)

@@ -99,8 +99,7 @@ class PruningView:
 
     @init_sparsity.setter
     def init_sparsity(self, value: float) -> None:
-        old = self.modifier.sparsity
-        self._set(replace(old, from_=value) if isinstance(old, Schedule) else value)
+        self._set(value, from_=value)
 
     @property
     def final_sparsity(self) -> float | None:
@@ -109,11 +108,11 @@ class PruningView:
 
     @final_sparsity.setter
     def final_sparsity(self, value: float) -> None:
-        old = self.modifier.sparsity
-        self._set(replace(old, to=value) if isinstance(old, Schedule) else value)
+        self._set(value, to=value)
 
-    def _set(self, sparsity: Schedule | float) -> None:
-        recipe = self.owner.recipe
+    def _set(self, constant: float, **end: Any) -> None:
+        old, recipe = self.modifier.sparsity, self.owner.recipe
+        sparsity = replace(old, **end) if isinstance(old, Schedule) else constant
         modifiers = list(recipe.modifiers)
         modifiers[self.place] = replace(self.modifier, sparsity=sparsity)
         self.owner.recipe = replace(recipe, modifiers=tuple(modifiers))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -158,7 +159,11 @@ class TrainingRun(Run):
 
     def next_change(self, step: int) -> int | None:
         """Where a stage begins, or masks are frozen; not what changes at each step within one."""
-        return min((at for at, _ in self.plan() if at >= step and not self.frozen), default=None)
+        return min((at for at in self._changes if at >= step and not self.frozen), default=None)
+
+    @cached_property
+    def _changes(self) -> set[int]:
+        return {at for at, _ in self.plan()}
 
     @torch.no_grad()
     def release(self) -> None:
