@@ -11,7 +11,7 @@ $(VENV)/.ready: pyproject.toml
 	touch $@
 
 demo: $(VENV)/.ready
-	$(BIN)/python research/demo.py --output runs/demo
+	$(BIN)/python -m research.demo --output runs/demo
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n auto

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import prunus
-from prunus.masking import Hard
+from prunus.core.masks import Hard
 from prunus.modifiers import Accelerate, Keep, LearningRate, PruningModifier
 
 DOCS = Path(__file__).parent

@@ -1,6 +1,6 @@
 """Prune a language model and say what it costs in perplexity.
 
-    python research/llm_pruning.py --prune-method ria --sparsity-type 2:4 --reallocation --lsa \
+    python -m research.llm_pruning --prune-method ria --sparsity-type 2:4 --reallocation --lsa \
         --save runs/sparse
 
 prunes a small Llama that is trained first, in minutes on a CPU, on the text that comes with Python;
@@ -24,10 +24,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prunus
-import prunus.preview
-from prunus.patterns import NM, parse_pattern
+import prunus.cli.preview
+from prunus.core.patterns import NM, parse_pattern
 
-import language_model
+from research.common import language_model
 
 console = Console()
 ALLOCATORS = ("uniform", "owl", "alphapruning", "erk")
@@ -138,7 +138,7 @@ def pruner(args: argparse.Namespace) -> Any:
     return prunus.pruners.PRUNERS[args.prune_method](**options)
 
 
-def prune(model: nn.Module, batches: Any, args: argparse.Namespace) -> prunus.results.Result:
+def prune(model: nn.Module, batches: Any, args: argparse.Namespace) -> prunus.api.results.Result:
     fixed = parse_pattern(args.sparsity_type).fixed is not None
     by_row = args.per_outneuron or args.prune_method == "wanda"  # as its paper compares
     by_row = by_row and args.sparsity_type == "unstructured"
@@ -216,7 +216,7 @@ def main(argv: Sequence[str]) -> None:
     result = prune(model, batches, args)
     seconds = time.perf_counter() - begin
     console.print(result)
-    table = prunus.preview.table_of("model", "method", "pattern", "sparsity", "perplexity")
+    table = prunus.cli.preview.table_of("model", "method", "pattern", "sparsity", "perplexity")
     kind = type(model).__name__
     table.add_row(kind, "dense", "", f"{0:.4f}", f"{before:.3f}")
     name = args.prune_method + " + refit" * args.refit + " + permutation" * bool(result.permuted)

@@ -1,6 +1,6 @@
 """Prune a trained vision model to several sparsities at once, and say what each costs.
 
-    python research/one_shot_pruning.py --sparsities 0.5 0.75 0.9
+    python -m research.one_shot_pruning --sparsities 0.5 0.75 0.9
 
 prunes a small transformer on scikit-learn's digits, which is trained first; ``--model`` takes any
 name of timm, ``--data-dir`` a folder of images. One set of statistics serves all sparsities. What
@@ -27,17 +27,16 @@ from timm.utils import ParseKwargs
 from torch import nn
 
 import prunus
-from prunus.distributed import Shards
-from prunus.files import atomic_write
+from prunus.cli.preview import table_of
+from prunus.core.files import atomic_write
+from prunus.core.patterns import parse_pattern
+from prunus.core.ranks import Shards
+from prunus.core.selection import select
 from prunus.modifiers import PruningModifier
-from prunus.patterns import parse_pattern
-from prunus.preview import table_of
-from prunus.records import is_main
-from prunus.selection import select
+from prunus.report.records import is_main
 
-import vision_data
-import vision_models
-from processes import dashed, default_device, processes, read_csv, write_csv
+from research.common import vision_data, vision_models
+from research.common.processes import dashed, default_device, processes, read_csv, write_csv
 
 console = Console()
 RECIPE = Path(__file__).parent.parent / "recipes" / "vit" / "cap-one-shot-50.yaml"

@@ -18,7 +18,7 @@ MODEL=${MODEL:-digits_vit}
 NUM_PROC=${NUM_PROC:-1} # processes, one for each GPU
 
 "${PYTHON:-python}" -m torch.distributed.run --standalone --nproc-per-node "$NUM_PROC" \
-    research/sparse_training.py \
+    -m research.sparse_training \
     --data-dir "$DATA_DIR" \
     --config "$CONFIG" \
     ${RECIPE:+--recipe "$RECIPE"} \

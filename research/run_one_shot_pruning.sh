@@ -19,7 +19,7 @@ NUM_PROC=${NUM_PROC:-1} # processes, one for each GPU
 # SPARSITIES are several words
 # shellcheck disable=SC2086
 "${PYTHON:-python}" -m torch.distributed.run --standalone --nproc-per-node "$NUM_PROC" \
-    research/one_shot_pruning.py \
+    -m research.one_shot_pruning \
     --data-dir "$DATA_DIR" \
     --recipe "$RECIPE" \
     --model "$MODEL" \

@@ -1,7 +1,7 @@
 """Train a vision model while it is pruned by recipe, or fine-tune it after it was pruned at once.
 
-    python research/sparse_training.py                                (digits, two minutes on a CPU)
-    torchrun --nproc-per-node 8 research/sparse_training.py DATA --config research/configs/deit.yaml
+    python -m research.sparse_training                                (digits, two minutes on a CPU)
+    torchrun --nproc-per-node 8 -m research.sparse_training DATA --config research/configs/deit.yaml
         --model deit_small_patch16_224 --pretrained --recipe recipes/vit/cap-gradual-90.yaml
 
 Models, data, losses, optimizers and schedules are timm's; options are those of its train.py and of
@@ -29,14 +29,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import prunus
-from prunus.distributed import Shards
-from prunus.session import innermost
+from prunus.api.session import innermost
+from prunus.core.ranks import Shards
 
-import training_options
-import training_parts as parts
-from processes import processes
-from training_files import RunFolder, checkpoint_of, folder_of
-from vision_data import evaluate, seed_all
+from research.common.processes import processes
+from research.common.vision_data import evaluate, seed_all
+from research.training import options as training_options
+from research.training import parts
+from research.training.files import RunFolder, checkpoint_of, folder_of
 
 log = logging.getLogger("prunus")
 

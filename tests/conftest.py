@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ranks import Ranks
+from tests.helpers.ranks import Ranks
 
 torch.set_num_threads(1)  # pytest-xdist runs one process for each core
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from oracles import SINGLE
+from tests.oracles.pruning import SINGLE
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -8,11 +8,11 @@ from typing import Any
 from torch import nn
 
 import prunus
-from prunus.measuring import needs_of
-from prunus.memory import plan
+from prunus.calibration.measurements import needs_of
+from prunus.calibration.memory_plan import plan
+from prunus.core.selection import select
 from prunus.modifiers import Context, PruningRun
 from prunus.pruners import Pruner, SweepPruner
-from prunus.selection import select
 from prunus.stats import InputGram
 
 HISTOGRAM = 65536 * 8  # of one ranking, for each 16 bits of a score

@@ -8,7 +8,7 @@ each pruned by magnitude, every layer alike, at 80, 90 and 95 %, with batches of
 (the wider transformer up to 16). Median milliseconds of a forward pass, the median of the ratios
 of each round with their middle half, and which forms the layers took.
 
-    python research/benchmarks/cpu_forms.py [--rounds 11] [--threads 1 --clock cpu]
+    python -m research.benchmarks.cpu_forms [--rounds 11] [--threads 1 --clock cpu]
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import sys
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 from timm.models import VisionTransformer
@@ -27,10 +25,8 @@ from torch import Tensor, nn
 
 import prunus
 
-from common import add_options, hardware, print_table, seconds, spread
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import demo
+from research import demo
+from research.benchmarks.measure import add_options, hardware, print_table, seconds, spread
 
 SPARSITIES, BATCHES = (0.8, 0.9, 0.95), (1, 16, 128)
 

@@ -7,7 +7,7 @@
 Peak memory is measured in a fresh process for each, so that no earlier peak hides it, as what is
 used beyond the resident model, in units of the pruned weights' bytes.
 
-    python research/benchmarks/global_magnitude.py [--device cuda]
+    python -m research.benchmarks.global_magnitude [--device cuda]
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.nn.utils import prune as torch_prune
 
 import prunus
 
-from common import PeakMemory, add_options, hardware, print_table, seconds
+from research.benchmarks.measure import PeakMemory, add_options, hardware, print_table, seconds
 
 SPARSITY = 0.75
 PATTERNS = ("row", "2:4", "4x1", "1x4")
@@ -104,7 +104,14 @@ def measure_memory(args: argparse.Namespace) -> float:
 def measure_memory_in_fresh_process(args: argparse.Namespace, name: str) -> float:
     options = ["--device", args.device, "--width", str(args.width), "--layers", str(args.layers)]
     options += ["--threads", str(torch.get_num_threads())]
-    command = [sys.executable, __file__, *options, "--memory-of", name]
+    command = [
+        sys.executable,
+        "-m",
+        "research.benchmarks.global_magnitude",
+        *options,
+        "--memory-of",
+        name,
+    ]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(done.stdout)
 

@@ -6,7 +6,7 @@ shot and fine-tuned, and gradually, with wall times, and the curves of accuracy 
 transformer and a small ResNet, trained here on digits; with ``--data FILE`` (a tar.gz of CIFAR-10
 as an image folder) wider ones on CIFAR-10, for a GPU.
 
-    python research/benchmarks/gradual_accuracy.py [--parts methods ratio] [--seeds 3]
+    python -m research.benchmarks.gradual_accuracy [--parts methods ratio] [--seeds 3]
         [--models vit resnet] [--epochs 20] [--plot FOLDER] [--data FILE] [--device cuda] [--quick]
 
 All that trains after pruning trains for as many epochs, with the same optimizer and the same
@@ -33,17 +33,14 @@ from torch import Tensor, nn
 import prunus
 from prunus import CAP, OBS, Calibration, FastCAP, Magnitude
 from prunus.modifiers import LearningRate
+from prunus.modifiers.schedules import Schedule
+from prunus.modifiers.timing import Window
 from prunus.pruners import Pruner
-from prunus.schedules import Schedule
-from prunus.timing import Window
 
-from common import add_options, hardware, print_table, seconds
-from resnet20_cifar10 import read_images
-
-sys.path.append(str(Path(__file__).parent.parent))
-import demo
-
-import vision_models  # noqa: F401  (registers digits_vit and digits_resnet)
+from research import demo
+from research.benchmarks.measure import add_options, hardware, print_table, seconds
+from research.benchmarks.resnet20_cifar10 import read_images
+from research.common import vision_models  # noqa: F401  (registers digits_vit and digits_resnet)
 
 TARGETS = (0.75, 0.9)
 RATIOS = (0.8, 0.9, 0.95, 0.97, 0.98, 0.99)

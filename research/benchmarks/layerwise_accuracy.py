@@ -1,11 +1,11 @@
 """What the layerwise methods cost in perplexity, and what refitting does to every layer.
 
-`perplexity`: the built-in language model (`research/language_model.py`, trained first if its folder
-is empty) pruned block by block, over draws of the calibration windows; or any other model and text.
+`perplexity`: the built-in language model (`research/common/language_model.py`, trained first if its
+folder is empty) pruned block by block, over draws of the calibration windows; or any other model.
 `errors`: squared error of each layer's outputs, for SparseGPT alone and with the refit, on that
 model and on the demo's vision transformer; all layers see the inputs of the dense model.
 
-    python research/benchmarks/layerwise_accuracy.py --folder runs/language-model
+    python -m research.benchmarks.layerwise_accuracy --folder runs/language-model
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,11 +24,9 @@ from torch import nn
 import prunus
 from prunus import ALPS, RIA, Magnitude, Permute, SparseGPT, Wanda
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import demo
-
-import language_model
-from common import add_options, hardware, print_table
+from research import demo
+from research.benchmarks.measure import add_options, hardware, print_table
+from research.common import language_model
 
 SETTINGS = ("2:4", "0.6", "0.7")
 NSAMPLES, SEQLEN = 128, 128

@@ -4,7 +4,7 @@ Both get the same factor of the same Gram matrix, so only the sweep itself is ti
 row-major, over single columns, with a full sort for each 128 columns and a `topk` for each group of
 N:M. The layers' outputs differ by rounding only, which is checked.
 
-    python research/benchmarks/layerwise_speed.py [--threads 2] [--device cuda]
+    python -m research.benchmarks.layerwise_speed [--threads 2] [--device cuda]
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import argparse
 import torch
 from torch import Tensor
 
-from prunus.column_sweep import PANEL, STRIPE, choice, stripe_counts, sweep, upper_factor
-from prunus.patterns import NM, Pattern, parse_pattern
-from prunus.refitting import relative_error
-from prunus.solvers import keep_all_but_lowest
+from prunus.core.patterns import NM, Pattern, parse_pattern
+from prunus.solvers.column_sweep import PANEL, STRIPE, choice, stripe_counts, sweep, upper_factor
+from prunus.solvers.least_squares import relative_error
+from prunus.solvers.selection import keep_all_but_lowest
 
-from common import Row, add_options, compare, hardware, print_table
+from research.benchmarks.measure import Row, add_options, compare, hardware, print_table
 
 SHAPES = ((3072, 768), (768, 3072))
 PATTERNS = ("unstructured", "2:4")

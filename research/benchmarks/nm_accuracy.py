@@ -5,8 +5,8 @@ with several seeds. With `--data` on the first images of CIFAR-10, JPEG-encoded,
 set; else half of scikit-learn's digits train it and the other half test it. Runs that a former call
 has finished are read from the output folder.
 
-    python research/benchmarks/nm_accuracy.py --threads 1 --data FILE
-    python research/benchmarks/nm_accuracy.py --device cuda --data FILE --images 50000 \\
+    python -m research.benchmarks.nm_accuracy --threads 1 --data FILE
+    python -m research.benchmarks.nm_accuracy --device cuda --data FILE --images 50000 \\
         --epochs 100 --patch-size 4 --embed-dim 256 --depth 6
 """
 
@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 import prunus
 
-from common import add_options, hardware, print_table
-from resnet20_cifar10 import read_images
+from research.benchmarks.measure import add_options, hardware, print_table
+from research.benchmarks.resnet20_cifar10 import read_images
 
 WINDOW = "window: {from: 5%, to: 80%}"
 EXPONENTIAL = "name: mdgf, decay: exponential"

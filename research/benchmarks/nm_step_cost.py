@@ -5,7 +5,7 @@ process: twice plain (the second shows the noise), sessions with `sr_ste` and `m
 windows, and SR-STE as an autograd function that chooses the masks in each forward pass: by sorting
 each group, as the published programs do, and by prunus' own selection.
 
-    python research/benchmarks/nm_step_cost.py [--device cuda]
+    python -m research.benchmarks.nm_step_cost [--device cuda]
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import prunus
-from prunus.solvers import keep_highest_of_groups
+from prunus.solvers.selection import keep_highest_of_groups
 
-from common import add_options, hardware, print_table, seconds, spread
+from research.benchmarks.measure import add_options, hardware, print_table, seconds, spread
 
 LAYERS = '["blocks.*.attn.qkv", "blocks.*.attn.proj", "blocks.*.mlp.fc*"]'
 RECIPE = (

@@ -6,7 +6,7 @@
   groups all cost the same, so a few are timed and multiplied.
 - the permutation of a 4096x4096 layer from start to end, and where the time goes.
 
-    python research/benchmarks/permutation_speed.py [--rounds 3] [--device cuda] [--rows 11008]
+    python -m research.benchmarks.permutation_speed [--rounds 3] [--device cuda] [--rows 11008]
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from prunus.permute import search
+from prunus.engine.permute import search
 
-from common import add_options, hardware, print_table, seconds
+from research.benchmarks.measure import add_options, hardware, print_table, seconds
 
 N, M, SAMPLE = 2, 4, 8  # groups of which the published loop is timed
 

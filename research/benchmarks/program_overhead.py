@@ -5,14 +5,13 @@ optimizer; epochs take turns in one process. The program prunes to 75 % after it
 that what is timed lies between pruning steps. Its epoch also makes random numbers reproducible. The
 second plain loop shows the noise.
 
-    python research/benchmarks/program_overhead.py [--model NAME] [--rounds 10] [--device cuda]
+    python -m research.benchmarks.program_overhead [--model NAME] [--rounds 10] [--device cuda]
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,16 +22,12 @@ from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.utils import AverageMeter
 
-from prunus.distributed import Shards
+from prunus.core.ranks import Shards
 
-from common import add_options, hardware, print_table, seconds, spread
-
-sys.path.append(str(Path(__file__).parent.parent))
-import sparse_training
-
-import training_options
-import vision_data
-import vision_models
+from research import sparse_training
+from research.benchmarks.measure import add_options, hardware, print_table, seconds, spread
+from research.common import vision_data, vision_models
+from research.training import options as training_options
 
 RECIPE = "modifiers:\n  - prune: {sparsity: 0.75}\n"
 

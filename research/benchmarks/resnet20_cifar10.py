@@ -5,7 +5,7 @@ section 4.2: three stages of three basic blocks with 16, 32 and 64 channels, and
 weights (option A). Pruned are the 18 convolutions in the blocks, ranked together; nothing is
 trained afterwards. The first rows have accuracies to compare with, the others are for interest.
 
-    python research/benchmarks/resnet20_cifar10.py [--weights FILE] [--data FILE] [--device cuda]
+    python -m research.benchmarks.resnet20_cifar10 [--weights FILE] [--data FILE] [--device cuda]
 
 The weights are a safetensors file, the data a tar of ``cifar10-jpeg/val/<class>/*.jpg``.
 """
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 import prunus
 
-from common import add_options, hardware, print_table
+from research.benchmarks.measure import add_options, hardware, print_table
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

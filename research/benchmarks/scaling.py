@@ -4,7 +4,7 @@ The first tables are arithmetic: models on the meta device, planned by prunus it
 those of `prunus check`. The last one runs every method on a small network, on one process and on
 two (gloo), and sets memory and traffic beside the same arithmetic.
 
-    OMP_NUM_THREADS=1 python research/benchmarks/scaling.py
+    OMP_NUM_THREADS=1 python -m research.benchmarks.scaling
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from torch import nn
 
 import prunus
 
-from common import PeakMemory, add_options, hardware, print_table
-from costs import Costs, methods
+from research.benchmarks.costs import Costs, methods
+from research.benchmarks.measure import PeakMemory, add_options, hardware, print_table
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ ResNet for digits, trained here. Four parts: ``sweep``, all methods over sparsit
 ``score``, where CAP's two scores take the weights from; ``check``, the points that a prototype
 gave; ``push``, what buys most accuracy at 90 %, with its time.
 
-    python research/benchmarks/second_order_accuracy.py [--parts sweep score check push] [--seeds 3]
+    python -m research.benchmarks.second_order_accuracy [--parts sweep score check push] [--seeds 3]
         [--models resnet20 digits digits-resnet] [--weights FILE] [--data FILE] [--plot FILE]
         [--device cuda]
 """
@@ -29,18 +29,15 @@ from torch import Tensor, nn
 
 import prunus
 from prunus import CAP, OBS, Calibration, FastCAP
-from prunus.layers import Layer
-from prunus.linalg import inverse
+from prunus.core.layers import Layer
 from prunus.pruners import Pruner
-from prunus.stats.fisher import BlockFisher, Blocks
+from prunus.solvers.cholesky import inverse
+from prunus.stats.block_fisher import BlockFisher, Blocks
 
-from common import add_options, hardware, print_table
-from resnet20_cifar10 import SHARED, ResNet20, read_images, top1
-
-sys.path.append(str(Path(__file__).parent.parent))
-import demo
-
-import vision_models  # noqa: F401  (registers digits_resnet)
+from research import demo
+from research.benchmarks.measure import add_options, hardware, print_table
+from research.benchmarks.resnet20_cifar10 import SHARED, ResNet20, read_images, top1
+from research.common import vision_models  # noqa: F401  (registers digits_resnet)
 
 SPARSITIES = (0.3, 0.5, 0.6, 0.75, 0.9, 0.95)
 cross_entropy = nn.functional.cross_entropy

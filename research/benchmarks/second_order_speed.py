@@ -11,7 +11,7 @@
 - gradients of single examples from one backward pass, against one pass for each example.
 - a sweep over five sparsities against five runs.
 
-    python research/benchmarks/second_order_speed.py [--rounds 3] [--device cuda] [--only NAME ...]
+    python -m research.benchmarks.second_order_speed [--rounds 3] [--device cuda] [--only NAME ...]
 """
 
 from __future__ import annotations
@@ -26,18 +26,22 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 import prunus
-from prunus.column_sweep import sweep, upper_factor
-from prunus.distributed import Shards
-from prunus.elimination import greedy_losses
-from prunus.gradients import ExampleGradients, gradients_on, micro_batch_gradients
-from prunus.patterns import Unstructured
+from prunus.calibration.example_gradients import (
+    ExampleGradients,
+    gradients_on,
+    micro_batch_gradients,
+)
+from prunus.core.patterns import Unstructured
+from prunus.core.ranks import Shards
+from prunus.core.selection import select
 from prunus.pruners import CAP
-from prunus.selection import select
-from prunus.solvers import keep_all_but_lowest
+from prunus.solvers.column_sweep import sweep, upper_factor
+from prunus.solvers.obs import greedy_losses
+from prunus.solvers.selection import keep_all_but_lowest
 from prunus.stats import BlockFisher, Sampling
 
-from common import Row, add_options, compare, hardware, print_table, seconds
-from layerwise_speed import published_sweep
+from research.benchmarks.layerwise_speed import published_sweep
+from research.benchmarks.measure import Row, add_options, compare, hardware, print_table, seconds
 
 ROWS, COLS, BLOCK, GRADS, DAMP = 768, 3072, 192, 1024, 1e-6
 
@@ -130,7 +134,7 @@ def bench_cap(args: argparse.Namespace) -> list[Row]:
     stat = filled(ROWS, grads, args.device, torch.float32)
     del grads
     w = torch.randn(ROWS, COLS, generator=torch.Generator().manual_seed(0)).to(args.device)
-    pruner, pattern = CAP(block_size=BLOCK), prunus.patterns.Unstructured()
+    pruner, pattern = CAP(block_size=BLOCK), prunus.core.patterns.Unstructured()
 
     def whole() -> None:
         scores = pruner.scores(w, stat, pattern, Shards())
@@ -160,7 +164,13 @@ def bench_memory(args: argparse.Namespace) -> list[Row]:
     """Peak memory of CAP beyond the Fisher, as it grows with the layer: fresh processes."""
     peaks = []
     for rows in (ROWS, 2 * ROWS):
-        command = [sys.executable, __file__, "--peak", str(rows)]
+        command = [
+            sys.executable,
+            "-m",
+            "research.benchmarks.second_order_speed",
+            "--peak",
+            str(rows),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         peaks.append(float(done.stdout.split()[-1]))
     grown = (peaks[1] - peaks[0]) / (ROWS * COLS)
@@ -179,7 +189,7 @@ def peak_beyond_fisher(rows: int) -> int:
     pruner = CAP(block_size=BLOCK)
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     before = resident("VmRSS")
-    scores = pruner.scores(w, stat, prunus.patterns.Unstructured(), Shards())
+    scores = pruner.scores(w, stat, prunus.core.patterns.Unstructured(), Shards())
     pruner.rebuild(w, stat, keep_all_but_lowest(scores, w.numel() * 3 // 4))
     return resident("VmHWM") - before
 

@@ -6,7 +6,7 @@ an MLP (by default of ViT-L on 44,160 tokens, in fp16) with dense weights, 2:4 w
 activations, which take turns in one process, and apart from it the products and what it takes to
 make an operand sparse while training runs (choosing the mask, packing), for several shapes.
 
-    python research/benchmarks/semi_sparse_training.py [--device cuda] [--tokens 44160]
+    python -m research.benchmarks.semi_sparse_training [--device cuda] [--tokens 44160]
 """
 
 from __future__ import annotations
@@ -19,10 +19,15 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from prunus.semi_sparse import SemiSparse, kernels, swap_linear_with_semi_sparse_linear, tile_mask
-from prunus.semi_sparse.straight import masked
+from prunus.execution.training import (
+    SemiSparse,
+    kernels,
+    swap_linear_with_semi_sparse_linear,
+    tile_mask,
+)
+from prunus.execution.training.straight import masked
 
-from common import add_options, hardware, print_table, seconds
+from research.benchmarks.measure import add_options, hardware, print_table, seconds
 
 RULES = ("exact", "greedy")
 KINDS = ("weight", "activation")

@@ -4,7 +4,7 @@ A square Linear in half precision, 2:4 by magnitude: dense, CUTLASS, cuSPARSELt,
 with the algorithm that its search finds. Median microseconds, in turn. Not measured yet: this was
 written without a GPU at hand.
 
-    python research/benchmarks/semi_structured.py [--sizes 1024 4096] [--dtype bfloat16]
+    python -m research.benchmarks.semi_structured [--sizes 1024 4096] [--dtype bfloat16]
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import argparse
 import torch
 from torch import nn
 
-from prunus.execution import timings
-from prunus.execution.modules import run
-from prunus.execution.semi_structured import NAMES, candidates
-from prunus.execution.stored import Stored
-from prunus.patterns import NM
+from prunus.core.patterns import NM
+from prunus.execution.inference import timings
+from prunus.execution.inference.modules import run
+from prunus.execution.inference.semi_structured import NAMES, candidates
+from prunus.execution.inference.stored import Stored
 
-from common import add_options, hardware, print_table
+from research.benchmarks.measure import add_options, hardware, print_table
 
 SIZES = (1024, 2048, 4096, 8192, 16384)
 ROWS = (1, 16, 128, 1024, 4096)

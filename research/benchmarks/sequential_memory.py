@@ -10,7 +10,7 @@ for each, it is pruned by SparseGPT to 2:4
 Counted is memory beyond the process with its imports, but for pages of the mapped file; the C
 library is told to hand freed memory back, which else keeps as much again for later.
 
-    python research/benchmarks/sequential_memory.py
+    python -m research.benchmarks.sequential_memory
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import prunus
 
-from common import PeakMemory, add_options, hardware, print_table
+from research.benchmarks.measure import PeakMemory, add_options, hardware, print_table
 
 WAYS = ("from disk", "in memory", "at once")
 CONFIG = LlamaConfig(
@@ -80,7 +80,15 @@ def main() -> None:
         del model
         rows = []
         for way in WAYS:
-            command = [sys.executable, __file__, "--way", way, "--folder", folder]
+            command = [
+                sys.executable,
+                "-m",
+                "research.benchmarks.sequential_memory",
+                "--way",
+                way,
+                "--folder",
+                folder,
+            ]
             if args.threads:
                 command += ["--threads", str(args.threads)]
             done = subprocess.run(command, check=True, capture_output=True, text=True, env=FRUGAL)

@@ -5,7 +5,7 @@ one process: twice plain (the second shows the noise), with a session that holds
 weights at zero, with a session that has not begun, and with `torch.nn.utils.prune`, which computes
 ``weight_orig * weight_mask`` in every forward pass.
 
-    python research/benchmarks/step_cost.py [--device cuda]
+    python -m research.benchmarks.step_cost [--device cuda]
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.nn.utils import prune as torch_prune
 
 import prunus
 
-from common import add_options, hardware, print_table, seconds, spread
+from research.benchmarks.measure import add_options, hardware, print_table, seconds, spread
 
 SPARSITY = 0.75
 RECIPE = "modifiers: [prune: {{sparsity: {sparsity}, window: {{from: {begin}}}}}]\n"

@@ -1,13 +1,15 @@
 """prunus prunes PyTorch models by recipe, during training or in one shot."""
 
-from prunus.accelerating import Accelerated, accelerate
-from prunus.block_walk import Sequential
-from prunus.calibration import Calibration
-from prunus.checkpoint import load, save
-from prunus.curvature import Fisher, fisher
+from prunus.api.accelerate import Accelerated, accelerate
+from prunus.api.checkpoint import load, save
+from prunus.api.oneshot import prune, sweep
+from prunus.api.results import sparsity
+from prunus.api.session import Session, attach
+from prunus.calibration.calibration import Calibration
+from prunus.calibration.fisher import Fisher, fisher
+from prunus.engine.permute.step import Permute
+from prunus.engine.sequential.walk import Sequential
 from prunus.modifiers import PruningModifier
-from prunus.oneshot import prune, sweep
-from prunus.permuting import Permute
 from prunus.pruners import (
     ALPS,
     CAP,
@@ -22,8 +24,6 @@ from prunus.pruners import (
     register_pruner,
 )
 from prunus.recipe import Recipe
-from prunus.results import sparsity
-from prunus.session import Session, attach
 
 __version__ = "0.1.0"
 __all__ = [

@@ -1,5 +1,5 @@
 """``python -m prunus``."""
 
-from prunus.cli import main
+from prunus.cli.main import main
 
 main()

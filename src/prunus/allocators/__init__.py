@@ -10,7 +10,7 @@ from prunus.allocators.base import (
     Unit,
 )
 from prunus.allocators.erk import ERK
-from prunus.allocators.globally import Global
+from prunus.allocators.global_ranking import Global
 from prunus.allocators.owl import OWL
 from prunus.allocators.table import Table
 from prunus.allocators.uniform import Uniform

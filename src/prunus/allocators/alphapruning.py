@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from prunus.allocators.base import ALLOCATORS, Allocation, Problem, filled, places
-from prunus.layers import Layer
+from prunus.core.layers import Layer
 
 BINS = 100  # of the histogram whose peak is where the tail begins
 

@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from prunus.layers import Layer
-from prunus.names import Registry
+from prunus.core.layers import Layer
+from prunus.core.names import Registry
 from prunus.stats import Statistic
 
 

@@ -15,7 +15,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from prunus.allocators.base import ALLOCATORS, Allocation, Problem, filled, places
-from prunus.layers import Layer
+from prunus.core.layers import Layer
 from prunus.stats import InputNorm
 
 

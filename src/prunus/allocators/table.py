@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from prunus.allocators.base import ALLOCATORS, Allocation, Problem, filled
-from prunus.fused import split_third
-from prunus.names import did_you_mean
+from prunus.core.fused_qkv import split_third
+from prunus.core.names import did_you_mean
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ try:
 except ModuleNotFoundError:
     import pytorch_lightning as pl
 
-from prunus.calibration import Calibration
+from prunus.api.session import Session, attach, innermost
+from prunus.calibration.calibration import Calibration
 from prunus.recipe import Recipe
-from prunus.records import Sink
-from prunus.session import Session, attach, innermost
+from prunus.report.records import Sink
 
 
 class PrunusCallback(pl.Callback):  # type: ignore[misc]

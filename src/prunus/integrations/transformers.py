@@ -15,11 +15,11 @@ from typing import Any, Literal
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from prunus.calibration import Calibration
-from prunus.files import atomic_write
+from prunus.api.session import Session, attach
+from prunus.calibration.calibration import Calibration
+from prunus.core.files import atomic_write
 from prunus.recipe import Recipe
-from prunus.records import Sink
-from prunus.session import Session, attach
+from prunus.report.records import Sink
 
 log = logging.getLogger("prunus")
 FILE = "prunus.pt"

@@ -14,12 +14,12 @@ from typing import ClassVar
 
 import torch
 
-from prunus.layers import Layer
-from prunus.masking import Hard, local
+from prunus.core.layers import Layer
+from prunus.core.masks import Hard, local
 from prunus.modifiers.base import MODIFIERS, Context
 from prunus.modifiers.prune import PruningModifier
 from prunus.modifiers.pruning_run import PruningRun, put_mask
-from prunus.schedules import Schedule
+from prunus.modifiers.schedules import Schedule
 
 MOMENTA = ("momentum_buffer", "exp_avg")
 """names of the first moment in torch's optimizers"""

@@ -10,13 +10,13 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from prunus.block_walk import Sequential
-from prunus.calibration import Calibration
-from prunus.fused import THIRDS
-from prunus.layers import Layer
-from prunus.masking import Hard, Masks
-from prunus.names import Registry
-from prunus.timing import Timeline
+from prunus.calibration.calibration import Calibration
+from prunus.core.fused_qkv import THIRDS
+from prunus.core.layers import Layer
+from prunus.core.masks import Hard, Masks
+from prunus.core.names import Registry
+from prunus.engine.sequential.walk import Sequential
+from prunus.modifiers.timing import Timeline
 
 log = logging.getLogger("prunus")
 

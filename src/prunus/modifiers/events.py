@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunus.distributed import ranks_of
-from prunus.layers import Layer
-from prunus.method import LayerRow
+from prunus.core.layers import Layer
+from prunus.core.ranks import ranks_of
+from prunus.engine.method import LayerRow
 
 
 def counted(layer: Layer, pattern: str, entries: Tensor) -> LayerRow:

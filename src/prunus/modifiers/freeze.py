@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from prunus.layers import clean_parameters
+from prunus.core.layers import clean_parameters
+from prunus.core.selection import select_parameters
 from prunus.modifiers.base import MODIFIERS, Context, Run
-from prunus.selection import select_parameters
-from prunus.timing import Window
+from prunus.modifiers.timing import Window
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from prunus.layers import Layer
+from prunus.core.layers import Layer
+from prunus.core.selection import select
 from prunus.modifiers.base import MODIFIERS, Context, Run, log
 from prunus.modifiers.events import counted, layers_event
 from prunus.modifiers.pruning_run import check_held, put_mask
-from prunus.selection import select
-from prunus.timing import Window
+from prunus.modifiers.timing import Window
 
 
 @dataclass(frozen=True)

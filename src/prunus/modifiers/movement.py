@@ -8,17 +8,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from prunus.block_walk import Walked
-from prunus.distributed import gather, scatter
-from prunus.engine import prune_step
-from prunus.layers import Layer
-from prunus.masking import local
+from prunus.core.layers import Layer
+from prunus.core.masks import local
+from prunus.core.ranks import gather, scatter
+from prunus.engine.layer_solve import ready
+from prunus.engine.sequential.walk import Walked
+from prunus.engine.step import prune_step
 from prunus.modifiers.base import MODIFIERS, Context
 from prunus.modifiers.prune import PruningModifier
 from prunus.modifiers.pruning_run import PruningRun
 from prunus.pruners import Pruner
 from prunus.pruners.movement import Movement
-from prunus.solving import ready
 
 
 @dataclass(frozen=True)

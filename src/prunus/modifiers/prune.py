@@ -6,19 +6,19 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from prunus.allocators import ALLOCATORS, Allocator, Table
-from prunus.block_walk import Sequential
-from prunus.masking import Hard, Masking
-from prunus.method import Method
+from prunus.core.masks import Hard, Masking
+from prunus.core.patterns import Pattern, parse_pattern
+from prunus.engine.method import Method
+from prunus.engine.permute.step import Permute
+from prunus.engine.sequential.walk import Sequential
 from prunus.modifiers.base import MODIFIERS, Context
+from prunus.modifiers.nm.maskings import STE
+from prunus.modifiers.nm.run import TrainingRun
+from prunus.modifiers.nm.stages import Groups, stages
 from prunus.modifiers.pruning_run import PruningRun
-from prunus.modifiers.training_run import TrainingRun
-from prunus.patterns import Pattern, parse_pattern
-from prunus.permuting import Permute
+from prunus.modifiers.schedules import Schedule
+from prunus.modifiers.timing import Window
 from prunus.pruners import Magnitude, Pruner, supports
-from prunus.schedules import Schedule
-from prunus.structure import Groups, stages
-from prunus.timing import Window
-from prunus.training_masks import STE
 
 
 @dataclass(frozen=True)

@@ -7,24 +7,24 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from prunus.allocators import Table
-from prunus.block_walk import Walked
-from prunus.blocks import by_block
-from prunus.distributed import shards_of
-from prunus.engine import check_reachable, prune_step, stage_count
-from prunus.layers import Layer
-from prunus.looking import looked_for
-from prunus.masking import local, zero_momentum
-from prunus.measuring import Measurements, check_measurable
-from prunus.method import LayerRow
+from prunus.calibration.measurements import Measurements, check_measurable
+from prunus.core.blocks import by_block
+from prunus.core.layers import Layer
+from prunus.core.masks import local, zero_momentum
+from prunus.core.ranks import shards_of
+from prunus.core.selection import select
+from prunus.engine.allocator_signals import looked_for
+from prunus.engine.layer_solve import plan_measurements
+from prunus.engine.method import LayerRow
+from prunus.engine.permute.folds import Plan
+from prunus.engine.permute.step import permute_layers, plan_folds
+from prunus.engine.sequential.prune import NO_INPUTS, blocks_for, check_sequential, prune_blocks
+from prunus.engine.sequential.walk import Walked
+from prunus.engine.step import check_reachable, prune_step, stage_count
 from prunus.modifiers.base import Context, Run, log
 from prunus.modifiers.events import layers_event
-from prunus.permute.folds import Plan
-from prunus.permuting import permute_layers, plan_folds
+from prunus.modifiers.timing import Window
 from prunus.pruners import SweepPruner
-from prunus.selection import select
-from prunus.sequential import NO_INPUTS, blocks_for, check_sequential, prune_blocks
-from prunus.solving import plan_measurements
-from prunus.timing import Window
 
 if TYPE_CHECKING:
     from prunus.modifiers.prune import PruningModifier

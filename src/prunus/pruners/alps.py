@@ -15,11 +15,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from prunus.admm import solve
-from prunus.layers import Layer
-from prunus.patterns import Pattern
+from prunus.core.layers import Layer
+from prunus.core.patterns import Pattern
 from prunus.pruners.base import Ranks, register_pruner
 from prunus.pruners.layerwise import gram_of, working
+from prunus.solvers.admm import solve
 from prunus.stats import InputGram
 
 

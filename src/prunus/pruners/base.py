@@ -7,9 +7,9 @@ from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
-from prunus.layers import Layer
-from prunus.names import Registry
-from prunus.patterns import Pattern
+from prunus.core.layers import Layer
+from prunus.core.names import Registry
+from prunus.core.patterns import Pattern
 from prunus.stats import Statistic
 
 

@@ -18,12 +18,12 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from prunus.elimination import greedy_losses, greedy_losses_of_groups, group_solve, increases
-from prunus.names import did_you_mean
-from prunus.patterns import NM, Pattern
+from prunus.core.names import did_you_mean
+from prunus.core.patterns import NM, Pattern
 from prunus.pruners.base import Ranks, register_pruner
 from prunus.pruners.second_order import SecondOrder
-from prunus.stats.fisher import BlockFisher
+from prunus.solvers.obs import greedy_losses, greedy_losses_of_groups, group_solve, increases
+from prunus.stats.block_fisher import BlockFisher
 
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {"increase": increases, "loss": lambda x: x}
 

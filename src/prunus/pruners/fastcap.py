@@ -15,12 +15,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from prunus.column_sweep import choice, stripe_counts, sweep, upper_factor
-from prunus.layers import Layer
-from prunus.names import did_you_mean
-from prunus.patterns import NM, Pattern
+from prunus.core.layers import Layer
+from prunus.core.names import did_you_mean
+from prunus.core.patterns import NM, Pattern
 from prunus.pruners.base import Ranks, register_pruner
-from prunus.stats.fisher import SAMPLES, Samples, Sampling
+from prunus.solvers.column_sweep import choice, stripe_counts, sweep, upper_factor
+from prunus.stats.block_fisher import SAMPLES, Samples, Sampling
 from prunus.stats.shared_fisher import SharedFisher
 
 

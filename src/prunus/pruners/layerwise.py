@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunus.layers import Layer
-from prunus.patterns import NM, Block, Pattern
-from prunus.refitting import refit
+from prunus.core.layers import Layer
+from prunus.core.patterns import NM, Block, Pattern
+from prunus.solvers.least_squares import refit
+from prunus.solvers.mask_swaps import swap
 from prunus.stats import InputGram, InputNorm
-from prunus.swapping import swap
 
 SWAPS = 100  # in a row, at most
 PASSES = 10  # over the groups of a row, at most; later ones gain little

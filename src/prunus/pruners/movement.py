@@ -14,8 +14,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from prunus.layers import Layer
-from prunus.patterns import Pattern
+from prunus.core.layers import Layer
+from prunus.core.patterns import Pattern
 from prunus.pruners.base import Ranks
 from prunus.stats import Statistic
 

@@ -15,11 +15,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from prunus.elimination import first_order_step, saliency
-from prunus.patterns import Block, Pattern
+from prunus.core.patterns import Block, Pattern
 from prunus.pruners.base import Ranks, register_pruner
 from prunus.pruners.second_order import SecondOrder
-from prunus.stats.fisher import BlockFisher
+from prunus.solvers.obs import first_order_step, saliency
+from prunus.stats.block_fisher import BlockFisher
 
 
 @register_pruner

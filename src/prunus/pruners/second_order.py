@@ -8,10 +8,10 @@ from typing import Literal
 
 import torch
 
-from prunus.layers import Layer
-from prunus.names import did_you_mean
-from prunus.patterns import NM, Pattern
-from prunus.stats.fisher import DTYPES, SAMPLES, BlockFisher, Samples, Sampling
+from prunus.core.layers import Layer
+from prunus.core.names import did_you_mean
+from prunus.core.patterns import NM, Pattern
+from prunus.stats.block_fisher import DTYPES, SAMPLES, BlockFisher, Samples, Sampling
 
 RAMPS = {
     "linear": lambda t, a, b: a + (b - a) * t,

@@ -16,12 +16,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from prunus.column_sweep import choice, row_counts, stripe_counts, sweep
-from prunus.layers import Layer
-from prunus.patterns import Pattern
+from prunus.core.layers import Layer
+from prunus.core.patterns import Pattern
 from prunus.pruners.base import Ranks, register_pruner
 from prunus.pruners.layerwise import gram_of, working
-from prunus.refitting import refit
+from prunus.solvers.column_sweep import choice, row_counts, stripe_counts, sweep
+from prunus.solvers.least_squares import refit
 from prunus.stats import InputGram
 
 

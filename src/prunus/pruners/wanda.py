@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from prunus.patterns import Pattern
+from prunus.core.patterns import Pattern
 from prunus.pruners.base import Ranks, register_pruner
 from prunus.pruners.layerwise import InputStatistic, Layerwise, working
 

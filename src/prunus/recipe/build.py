@@ -16,12 +16,12 @@ from typing import Any
 import pydantic
 
 from prunus.allocators import ALLOCATORS, Allocator, Table
-from prunus.masking import MASKINGS, Masking
+from prunus.core.masks import MASKINGS, Masking
+from prunus.core.names import Registry, did_you_mean
 from prunus.modifiers import MODIFIERS, Modifier
-from prunus.names import Registry, did_you_mean
+from prunus.modifiers.timing import Window
 from prunus.pruners import PRUNERS, Pruner
 from prunus.recipe.errors import Path, Source
-from prunus.timing import Window
 
 REGISTRIES: dict[Any, Registry[Any]] = {
     Pruner: PRUNERS,

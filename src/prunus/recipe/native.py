@@ -18,8 +18,8 @@ from typing import Any
 
 import yaml
 
+from prunus.core.names import did_you_mean
 from prunus.modifiers import MODIFIERS, Modifier
-from prunus.names import did_you_mean
 from prunus.recipe.build import build_named, dump
 from prunus.recipe.errors import RecipeError, Source
 from prunus.recipe.files import parse, text_of

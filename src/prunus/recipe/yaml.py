@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from prunus.names import did_you_mean
+from prunus.core.names import did_you_mean
 from prunus.recipe.errors import Path, RecipeError, Source
 
 MAX_BYTES, MAX_LINES, MAX_VALUES, MAX_DEPTH = 512 * 1024, 5_000, 20_000, 40

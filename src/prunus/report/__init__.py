@@ -6,9 +6,9 @@ import io
 import os
 from pathlib import Path
 
-from prunus.files import atomic_write
-from prunus.records import FILE, read_records
+from prunus.core.files import atomic_write
 from prunus.report.figure import STYLE, draw
+from prunus.report.records import FILE, read_records
 from prunus.report.summary import MOST_BARS, Summary
 
 TEMPLATE = Path(__file__).with_name("template.html")

@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from functools import cached_property
 from typing import NamedTuple
 
-from prunus.records import Event
+from prunus.report.records import Event
 
 MOST_BARS = 60
 _NOT_METRICS = ("event", "step", "time")

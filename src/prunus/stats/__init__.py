@@ -1,7 +1,7 @@
 """Statistics: what is measured on calibration data for one layer."""
 
 from prunus.stats.base import GradientStatistic, RowStatistic, Statistic
-from prunus.stats.fisher import BlockFisher, Sampling
+from prunus.stats.block_fisher import BlockFisher, Sampling
 from prunus.stats.inputs import InputGram, InputNorm
 from prunus.stats.shared_fisher import SharedFisher
 

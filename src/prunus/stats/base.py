@@ -6,7 +6,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from prunus.stats.fisher import Sampling
+from prunus.stats.block_fisher import Sampling
 
 
 @runtime_checkable

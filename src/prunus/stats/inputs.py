@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from prunus.column_sweep import upper_factor
+from prunus.solvers.column_sweep import upper_factor
 
 STEP = 1 << 25  # entries of the inputs that are made single precision at a time
 

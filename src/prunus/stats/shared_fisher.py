@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from prunus.stats.fisher import Sampling
+from prunus.stats.block_fisher import Sampling
 
 
 class SharedFisher:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from prunus.names import did_you_mean
+from prunus.core.names import did_you_mean
 from prunus.recipe.errors import Path, RecipeError, Source
 from prunus.recipe.sparseml.equations import Variables
 from prunus.recipe.yaml import Tagged

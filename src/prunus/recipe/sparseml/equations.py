@@ -8,7 +8,7 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from prunus.names import did_you_mean
+from prunus.core.names import did_you_mean
 from prunus.recipe.errors import Path, Source
 
 MAX_CHARACTERS, MAX_EXPONENT = 500, 64

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from prunus.modifiers import LearningRate
+from prunus.modifiers.schedules import CURVES
 from prunus.recipe.sparseml.parts import CAP, Part, Situation, build, duration, window
 from prunus.recipe.sparseml.settings import REQUIRED, Settings
-from prunus.schedules import CURVES
 
 SCHEDULERS = ("StepLR", "MultiStepLR", "ExponentialLR", "CosineAnnealingWarmRestarts")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from prunus.patterns import NM, Block, Pattern, Unstructured
+from prunus.core.patterns import NM, Block, Pattern, Unstructured
 from prunus.recipe.sparseml.parts import CAP, Situation
 from prunus.recipe.sparseml.settings import Settings
 

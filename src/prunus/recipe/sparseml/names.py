@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from prunus.core.regex_alternatives import alternatives
 from prunus.recipe.sparseml.settings import Settings
-from prunus.regexes import alternatives
 
 ALL, ALL_PRUNABLE, FROM_PARAM = "__ALL__", "__ALL_PRUNABLE__", "__FROM_PARAM__"
 _GLOB = re.compile(r"[*?\[]")

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prunus.modifiers import Modifier
+from prunus.modifiers.timing import Window
 from prunus.recipe.errors import Path
 from prunus.recipe.sparseml.settings import Settings
-from prunus.timing import Window
 
 SPARSEML, CAP = "sparseml", "cap"
 DIALECTS = (SPARSEML, CAP)

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunus.allocators import Allocator, Global, Uniform
+from prunus.core.patterns import NM, Pattern
 from prunus.modifiers import ACDC, Keep, PruningModifier
-from prunus.patterns import NM, Pattern
+from prunus.modifiers.schedules import Schedule
 from prunus.pruners import Magnitude, Pruner
 from prunus.pruners.movement import Movement
 from prunus.recipe.sparseml.mask_types import pattern_of
 from prunus.recipe.sparseml.names import ALL_PRUNABLE, FROM_PARAM, patterns
 from prunus.recipe.sparseml.parts import Converter, Part, Situation, build, window
 from prunus.recipe.sparseml.settings import Settings, as_number
-from prunus.schedules import Schedule
 
 INTERPOLATIONS = ("linear", "cubic", "inverse_cubic")
 TOLERANCE = 1e-2

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from prunus.core.names import did_you_mean
 from prunus.modifiers import ACDC, LearningRate, Modifier, MovementPruning, PruningModifier
-from prunus.names import did_you_mean
 from prunus.recipe.errors import Source
 from prunus.recipe.sparseml.dialects import dialect_of
 from prunus.recipe.sparseml.document import Entry, entries

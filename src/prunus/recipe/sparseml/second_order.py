@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prunus.patterns import NM, Pattern
+from prunus.core.patterns import NM, Pattern
 from prunus.pruners import CAP, OBS, FastCAP, Pruner
 from prunus.recipe.sparseml.parts import Situation, build
 from prunus.recipe.sparseml.settings import Settings

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prunus.names import did_you_mean
+from prunus.core.names import did_you_mean
 from prunus.recipe.errors import RecipeError, Source
 from prunus.recipe.sparseml.document import Entry
 

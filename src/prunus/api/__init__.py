@@ -1,0 +1,1 @@
+"""What users call: attach, prune, sweep, save, load, accelerate."""

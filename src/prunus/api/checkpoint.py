@@ -1,0 +1,231 @@
+"""Saving sparse models: safetensors, dense or compact, written atomically.
+
+Dense files have the plain model's keys, so any loader reads them. Compact files store a sparse
+tensor as one bit for each weight and the values that are left: ``name.bits`` and ``name.values``.
+Both carry the masks and the recipe in the metadata. A mask is where the stored weight is not zero,
+but for the few kept weights that happen to be zero, whose positions are written beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from prunus.api.results import Result
+from prunus.api.session import Session
+from prunus.core.files import atomic_write
+from prunus.core.layers import clean_name, unwrap
+from prunus.core.masks import local, pack, unpack
+from prunus.core.names import did_you_mean
+from prunus.core.ranks import Shards, gather, ranks_of, shard
+from prunus.engine.permute.gather import BUFFER, restore_gathers
+from prunus.recipe import Recipe
+from prunus.report.records import is_main
+
+KEY = "prunus"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file holds. ``state_dict`` is dense, whatever form the file has."""
+
+    state_dict: dict[str, Tensor]
+    masks: dict[str, Tensor]
+    """parameter name -> keep-mask, True means kept"""
+    recipe_yaml: str | None
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """What the model was pruned with. Raises RecipeError where its pruner is not registered."""
+        return None if self.recipe_yaml is None else Recipe.load(self.recipe_yaml)
+
+    def __repr__(self) -> str:
+        pruned = sum(int((~mask).sum()) for mask in self.masks.values())
+        size = sum(mask.numel() for mask in self.masks.values())
+        share = f"{len(self.masks)} masks, sparsity {pruned / max(1, size):.4f}"
+        return f"Checkpoint({len(self.state_dict)} tensors, {share})"
+
+
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    pruning: Session | Result | None = None,
+    compact: bool = False,
+) -> None:
+    """Write a model to a safetensors file; what was there stays until the new file is complete.
+
+    ``pruning`` (what `attach` or `prune` returned) adds masks and recipe; without it, every Linear
+    and convolution weight that has zeros counts as masked there. ``compact`` shrinks the file with
+    the sparsity; only `load` reads it. Sharded weights are gathered: every rank must call this,
+    and the first writes.
+
+    Raises OSError if the disk is full or the path not writable, and ValueError for a model whose
+    state is not all tensors with data; the old file is then intact.
+    """
+    parts = {clean_name(name): t for name, t in unwrap(model).state_dict().items()}
+    for name, t in parts.items():
+        if not isinstance(t, Tensor) or t.is_meta:
+            what = "is on the meta device" if isinstance(t, Tensor) else "is no tensor"
+            raise ValueError(f"{name!r} {what}; safetensors files hold tensors with data only")
+    cuts = (ranks_of(t) for t in parts.values() if hasattr(t, "to_local"))
+    shards = next(cuts, Shards())
+    state = _gathered(parts, parts)
+    masks = {} if pruning is None else _gathered(pruning.masks, parts)
+    with shards.together():
+        if is_main():
+            _write(path, state, masks, pruning, compact)
+
+
+def _write(
+    path: str | os.PathLike[str],
+    state: dict[str, Tensor],
+    masks: dict[str, Tensor],
+    pruning: Session | Result | None,
+    compact: bool,
+) -> None:
+    if pruning is None:
+        masks = {
+            name: t != 0
+            for name, t in state.items()
+            if t.dim() > 1 and t.is_floating_point() and bool((t == 0).any())
+        }
+    header: dict[str, Any] = {
+        "version": 1,
+        "recipe": None if pruning is None else pruning.recipe.to_yaml(),
+        "masks": {
+            name: _kept_zeros(state[name], mask)
+            for name, mask in masks.items()
+            if _is_hard(state[name], mask)
+        },
+    }
+    tensors = {name: t.detach().contiguous() for name, t in state.items()}
+    if compact:
+        tensors, header["compact"], header["aliases"] = _compact(tensors)
+    tensors = _unshared(tensors)
+    with atomic_write(path) as draft:
+        try:
+            save_file(tensors, draft, metadata={"format": "pt", KEY: json.dumps(header)})
+        except safetensors.SafetensorError as error:
+            raise OSError(f"cannot write '{path}' ({error}); what was there is intact") from None
+
+
+def _gathered(parts: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The whole tensors of what is cut as `like`; on the first rank, nothing on the others."""
+    result = {}
+    for name, part in parts.items():
+        whole = gather(local(part), like[name])
+        if is_main():
+            result[name] = whole if whole is part else whole.cpu()
+    return result
+
+
+def _kept_zeros(weight: Tensor, mask: Tensor) -> list[int]:
+    return (mask.to(weight.device) & (weight == 0)).reshape(-1).nonzero().squeeze(1).tolist()
+
+
+def _is_hard(weight: Tensor, mask: Tensor) -> bool:
+    """Whether what is pruned is zero, as it is not while a mask decays."""
+    return not bool((weight != 0).logical_and_(~mask.to(weight.device)).any())
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tied tensors cloned, since safetensors refuses memory that two keys share."""
+    seen: set[int] = set()
+    result = {}
+    for name, t in tensors.items():
+        pointer = t.untyped_storage().data_ptr() if t.numel() else -1
+        result[name] = t.clone() if pointer in seen else t
+        seen.add(pointer)
+    return result
+
+
+def _compact(
+    tensors: dict[str, Tensor],
+) -> tuple[dict[str, Tensor], dict[str, list[int]], dict[str, str]]:
+    """Tensors in the smaller of both forms, the shapes of the sparse ones, and tied names."""
+    result: dict[str, Tensor] = {}
+    shapes: dict[str, list[int]] = {}
+    aliases: dict[str, str] = {}
+    first: dict[tuple[int, torch.Size], str] = {}
+    for name, t in tensors.items():
+        key = (t.data_ptr(), t.shape)
+        if t.numel() and key in first:
+            aliases[name] = first[key]
+            continue
+        first[key] = name
+        kept = t != 0
+        bits = pack(kept)
+        values = t[kept]
+        if t.is_floating_point() and bits.nbytes + values.nbytes < t.nbytes:
+            result[f"{name}.bits"], result[f"{name}.values"] = bits, values
+            shapes[name] = list(t.shape)
+        else:
+            result[name] = t
+    return result, shapes, aliases
+
+
+def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Checkpoint:
+    """Read what `save` wrote, and any other safetensors file; into ``model`` too where given.
+
+    Raises ValueError if it is no safetensors file, or does not fit the model, which is then
+    untouched.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(KEY, "{}"))
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"'{path}' is no safetensors file, or a broken one: {error}") from None
+    state = _expand(stored, header)
+    masks = {}
+    for name, zeros in header.get("masks", {}).items():
+        mask = state[name] != 0
+        mask.view(-1)[torch.tensor(zeros, dtype=torch.int64)] = True
+        masks[name] = mask
+    checkpoint = Checkpoint(state, masks, header.get("recipe"))
+    if model is not None:
+        _load_into(model, state, path)
+    return checkpoint
+
+
+def _expand(stored: dict[str, Tensor], header: Mapping[str, Any]) -> dict[str, Tensor]:
+    state = dict(stored)
+    for name, shape in header.get("compact", {}).items():
+        bits, values = state.pop(f"{name}.bits"), state.pop(f"{name}.values")
+        dense = torch.zeros(shape, dtype=values.dtype)
+        dense[unpack(bits, shape)] = values
+        state[name] = dense
+    for name, other in header.get("aliases", {}).items():
+        state[name] = state[other]
+    return state
+
+
+def _load_into(model: nn.Module, state: Mapping[str, Tensor], path: Any) -> None:
+    target = unwrap(model)
+    gathers = {name: t for name, t in state.items() if name.rpartition(".")[2] == BUFFER}
+    parts = target.state_dict()
+    mine = {clean_name(name): name for name in parts}
+    for name in mine:
+        if name not in state:
+            raise ValueError(f"'{path}' has no {name!r}{did_you_mean(name, state)}")
+    for name, t in state.items():
+        if name in gathers:
+            continue
+        if name not in mine:
+            raise ValueError(f"'{path}' has {name!r}, the model has not{did_you_mean(name, mine)}")
+        shape = tuple(parts[mine[name]].shape)
+        if tuple(t.shape) != shape:
+            raise ValueError(f"'{path}' has {name!r} as {tuple(t.shape)}, the model as {shape}")
+    restore_gathers(target, gathers)
+    parts = target.state_dict()
+    mine = {clean_name(name): name for name in parts}
+    target.load_state_dict({mine[n]: shard(t, parts[mine[n]]) for n, t in state.items()})

@@ -1,0 +1,213 @@
+"""What pruning returns: tables that print well in a terminal and a notebook."""
+
+from __future__ import annotations
+
+import abc
+import html
+import io
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, nn
+
+from prunus.core.layers import all_layers
+from prunus.core.masks import local
+from prunus.core.names import did_you_mean
+from prunus.engine.method import LayerRow
+from prunus.engine.permute.step import FoldRow
+from prunus.report.records import Recorder, is_main
+
+if TYPE_CHECKING:
+    from prunus.recipe import Recipe
+
+
+class Printable(abc.ABC):
+    """Shows its table: ``print(x)``, rich, and HTML in a notebook."""
+
+    title = ""
+
+    @abc.abstractmethod
+    def header(self) -> Sequence[str]:
+        """The columns' names."""
+
+    @abc.abstractmethod
+    def cells(self) -> Iterable[Sequence[str]]:
+        """The rows."""
+
+    def notes(self) -> Sequence[str]:
+        return ()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table(title=self.title, title_justify="left", box=box.SIMPLE_HEAD)
+        for i, name in enumerate(self.header()):
+            justify: Literal["left", "right"] = "left" if i == 0 else "right"
+            table.add_column(Text(name), justify=justify, overflow="fold")
+        for row in self.cells():  # Text, for in a str `attn.qkv[q]` ends with markup
+            table.add_row(*map(Text, row))
+        yield table
+        yield from map(Text, self.notes())
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        Console(file=text, width=100, color_system=None).print(self)
+        return text.getvalue().rstrip("\n")
+
+    def _repr_html_(self) -> str:
+        def line(tag: str, cells: Iterable[str]) -> str:
+            inside = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+            return f"<tr>{inside}</tr>"
+
+        body = "".join(line("td", row) for row in self.cells())
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes())
+        caption = html.escape(self.title)
+        return (
+            f"<table><caption>{caption}</caption>{line('th', self.header())}{body}</table>{notes}"
+        )
+
+
+class Recorded(Printable):
+    """A result with the events that led to it."""
+
+    recorder: Recorder
+
+    def report(self, directory: str | os.PathLike[str]) -> None:
+        """Write ``records.jsonl``, ``report.html`` and ``report.png`` there."""
+        from prunus.report import write_report
+
+        self.recorder.save(directory)
+        if is_main():
+            write_report(directory)
+
+
+@dataclass
+class Result(Recorded):
+    """What a one-shot run did, layer by layer."""
+
+    rows: list[LayerRow]
+    masks: Mapping[str, Tensor]
+    """parameter name -> keep-mask, True means kept"""
+    recipe: Recipe
+    left_dense: list[str] = field(default_factory=list)
+    """layers the default selection spared: the stem and the output head"""
+    recorder: Recorder = field(default_factory=Recorder, repr=False)
+    permuted: list[FoldRow] = field(default_factory=list)
+    """channel permutations that the network has taken, and what they brought"""
+    not_permuted: dict[str, str] = field(default_factory=dict)
+    """layer name -> why its input channels are as they were, where `permute` was asked for"""
+    title = "pruned"
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the pruned layers' weights that are zero."""
+        return sum(row.zeros for row in self.rows) / max(1, sum(row.size for row in self.rows))
+
+    def header(self) -> Sequence[str]:
+        return (
+            "layer",
+            "shape",
+            "pattern",
+            "sparsity",
+            "zeros",
+            *(name for name, _ in self._losses()),
+        )
+
+    def _losses(self) -> list[tuple[str, Callable[[LayerRow], float | None]]]:
+        """What is known of the layers' losses: method by method something else."""
+        kinds: list[tuple[str, Callable[[LayerRow], float | None]]] = [
+            ("score lost", lambda row: row.score_lost),
+            ("output error", lambda row: row.error),
+        ]
+        return [kind for kind in kinds if any(kind[1](row) is not None for row in self.rows)]
+
+    def cells(self) -> Iterable[Sequence[str]]:
+        for row in self.rows:
+            shape = "x".join(map(str, row.shape))
+            lost = ["" if (x := get(row)) is None else f"{x:.2%}" for _, get in self._losses()]
+            yield row.name, shape, row.pattern, f"{row.sparsity:.4f}", f"{row.zeros:,}", *lost
+        zeros = sum(row.zeros for row in self.rows)
+        yield f"{len(self.rows)} layers", "", "", f"{self.sparsity:.4f}", f"{zeros:,}"
+
+    def notes(self) -> Sequence[str]:
+        said = [f"left dense: {', '.join(self.left_dense)}"] if self.left_dense else []
+        if self.permuted:
+            before, after = (
+                sum(getattr(row, key) for row in self.permuted) / len(self.permuted)
+                for key in ("before", "after")
+            )
+            said.append(
+                f"{len(self.permuted)} channel permutations: score kept {before:.2%} -> {after:.2%}"
+            )
+        if self.not_permuted:
+            said.append(f"not permuted: {len(self.not_permuted)} layers; see .not_permuted")
+        return said
+
+
+@dataclass
+class SweepResult(Recorded):
+    """What an evaluation said at each sparsity."""
+
+    values: dict[float, dict[str, float]]
+    recorder: Recorder = field(default_factory=Recorder, repr=False)
+    title = "sweep"
+
+    def header(self) -> Sequence[str]:
+        names = next(iter(self.values.values()), {})
+        return "sparsity", *names
+
+    def cells(self) -> Iterable[Sequence[str]]:
+        for sparsity, metrics in self.values.items():
+            yield f"{sparsity:.4f}", *(f"{value:.4g}" for value in metrics.values())
+
+
+@dataclass
+class SparsityTable(Printable):
+    """The zeros in a model as it is."""
+
+    rows: list[tuple[str, str, tuple[int, ...], int, int]]
+    title = "sparsity"
+
+    @property
+    def total(self) -> float:
+        return sum(row[4] for row in self.rows) / max(1, sum(row[3] for row in self.rows))
+
+    def __float__(self) -> float:
+        return self.total
+
+    def __getitem__(self, name: str) -> float:
+        """Sparsity of one layer. Raises KeyError with the nearest name."""
+        shares = {n: zeros / max(1, size) for n, _, _, size, zeros in self.rows}
+        if name not in shares:
+            raise KeyError(f"no layer {name!r}{did_you_mean(name, shares)}")
+        return shares[name]
+
+    def __format__(self, spec: str) -> str:
+        return format(self.total, spec) if spec else str(self)
+
+    def header(self) -> Sequence[str]:
+        return "layer", "kind", "shape", "sparsity", "zeros"
+
+    def cells(self) -> Iterable[Sequence[str]]:
+        for name, kind, shape, size, zeros in self.rows:
+            share = f"{zeros / max(1, size):.4f}"
+            yield name, kind, "x".join(map(str, shape)), share, f"{zeros:,}"
+        zeros = sum(row[4] for row in self.rows)
+        yield f"{len(self.rows)} layers", "", "", f"{self.total:.4f}", f"{zeros:,}"
+
+
+def sparsity(model: nn.Module) -> SparsityTable:
+    """Zeros of every Linear, convolution and attention weight (of this rank's part)."""
+    rows = []
+    for layer in all_layers(model):
+        part = local(layer.weight.detach())
+        zeros = part.numel() - int(part.count_nonzero())
+        rows.append((layer.name, layer.kind, layer.shape, part.numel(), zeros))
+    return SparsityTable(rows)
+
+
+Evaluate = Callable[[nn.Module], Any]

@@ -1,0 +1,172 @@
+"""Calibration data, and the passes over it that fill statistics."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from prunus.calibration.memory_plan import parse_bytes
+from prunus.core.layers import reshard
+from prunus.core.ranks import all_ranks, alone, in_step
+
+Batch = Any
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Batches to learn from, and how to run a model on them.
+
+    A batch is a tensor, a pair ``(inputs, targets)``, or a mapping passed as ``model(**batch)``.
+    Batches are moved to the model's device; the iterable is re-iterated for each pruning step.
+    """
+
+    batches: Iterable[Batch]
+    """a DataLoader, a list: anything that can be iterated more than once"""
+    loss_fn: Callable[[Any, Any], Tensor] | None = None
+    """``loss_fn(output, targets)``, or for mappings ``loss_fn(output, batch)``; the mean over the
+    batch. Without it, an output's own ``.loss`` is used"""
+    forward: Callable[[nn.Module, Batch], Any] | None = None
+    """``forward(model, batch) -> loss``, instead of all the above"""
+    num_batches: int | None = None
+    """use only the first so many batches"""
+    memory: str | int | None = None
+    """for statistics, as ``"8GiB"`` or bytes; over it, several passes over the batches are made.
+    Default: four fifths of what is free"""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.batches, Iterator):
+            raise ValueError(
+                "calibration batches can be read only once (an iterator or generator); pass a "
+                "DataLoader or a list, since every pruning step reads them anew"
+            )
+        if self.num_batches is not None and self.num_batches < 1:
+            raise ValueError(f"num_batches={self.num_batches}; use at least 1")
+        if self.memory is not None:
+            parse_bytes(self.memory)
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = self.batches
+        if getattr(batches, "persistent_workers", False):
+            # its workers serve one iteration at a time, and the user may be in the middle of his
+            batches = copy.copy(batches)
+            batches._iterator = None  # type: ignore[attr-defined]
+        return islice(iter(batches), self.num_batches)
+
+    def stretch(self, begin: int) -> Iterator[tuple[int, Batch]]:
+        """As many batches as there are, with their numbers from 1, from the `begin`-th on.
+
+        After the last come those from the first one up to it.
+        """
+        count = 0
+        for count, batch in enumerate(self, 1):
+            if count > begin:
+                yield count, batch
+        if begin >= count > 0:
+            begin %= count
+            yield from islice(enumerate(self, 1), begin, None)
+        yield from islice(enumerate(self, 1), begin)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The loss of a forward pass. Raises ValueError if there is none."""
+        loss = self.run(model, batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(
+                f"gradients need a loss of one number, and the calibration gave {what}; pass "
+                "Calibration(batches, loss_fn) with batches of (inputs, targets), or forward="
+            )
+        return loss
+
+    def run(self, model: nn.Module, batch: Batch) -> Any:
+        """One forward pass: the loss where there is one, else the output."""
+        with alone(when=needs_all_ranks(model)):
+            return self._run(model, batch)
+
+    def _run(self, model: nn.Module, batch: Batch) -> Any:
+        if self.forward is not None:
+            return self.forward(model, batch)
+        device = next(model.parameters()).device
+        batch = to_device(batch, device)
+        if isinstance(batch, Mapping):
+            if batch.get("use_cache"):  # passes must not know of each other
+                batch = {**batch, "use_cache": False}
+            output = model(**batch)
+            own = getattr(output, "loss", None)
+            return own if self.loss_fn is None else self.loss_fn(output, batch)
+        if isinstance(batch, (tuple, list)):
+            inputs, *targets = batch
+            output = model(inputs)
+            if self.loss_fn is None or not targets:
+                return output
+            return self.loss_fn(output, targets[0])
+        return model(batch)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Tensors in nested tuples, lists and mappings, moved; anything else as it is."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        items = [to_device(item, device) for item in batch]
+        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
+    return batch
+
+
+def _generators(batches: Any) -> list[torch.Generator]:
+    """A loader's own sources of random order, and those of its samplers."""
+    found = [getattr(batches, "generator", None)]
+    for name in ("sampler", "batch_sampler"):
+        if (inner := getattr(batches, name, None)) is not None:
+            found += _generators(inner)
+    return [g for g in found if isinstance(g, torch.Generator)]
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module, calibration: Calibration) -> Iterator[None]:
+    """Evaluation mode, with training modes and random states put back afterwards.
+
+    So every pass over the calibration data begins in the same random state, and sees the same
+    batches in the same order.
+    """
+    reshard(model)  # an evaluation may have come before
+    modes = [(module, module.training) for module in model.modules()]
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    generators = [(g, g.get_state()) for g in _generators(calibration.batches)]
+    plain, numpys = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices):
+        model.eval()
+        try:
+            yield
+        finally:
+            reshard(model)
+            for module, mode in modes:
+                module.training = mode
+            for generator, state in generators:
+                generator.set_state(state)
+            random.setstate(plain)
+            np.random.set_state(numpys)
+            torch.clear_autocast_cache()  # it may hold copies of weights that will be pruned
+
+
+def needs_all_ranks(model: nn.Module) -> bool:
+    """Whether a forward pass has collectives in it."""
+    return any(hasattr(p, "to_local") for p in model.parameters()) or any(
+        isinstance(m, nn.SyncBatchNorm) for m in model.modules()
+    )
+
+
+def in_common(model: nn.Module, calibration: Calibration) -> Iterator[Batch]:
+    """The batches; as many on every rank where a forward pass needs all ranks."""
+    batches = iter(calibration)
+    return in_step(batches, all_ranks(), all_needed=True) if needs_all_ranks(model) else batches

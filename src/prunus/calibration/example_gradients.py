@@ -1,0 +1,236 @@
+"""Gradient samples of a model's weights, taken without disturbing its training."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunus.calibration.calibration import Batch, Calibration
+from prunus.core.layers import Layer, unwrap
+from prunus.core.masks import local
+from prunus.core.ranks import alone
+
+log = logging.getLogger("prunus")
+
+Grads = list["Tensor | None"]
+"""For each layer (samples, rows, cols); None if the loss does not depend on it."""
+
+
+def is_sharded(layers: Sequence[Layer]) -> bool:
+    return any(hasattr(layer.weight, "to_local") for layer in layers)
+
+
+@contextlib.contextmanager
+def gradients_on(model: nn.Module, layers: Sequence[Layer]) -> Iterator[None]:
+    """Gradients for the layers' weights, frozen ones too; everybody's ``.grad`` is put back."""
+    before = [(p, p.grad) for p in model.parameters()]
+    frozen = [layer.weight for layer in layers if not layer.weight.requires_grad]
+    try:
+        with torch.enable_grad():
+            for weight in frozen:
+                weight.requires_grad_(True)
+            for p, _ in before:
+                p.grad = None
+            yield
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
+        for p, grad in before:
+            p.grad = grad
+
+
+def micro_batch_gradients(
+    model: nn.Module, layers: Sequence[Layer], calibration: Calibration, batch: Batch
+) -> Grads:
+    """One sample for each layer: the gradient of the mean loss of a batch.
+
+    Of FSDP2's sharded weights, this rank's rows of the mean over the ranks' batches.
+    """
+    loss = calibration.loss(unwrap(model), batch)
+    weights = [layer.weight for layer in layers]
+    found: Sequence[Tensor | None]
+    with torch.autocast(loss.device.type, enabled=False):  # a backward pass runs outside of it
+        if is_sharded(layers):  # FSDP2 gathers and reduces in a backward pass only
+            with alone():
+                loss.backward()  # type: ignore[no-untyped-call]
+            found = [w.grad for w in weights]
+            for p in model.parameters():
+                p.grad = None
+        else:
+            found = torch.autograd.grad(loss, weights, allow_unused=True)
+    return [
+        None if g is None else layer.matrix(layer.part(local(g.detach()))).unsqueeze(0)
+        for layer, g in zip(layers, found, strict=True)
+    ]
+
+
+class _Tap(torch.autograd.Function):
+    """Identity that shows the gradient of an output to `sink`; `probe` asks for the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, probe: Tensor, sink: Callable[[Tensor], None]) -> Tensor:
+        ctx.sink = sink
+        return output.clone()  # a view could not be modified in place
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        ctx.sink(grad)
+        return grad, torch.zeros((), device=grad.device), None
+
+
+def size_of(batch: Batch) -> int:
+    """Examples in a batch: the length of its first tensor.
+
+    Raises ValueError if it has none.
+    """
+    for tensor in _tensors(batch):
+        if tensor.dim():
+            return len(tensor)
+    raise ValueError("samples='example' needs batches of tensors, to take the examples apart")
+
+
+def _tensors(batch: Batch) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping | tuple | list):
+        for item in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _tensors(item)
+
+
+def example(batch: Batch, i: int, size: int) -> Batch:
+    """The batch that has only its i-th example."""
+    if isinstance(batch, Tensor):
+        return batch[i : i + 1] if batch.dim() and len(batch) == size else batch
+    if isinstance(batch, Mapping):
+        return {key: example(value, i, size) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        items = [example(item, i, size) for item in batch]
+        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
+    return batch
+
+
+class ExampleGradients:
+    """Gradients of single examples from one backward pass over a batch.
+
+    The gradient of a linear layer is, for each example, the product of its inputs and the gradients
+    of its outputs, both of which a hook sees (I. Goodfellow, "Efficient per-example gradient
+    computations", 2015, https://arxiv.org/abs/1510.01799); convolutions likewise, with their inputs
+    unfolded. Three examples of the first batch are compared with passes of their own; where they
+    differ (a weight used outside its module, a loss that is no mean over examples) or a layer has
+    no such form, each example has its own pass.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: Sequence[Layer], calibration: Calibration, at_once: int
+    ) -> None:
+        self.model, self.layers, self.calibration = unwrap(model), layers, calibration
+        self.at_once = at_once
+        reasons = [said for layer in layers if (said := layer.no_input_matrix())]
+        self.by_hooks: bool | None = False if reasons else None
+        if reasons:
+            log.info("one backward pass for each example, because %s", reasons[0])
+
+    def __call__(self, batch: Batch) -> Iterator[Grads]:
+        """(samples, rows, cols) for each layer, at most `at_once` samples at a time."""
+        size = size_of(batch)
+        if self.by_hooks is None:
+            self.by_hooks = self._agrees(batch, size)
+        if not self.by_hooks:
+            singles = (self._single(batch, i, size) for i in range(size))
+            while some := list(islice(singles, self.at_once)):
+                yield [_stack(samples) for samples in zip(*some, strict=True)]
+            return
+        seen = self._seen(batch)
+        for begin in range(0, size, self.at_once):
+            end = min(begin + self.at_once, size)
+            yield [self._product(i, seen[i], begin, end, size) for i in range(len(self.layers))]
+
+    def _single(self, batch: Batch, i: int, size: int) -> Grads:
+        one = example(batch, i, size)
+        return micro_batch_gradients(self.model, self.layers, self.calibration, one)
+
+    def _agrees(self, batch: Batch, size: int) -> bool | None:
+        """Whether hooks give what passes of their own do; None if this batch does not tell."""
+        seen = self._seen(batch)
+        told = [False] * len(self.layers)
+        for at in sorted({0, size // 2, size - 1}):
+            mine = [self._product(i, seen[i], at, at + 1, size) for i in range(len(self.layers))]
+            theirs = self._single(batch, at, size)
+            for i, (fast, slow) in enumerate(zip(mine, theirs, strict=True)):
+                same = _alike(fast, slow)
+                told[i] |= same is not None
+                if same is False:
+                    log.warning(
+                        "one backward pass for each example, because %s gives other gradients "
+                        "alone than in a batch: it is used outside its module, or the loss is no "
+                        "mean over examples",
+                        self.layers[i].name,
+                    )
+                    return False
+        return True if all(told) else None
+
+    def _seen(self, batch: Batch) -> list[list[tuple[Tensor, Tensor]]]:
+        """For each layer its calls: inputs and the gradients of outputs."""
+        seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.layers]
+        probe = torch.zeros((), device=self.layers[0].local.device, requires_grad=True)
+
+        def hook(calls: list[tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
+            def tap(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+                x = args[0].detach()
+                tapped: Tensor = _Tap.apply(output, probe, lambda grad: calls.append((x, grad)))
+                return tapped
+
+            return tap
+
+        with contextlib.ExitStack() as stack:
+            for layer, calls in zip(self.layers, seen, strict=True):
+                stack.callback(layer.module.register_forward_hook(hook(calls)).remove)
+            loss = self.calibration.loss(self.model, batch)
+        if loss.requires_grad:
+            with torch.autocast(loss.device.type, enabled=False):
+                torch.autograd.grad(loss, [probe], allow_unused=True)
+        return seen
+
+    def _product(
+        self, i: int, calls: Sequence[tuple[Tensor, Tensor]], begin: int, end: int, size: int
+    ) -> Tensor | None:
+        layer, total = self.layers[i], None
+        for x, grad in calls:
+            if len(x) % size or len(grad) % size:
+                return None  # not the batch first: `_agrees` finds out
+            each, rest = len(x) // size, len(grad) // size
+            inputs = layer.input_matrix(x[begin * each : end * each])
+            outputs = layer.output_matrix(grad[begin * rest : end * rest])
+            a = inputs.reshape(end - begin, -1, inputs.shape[1])
+            g = outputs.reshape(end - begin, -1, outputs.shape[1])
+            with torch.autocast(g.device.type, enabled=False):
+                product = torch.bmm(g.mT * size, a.to(g.dtype))
+            total = product if total is None else total + product
+        return total
+
+
+def _alike(fast: Tensor | None, slow: Tensor | None) -> bool | None:
+    """Whether two gradients are the same but for rounding; None if that cannot be seen."""
+    if fast is None and slow is None:
+        return None
+    known = fast if slow is None else slow
+    assert known is not None
+    a, b = (torch.zeros_like(known) if t is None else t.float() for t in (fast, slow))
+    size = float(b.norm())
+    if not math.isfinite(size) or (size == 0 and float(a.norm()) == 0):
+        return None
+    return float((a - b).norm()) <= 0.05 * size
+
+
+def _stack(samples: Sequence[Tensor | None]) -> Tensor | None:
+    shapes = [sample for sample in samples if sample is not None]
+    if not shapes:
+        return None
+    return torch.cat([torch.zeros_like(shapes[0]) if s is None else s for s in samples])

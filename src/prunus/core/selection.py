@@ -1,0 +1,169 @@
+"""Choosing by name: globs, ``re:`` regexes and class names, with include and exclude."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import logging
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from prunus.core.default_dense_layers import ends
+from prunus.core.fused_qkv import split_third, third_of, without
+from prunus.core.layers import Layer, all_layers, clean_name, unwrap
+from prunus.core.regex_alternatives import dead_alternatives
+
+log = logging.getLogger("prunus")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The layers chosen, and those the default left dense."""
+
+    layers: list[Layer]
+    left_dense: list[str] = field(default_factory=list)
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        regex = pattern[3:] if pattern.startswith("re:") else fnmatch.translate(pattern)
+        return re.compile(regex)
+    except re.error as error:
+        raise ValueError(f"pattern {pattern!r} is not a regular expression: {error}") from None
+
+
+def _hits(items: Sequence[T], names: Callable[[T], Sequence[str]], pattern: str) -> list[int]:
+    regex = _compile(pattern)
+    return [i for i, item in enumerate(items) if any(map(regex.fullmatch, names(item)))]
+
+
+def match_names(
+    items: Sequence[T], names: Callable[[T], Sequence[str]], patterns: Sequence[str], what: str
+) -> list[T]:
+    """The items one of whose names matches one of the patterns, in their own order.
+
+    Raises ValueError for a pattern without a match, listing the nearest names; an alternative of
+    a regex that matches nothing is a warning in the log.
+    """
+    if isinstance(patterns, str):
+        patterns = [patterns]
+    chosen: set[int] = set()
+    for pattern in patterns:
+        hits = _hits(items, names, pattern)
+        if not hits:
+            raise ValueError(
+                f"{what} pattern {pattern!r} matches nothing{_near(items, names, pattern)}"
+            )
+        if pattern.startswith("re:"):
+            _warn_of_dead_alternatives([n for i in hits for n in names(items[i])], pattern)
+        chosen.update(hits)
+    return [item for i, item in enumerate(items) if i in chosen]
+
+
+def _warn_of_dead_alternatives(names: Sequence[str], pattern: str) -> None:
+    for part in dead_alternatives(pattern[3:], list(names)):
+        log.warning("alternative %r of pattern %r matches nothing", part, pattern)
+
+
+def _near(items: Sequence[T], names: Callable[[T], Sequence[str]], pattern: str) -> str:
+    # blocks.0.fc and blocks.1.fc are one name to a reader
+    known = list(dict.fromkeys(re.sub(r"\b\d+\b", "*", names(item)[0]) for item in items))
+    word = re.sub(r"\b\d+\b", "*", pattern.removeprefix("re:").replace("\\", ""))
+    near = difflib.get_close_matches(word, known, n=5, cutoff=0.3) or known[:5]
+    return f"; nearest: {', '.join(near)}" if near else "; the model has no such weights at all"
+
+
+def _layer_names(layer: Layer) -> list[str]:
+    classes = [c.__name__ for c in type(layer.module).__mro__ if issubclass(c, nn.Module)]
+    return [layer.name, layer.parameter_name, *classes[:-1]]
+
+
+def _match(
+    layers: Sequence[Layer], patterns: Sequence[str], what: str, modules: dict[str, nn.Module]
+) -> list[Layer]:
+    """The layers, and thirds of layers, that patterns name, in the order of the model.
+
+    Raises ValueError where one is named both whole and in part.
+    """
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    thirds = [p for p in patterns if split_third(p)[1] and not _hits(layers, _layer_names, p)]
+    whole = [p for p in patterns if p not in thirds]
+    chosen = match_names(layers, _layer_names, whole, what)
+    for pattern in thirds:
+        base, letter = split_third(pattern)
+        for layer in match_names(layers, _layer_names, [base], what):
+            if layer in chosen:
+                raise ValueError(f"{layer.name} is named whole and, by {pattern!r}, in part")
+            part = third_of(layer, letter, modules)
+            chosen += [] if part.name in {c.name for c in chosen} else [part]
+    places = {id(layer.weight): i for i, layer in enumerate(layers)}
+    return sorted(chosen, key=lambda layer: (places[id(layer.weight)], layer.third or 0))
+
+
+def _check(layer: Layer) -> None:
+    weight, why = layer.weight, ""
+    if nn.parameter.is_lazy(weight):
+        why = "has no shape yet; run a batch through the model first"
+    elif not isinstance(weight, nn.Parameter):
+        why = (
+            "is computed, not stored (is it parametrized, pruned by torch.nn.utils, or accelerated "
+            "by prunus?); remove or restore that first, or exclude it"
+        )
+    elif weight.dtype not in FLOATS:
+        why = f"is {weight.dtype}; only floats of 16 bits or more can be pruned; exclude it"
+    if why:
+        raise ValueError(f"{layer.parameter_name} {why}")
+
+
+def select(
+    model: nn.Module, include: Sequence[str] | None = None, exclude: Sequence[str] = ()
+) -> Selection:
+    """The layers of a model by name, parameter name or class name.
+
+    A pattern is a glob (``*`` crosses dots), a class name (``Linear``) or ``re:`` and a regular
+    expression for the whole name. ``attn.qkv[q]`` is a third of a fused weight (unless a layer is
+    called so by the rules of globs). Default: every Linear and convolution but `layers.ends`.
+
+    Raises ValueError for a pattern that matches nothing, for a chosen weight that cannot be pruned,
+    and when no layer is left.
+    """
+    candidates = list(all_layers(model))
+    if not candidates:
+        raise ValueError(f"{type(model).__name__} has no Linear or convolution to prune")
+    modules = {clean_name(name): module for name, module in unwrap(model).named_modules()}
+    left_dense: list[str] = []
+    layers = candidates
+    if include is not None:
+        layers = _match(candidates, include, "layer", modules)
+    else:
+        skipped = {layer.name for layer in ends(model)}
+        left_dense = [layer.name for layer in candidates if layer.name in skipped]
+        layers = [layer for layer in candidates if layer.name not in skipped]
+    if exclude:
+        gone = _match(candidates, exclude, "exclude", modules)
+        layers = [rest for layer in layers for rest in without(layer, gone, modules)]
+    if not layers:
+        names = ", ".join(layer.name for layer in candidates[:5])
+        raise ValueError(f"no layer is left to prune; name some with layers=, such as: {names}")
+    for layer in layers:
+        _check(layer)
+    return Selection(layers, left_dense)
+
+
+def select_parameters(
+    parameters: dict[str, nn.Parameter], include: Sequence[str], exclude: Sequence[str] = ()
+) -> dict[str, nn.Parameter]:
+    """Parameters by clean name, glob or ``re:``. Raises ValueError as `select` does."""
+    items = list(parameters)
+    chosen = match_names(items, lambda name: [name], include, "parameter")
+    if exclude:
+        gone = set(match_names(items, lambda name: [name], exclude, "exclude"))
+        chosen = [name for name in chosen if name not in gone]
+    return {name: parameters[name] for name in chosen}

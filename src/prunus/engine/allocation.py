@@ -1,0 +1,112 @@
+"""How much each layer gives up, on however many ranks it lies, and the masks that follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from prunus.allocators import Problem, Unit
+from prunus.calibration.memory_plan import Rows
+from prunus.core.patterns import Pattern
+from prunus.core.ranks import Shards
+from prunus.engine.method import Candidate, Choice, LayerRow, Method
+from prunus.solvers import selection
+
+Lowest = Callable[[int], list[int]]
+
+
+def allocate(
+    method: Method,
+    rows: Sequence[Rows],
+    counts: Sequence[tuple[int, int]],
+    target: float | None,
+    shards: Shards,
+    lowest: Lowest,
+) -> list[int]:
+    """Units to be gone in each whole layer, from this rank's (units, dead units) of each."""
+    sizes = shards.all_reduce(torch.tensor(list(counts))).tolist()
+    units = [
+        Unit(part.layer.name, part.layer.shape, *size)
+        for part, size in zip(rows, sizes, strict=True)
+    ]
+    return list(method.allocator.allocate(Problem(units, target, lowest, method.looks)).drop)
+
+
+def _local_drops(
+    method: Method, candidates: Sequence[Candidate], target: float | None, shards: Shards
+) -> list[int]:
+    """Units to drop in this rank's part of each layer."""
+    scores = [c.scores for c in candidates]
+
+    def lowest(tensors: Sequence[Tensor], k: int) -> tuple[list[int], list[int]]:
+        return selection.count_lowest(
+            tensors, k, shards.all_reduce if shards.group else None, shards.rank, shards.world_size
+        )
+
+    drop = allocate(
+        method,
+        [c.rows for c in candidates],
+        [(c.scores.numel(), c.pruned) for c in candidates],
+        target,
+        shards,
+        lambda k: lowest(scores, k)[1],
+    )
+    if shards.group is None:
+        return drop
+    if method.pattern.kind == "row":
+        return drops_of_rows(drop, [len(s) for s in scores], shards)
+    return [lowest([s], d)[0][0] for s, d in zip(scores, drop, strict=True)]
+
+
+def drops_of_rows(drop: Sequence[int], rows: Sequence[int], shards: Shards) -> list[int]:
+    """What falls to this rank's rows, where the first rows of the layer lose one more."""
+    table = torch.zeros(shards.world_size, len(rows), dtype=torch.int64)
+    table[shards.rank] = torch.tensor(rows)
+    table = shards.all_reduce(table)
+    all_rows, before = table.sum(0).tolist(), table[: shards.rank].sum(0).tolist()
+    shares = []
+    for units, mine, whole, above in zip(drop, rows, all_rows, before, strict=True):
+        each, more = divmod(units, whole)
+        shares.append(each * mine + min(max(more - above, 0), mine))
+    return shares
+
+
+@torch.no_grad()
+def choose(
+    method: Method, candidates: Sequence[Candidate], target: float | None, shards: Shards
+) -> list[Choice]:
+    """Masks that meet the target exactly (ignored where the pattern fixes the sparsity)."""
+    pattern = method.pattern
+    drop = [0] * len(candidates)
+    if pattern.fixed is None:
+        drop = _local_drops(method, candidates, target, shards)
+    masks, counts = [], []
+    for candidate, k in zip(candidates, drop, strict=True):
+        mask = pattern.mask(candidate.scores, k)
+        if candidate.pruned or pattern.kind == "block":
+            mask &= candidate.rows.matrix() != 0
+        kept = selection.total_kept(candidate.scores, pattern.pool(mask))
+        zeros = mask.numel() - int(mask.count_nonzero())
+        masks.append(mask)
+        counts.append([mask.numel(), zeros, candidate.total, kept])
+    whole = shards.all_reduce(torch.tensor(counts, dtype=torch.float64)).tolist()
+    return [
+        Choice(c.rows, mask, layer_row(c.rows, pattern, *numbers))
+        for c, mask, numbers in zip(candidates, masks, whole, strict=True)
+    ]
+
+
+def layer_row(
+    rows: Rows,
+    pattern: Pattern,
+    size: float,
+    zeros: float,
+    before: float | None = None,
+    after: float = 0.0,
+) -> LayerRow:
+    lost = None if before is None else max(0.0, 1 - after / before) if before else 0.0
+    layer = rows.layer
+    counts = int(size), int(zeros), layer.weight.element_size()
+    return LayerRow(layer.name, layer.kind, layer.shape, str(pattern), *counts, lost)

@@ -1,0 +1,66 @@
+"""What an allocator sees when it looks at the layers before it decides."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from prunus.allocators import Allocator, LookingAllocator
+from prunus.calibration.calibration import Calibration
+from prunus.calibration.input_pass import measure_inputs
+from prunus.calibration.measurements import check_measurable
+from prunus.core.blocks import by_block, find_blocks
+from prunus.core.layers import Layer
+from prunus.core.ranks import all_ranks, all_reduce_statistics, gather
+from prunus.engine.method import Method
+from prunus.stats import Statistic
+
+
+def looked_for(allocator: Allocator, layers: Sequence[Layer]) -> dict[Layer, Statistic]:
+    """The empty statistics that the allocator wants of the layers."""
+    if not isinstance(allocator, LookingAllocator):
+        return {}
+    stats = {layer: allocator.statistic(layer) for layer in layers}
+    return {layer: stat for layer, stat in stats.items() if stat is not None}
+
+
+@torch.no_grad()
+def look(
+    allocator: LookingAllocator, block: Sequence[Layer], stats: Mapping[Layer, Statistic]
+) -> dict[str, float]:
+    """What the allocator sees in one block, by layer name."""
+    parts = [
+        (layer.matrix(gather(layer.local, layer.weight.detach())), stats.get(layer))
+        for layer in block
+    ]
+    seen = allocator.look(parts)
+    if not math.isfinite(seen):
+        raise ValueError(
+            f"allocator {allocator.name!r} sees {seen} in {block[0].name}: are there NaN in its "
+            "weights or in the calibration data? nothing was pruned"
+        )
+    return {layer.name: seen for layer in block}
+
+
+def looked(
+    method: Method, layers: Sequence[Layer], model: nn.Module, calibration: Calibration | None
+) -> Method:
+    """The method with all that its allocator wants to see, measured on the model as it is now."""
+    allocator = method.allocator
+    if not isinstance(allocator, LookingAllocator) or method.looks:
+        return method
+    stats = looked_for(allocator, layers)
+    check_measurable(stats, f"allocator {allocator.name!r}", calibration)
+    if stats:
+        assert calibration is not None
+        with all_ranks().together():
+            stats = measure_inputs(model, stats, calibration)
+        all_reduce_statistics(stats.values())
+    looks: dict[str, float] = {}
+    for block in by_block(find_blocks(model), layers):
+        looks |= look(allocator, block, stats)
+    return replace(method, looks=looks)

@@ -1,0 +1,273 @@
+"""From statistics to new weights: all of a pruning step between its plan and its commit."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from prunus.calibration.calibration import Calibration
+from prunus.calibration.measurements import Measurements, check_measurable, measurements
+from prunus.calibration.memory_plan import Rows
+from prunus.core.layers import Layer
+from prunus.core.patterns import Block
+from prunus.core.progress import track
+from prunus.core.ranks import Shards, shards_of
+from prunus.engine.allocation import allocate, drops_of_rows, layer_row
+from prunus.engine.method import Candidate, Change, Choice, LayerRow, Method
+from prunus.pruners import RefiningPruner, ScorePruner, SweepPruner
+from prunus.solvers import selection
+from prunus.solvers.least_squares import layer_error
+from prunus.stats import InputGram, Statistic
+
+log = logging.getLogger("prunus")
+
+
+def no_autocast(shares: Sequence[Rows]) -> torch.autocast:
+    """Solving is exact, also for those who step the optimizer inside `torch.autocast`."""
+    return torch.autocast(shares[0].layer.local.device.type, enabled=False)
+
+
+def check_loaded(layers: Sequence[Layer]) -> None:
+    """Raises ValueError for weights on the meta device."""
+    if absent := [layer.parameter_name for layer in layers if layer.weight.is_meta]:
+        raise ValueError(f"{absent[0]} is on the meta device; load the weights first")
+
+
+def plan_measurements(
+    method: Method,
+    layers: Sequence[Layer],
+    model: nn.Module,
+    calibration: Calibration | None,
+    begin: int = 0,
+) -> Measurements:
+    """What will be measured in how many passes over the data; `begin` batches are passed over."""
+    unit = method.pattern.rows if isinstance(method.pattern, Block) else 1
+    return measurements(method.pruner.statistic, layers, model, calibration, unit, begin)
+
+
+def ready(
+    method: Method,
+    layers: Sequence[Layer],
+    model: nn.Module,
+    calibration: Calibration | None,
+    begin: int = 0,
+) -> tuple[Measurements, Shards]:
+    """The measurements, and the ranks among which the rows lie or are dealt out.
+
+    Raises ValueError, before anything long begins, for what cannot be measured or pruned.
+    """
+    check_loaded(layers)
+    measured = plan_measurements(method, layers, model, calibration, begin)
+    check_measurable(measured.stats, f"pruner {method.pruner.name!r}", calibration)
+    shards = shards_of(layers, method.pattern)
+    names = [layer.parameter_name for layer in layers]
+    _refuse([selection.count_non_finite(layer.local) for layer in layers], names, shards, "weights")
+    if shards.group is None:
+        shards = measured.everyone
+    if len(measured.groups) > 1:
+        log.info(
+            "the statistics do not fit the memory together; %d groups of layers are measured one "
+            "after the other, each with a pass over the calibration data",
+            len(measured.groups),
+        )
+    return measured, shards
+
+
+def _refuse(bad: Sequence[int], names: Sequence[str], shards: Shards, what: str) -> None:
+    # every rank must raise, or the others would wait for it for ever
+    counts = shards.all_reduce(torch.tensor(bad)).tolist()
+    for name, count in zip(names, counts, strict=True):
+        if count:
+            raise ValueError(f"{name} has {count} NaN or infinite {what}; nothing was pruned")
+
+
+def _assembled(measured: Measurements, parts: Mapping[Rows, Tensor]) -> list[Tensor]:
+    """For each share the rows that were computed in pieces."""
+    whole = []
+    for share in measured.shares:
+        mine = [part for rows, part in parts.items() if rows.layer is share.layer]
+        whole.append(mine[0] if len(mine) == 1 else torch.cat(mine))
+    return whole
+
+
+def _candidate(method: Method, rows: Rows, scores: Tensor) -> Candidate:
+    w = rows.matrix()
+    if int(w.count_nonzero()) == w.numel():
+        units = method.pattern.pool(scores)
+        return Candidate(rows, units, 0, selection.total(units))
+    alive = w != 0
+    units = method.pattern.pool(torch.where(alive, scores, 0))  # a copy: scores may be w itself
+    total = selection.total(units)
+    dead = method.pattern.pool(alive).logical_not_()
+    units.masked_fill_(dead, -math.inf)
+    return Candidate(rows, units, int(dead.count_nonzero()), total)
+
+
+def _scores(method: Method, rows: Rows, stat: Statistic | None, shards: Shards) -> Tensor:
+    assert isinstance(method.pruner, ScorePruner)
+    w = rows.matrix()
+    scores = method.pruner.scores(w, stat, method.pattern, shards)
+    if scores.shape != w.shape:
+        raise ValueError(
+            f"pruner {method.pruner.name!r} gave scores of shape {tuple(scores.shape)} for "
+            f"{rows.layer.name}, which is {tuple(w.shape)}"
+        )
+    return scores
+
+
+@torch.no_grad()
+def propose(method: Method, measured: Measurements, shards: Shards) -> list[Candidate]:
+    """Scores for every layer, computed from the present weights.
+
+    Raises ValueError for scores that are NaN or infinite.
+    """
+    parts: dict[Rows, Tensor] = {}
+    for i, group in enumerate(measured.groups):
+        stats = measured[i]
+        with shards.together(), no_autocast(measured.shares):
+            for rows in track(group, f"{method.pruner.name}: scores"):
+                parts[rows] = _scores(method, rows, stats.get(rows), shards)
+        del stats  # or the next group would be measured beside this one
+    whole = _assembled(measured, parts)
+    del parts
+    candidates = [
+        _candidate(method, rows, s) for rows, s in zip(measured.shares, whole, strict=True)
+    ]
+    bad = [
+        0 if math.isfinite(c.total) else selection.count_non_finite(c.scores) - c.pruned
+        for c in candidates
+    ]
+    names = [c.rows.layer.parameter_name for c in candidates]
+    _refuse(bad, names, shards, f"{method.pruner.name} scores")
+    dtype = functools.reduce(torch.promote_types, (c.scores.dtype for c in candidates))
+    for candidate in candidates:
+        candidate.scores = candidate.scores.to(dtype)
+    return candidates
+
+
+def _change(rows: Rows, new: Tensor, mask: Tensor, measured: Measurements, row: LayerRow) -> Change:
+    """A change of all rows that the weight has on this rank."""
+    layer, shape = rows.layer, tuple(rows.layer.local.shape)
+    new = torch.where(mask, new, 0).to(layer.local.dtype)
+    if measured.everyone.group is not None:
+        new, mask = measured.gathered(rows, new), measured.gathered(rows, mask)
+    return Change(layer, layer.unmatrix(new, shape), layer.unmatrix(mask, shape), row)
+
+
+def _with_error(
+    row: LayerRow, w: Tensor, new: Tensor, mask: Tensor, stat: Statistic | None, shards: Shards
+) -> LayerRow:
+    """The row with the error of the layer's outputs, where the statistic can tell it."""
+    if not isinstance(stat, InputGram):
+        return row
+    gram, errors = stat.matrix(w.device), torch.zeros(2, dtype=torch.float64)
+    rows = max(1, selection.CHUNK // max(1, w.shape[1]))
+    for parts in zip(*(torch.split(t, rows) for t in (w, new, mask)), strict=True):
+        dense, kept = parts[0].to(gram.dtype), torch.where(parts[2], parts[1], 0).to(gram.dtype)
+        for i, t in enumerate((kept, torch.zeros_like(dense))):
+            errors[i] += layer_error(dense, t, gram).sum().cpu()
+    error, whole = shards.all_reduce(errors).tolist()
+    return replace(row, error=error / whole if whole > 0 else 0.0)
+
+
+def _rebuilt(
+    method: Method, rows: Rows, stat: Statistic | None, choice: Choice, shards: Shards
+) -> Tensor:
+    """The new weights of some rows; the choice's mask may get better on the way."""
+    pruner, w, begin = method.pruner, rows.matrix(), choice.rows.begin
+    assert isinstance(pruner, ScorePruner)
+    mask = choice.mask[rows.begin - begin : rows.end - begin]
+    if isinstance(pruner, RefiningPruner):
+        mask.copy_(pruner.refine(w, stat, mask, method.pattern))
+    new = pruner.rebuild(w, stat, mask)
+    choice.row = _with_error(choice.row, w, new, mask, stat, shards)
+    return new
+
+
+@torch.no_grad()
+def rebuild(
+    method: Method, measured: Measurements, choices: Sequence[Choice], shards: Shards
+) -> list[Change]:
+    """The new weights, in the shape of the old.
+
+    Goes through the groups of statistics backwards, because the last one is still there. Raises
+    ValueError if the pruner computed a weight that is NaN or infinite.
+    """
+    assert isinstance(method.pruner, ScorePruner)
+    masks = {choice.rows.layer: choice for choice in choices}
+    parts: dict[Rows, Tensor] = {}
+    for i in reversed(range(len(measured.groups))):
+        stats = measured[i]
+        with shards.together(), no_autocast(measured.shares):
+            for rows in track(measured.groups[i], f"{method.pruner.name}: weights"):
+                parts[rows] = _rebuilt(method, rows, stats.get(rows), masks[rows.layer], shards)
+        del stats  # or the next group would be measured beside this one
+    ordered = dict(sorted(parts.items(), key=lambda item: item[0].begin))
+    whole = _assembled(measured, ordered)
+    changes = [
+        _change(c.rows, new, c.mask, measured, c.row) for c, new in zip(choices, whole, strict=True)
+    ]
+    return _checked(method, changes, shards)
+
+
+def _checked(method: Method, changes: list[Change], shards: Shards) -> list[Change]:
+    names = [change.layer.parameter_name for change in changes]
+    bad = [selection.count_non_finite(change.weight) for change in changes]
+    _refuse(bad, names, shards, f"new weights from {method.pruner.name}")
+    return changes
+
+
+def _largest_first(group: Sequence[Rows], stats: Mapping[Rows, Statistic]) -> list[Rows]:
+    """In an order that solves what takes most memory before there are new weights to hold."""
+    sizes = {rows: stats[rows].nbytes if rows in stats else 0 for rows in group}
+    return sorted(group, key=lambda rows: -sizes[rows])
+
+
+@torch.no_grad()
+def swept(
+    method: Method, measured: Measurements, target: float | None, shards: Shards
+) -> list[Change]:
+    """The new weights of a method that chooses its masks while it solves."""
+    pruner, pattern = method.pruner, method.pattern
+    assert isinstance(pruner, SweepPruner)
+    weights = [rows.matrix() for rows in measured.shares]
+    drop = [0] * len(weights)
+    if pattern.fixed is None:
+        counts = [(w.numel(), w.numel() - int(w.count_nonzero())) for w in weights]
+        drop = allocate(method, measured.shares, counts, target, shards, no_scores)
+    if pattern.kind == "row" and shards.group is not None:
+        drop = drops_of_rows(drop, [len(w) for w in weights], shards)
+    drops = dict(zip((rows.layer for rows in measured.shares), drop, strict=True))
+    changes: dict[Layer, Change] = {}
+    for i, group in enumerate(measured.groups):
+        stats = measured[i]
+        with shards.together(), no_autocast(measured.shares):
+            order = _largest_first(group, stats)
+            for rows, following in zip(
+                track(order, f"{pruner.name}: weights"), [*order[1:], None], strict=True
+            ):
+                stat, k = stats.get(rows), drops[rows.layer]
+                new, mask = pruner.sweep(rows.matrix(), stat, pattern, k, shards)
+                counted = torch.tensor([mask.numel(), mask.numel() - int(mask.count_nonzero())])
+                row = layer_row(rows, pattern, *shards.all_reduce(counted).tolist())
+                row = _with_error(row, rows.matrix(), new, mask, stat, shards)
+                changes[rows.layer] = _change(rows, new, mask, measured, row)
+                if isinstance(stat, InputGram) and (
+                    following is None or stats[following] is not stat
+                ):
+                    stat.forget()
+        del stats, stat
+    return _checked(method, [changes[rows.layer] for rows in measured.shares], shards)
+
+
+def no_scores(k: int) -> list[int]:
+    raise ValueError(
+        "this pruner chooses while it solves, so there are no scores to rank all layers by; use "
+        "allocator 'uniform', 'erk' or a table"
+    )

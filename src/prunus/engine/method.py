@@ -1,0 +1,113 @@
+"""The words of the engine: a method, and a layer on its way from scores to a new weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from prunus.allocators import Allocator
+from prunus.calibration.memory_plan import Rows
+from prunus.core.layers import Layer
+from prunus.core.patterns import Pattern
+from prunus.pruners import Pruner, supports
+
+
+@dataclass(frozen=True)
+class Method:
+    """How to prune: by what score, into which shapes, spread how over the layers."""
+
+    pruner: Pruner
+    pattern: Pattern
+    allocator: Allocator
+    looks: Mapping[str, float] = field(default_factory=dict)
+    """what the allocator has seen in each layer, where it looks first"""
+
+    def fit(self, layers: Sequence[Layer]) -> list[Layer]:
+        """The layers as this method wants to see them.
+
+        Raises ValueError if the pruner or a layer does not go with the pattern.
+        """
+        supports(self.pruner, self.pattern)
+        _check_shapes(layers, self.pattern)
+        check = getattr(self.pruner, "check", None)  # of a pruner that has needs of its own
+        if check is not None:
+            for layer in layers:
+                check(layer.matrix_shape()[1], self.pattern)
+        grouped = self.pattern.kind in ("N:M", "block")
+        return [layer.with_channels_inner() for layer in layers] if grouped else list(layers)
+
+
+def _check_shapes(layers: Sequence[Layer], pattern: Pattern) -> None:
+    misfits = {layer.name: said for layer in layers if (said := _misfit(layer, pattern))}
+    if misfits:
+        first, *others = misfits
+        more = f"; nor does it fit {', '.join(others)}" if others else ""
+        raise ValueError(f"{first}: {misfits[first]}{more}")
+
+
+def _misfit(layer: Layer, pattern: Pattern) -> str:
+    try:
+        pattern.check(*layer.matrix_shape(), layer.channels())
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """What became of one layer, counted over all ranks."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    pattern: str
+    size: int
+    zeros: int
+    itemsize: int
+    """bytes of a weight"""
+    score_lost: float | None
+    """share of the layer's remaining score that went with what was pruned in this step; None for
+    methods that have no scores"""
+    error: float | None = None
+    """squared error of the layer's outputs on the calibration data, as a share of the outputs
+    themselves; None for methods that do not measure it"""
+
+    @property
+    def sparsity(self) -> float:
+        return self.zeros / max(1, self.size)
+
+    @property
+    def saved(self) -> int:
+        """Bytes by which a compact file is smaller: the zeros', less a bit for each weight."""
+        return max(0, self.zeros * self.itemsize - -(-self.size // 8))
+
+
+@dataclass
+class Change:
+    """A new weight, not yet written; after `commit`, the old one."""
+
+    layer: Layer
+    weight: Tensor
+    mask: Tensor
+    row: LayerRow
+
+
+@dataclass
+class Candidate:
+    """This rank's rows of a layer, with the scores of their units, dead ones at minus infinity."""
+
+    rows: Rows
+    scores: Tensor
+    pruned: int
+    total: float
+
+
+@dataclass
+class Choice:
+    """This rank's rows of a layer, with their keep-mask."""
+
+    rows: Rows
+    mask: Tensor
+    row: LayerRow

@@ -1,0 +1,185 @@
+"""Pruning a model block by block, each on the outputs of the pruned blocks before it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from prunus.allocators import Allocation, LookingAllocator, Problem
+from prunus.calibration.calibration import Calibration
+from prunus.calibration.example_gradients import is_sharded
+from prunus.calibration.input_pass import measure_inputs
+from prunus.calibration.memory_plan import Rows
+from prunus.core.blocks import Blocks, find_blocks
+from prunus.core.layers import Layer, unwrap
+from prunus.core.patterns import Pattern
+from prunus.core.ranks import Shards, all_ranks, all_reduce_statistics
+from prunus.engine.allocation import allocate
+from prunus.engine.allocator_signals import look, looked_for
+from prunus.engine.layer_solve import no_scores
+from prunus.engine.method import Method
+from prunus.engine.permute.folds import Fold
+from prunus.engine.permute.step import Permute
+from prunus.engine.sequential.lazy_weights import Weights, materialize, release
+from prunus.engine.sequential.replay import as_calibration, carry_on
+from prunus.engine.sequential.resume import check_folder
+from prunus.engine.sequential.walk import BlockPruning, Sequential, Walk, Walked
+from prunus.stats import GradientStatistic
+
+log = logging.getLogger("prunus")
+NO_INPUTS = "sequential: blocks need inputs; pass calibration=prunus.Calibration(...)"
+
+
+@dataclass(frozen=True)
+class _Given:
+    """Shares that were decided before."""
+
+    name: ClassVar[str] = "given"
+    drop: Mapping[str, int]
+
+    def allocate(self, problem: Problem) -> Allocation:
+        units = problem.units
+        return Allocation(units, [max(self.drop[unit.name], unit.pruned) for unit in units])
+
+
+def blocks_for(model: nn.Module, layers: Sequence[Layer], how: Sequential) -> Blocks:
+    """The blocks to go through. Raises ValueError if a layer is in none of them."""
+    blocks = find_blocks(model, how.blocks)
+    if blocks is None:
+        raise ValueError(
+            "sequential: the model has no list of blocks; name one (sequential: model.layers), or "
+            "prune all at once"
+        )
+    if outside := [layer.name for layer in layers if blocks.number_of(layer.name) is None]:
+        raise ValueError(
+            f"sequential: {', '.join(outside[:3])} is in no block of '{blocks.name}'; exclude it, "
+            "or name another list of blocks"
+        )
+    return blocks
+
+
+def check_sequential(method: Method, layers: Sequence[Layer]) -> None:
+    """Raises ValueError for what cannot be pruned block by block."""
+    name = method.pruner.name
+    if any(isinstance(method.pruner.statistic(layer), GradientStatistic) for layer in layers):
+        raise ValueError(f"sequential: pruner {name!r} needs gradients of the whole model's loss")
+    if is_sharded(layers):
+        raise ValueError("sequential: blocks sharded by FSDP2 cannot be moved; prune all at once")
+    if method.allocator.name == "global" and method.pattern.fixed is None:
+        raise ValueError(
+            "sequential: allocator 'global' ranks all layers before the first is pruned; use "
+            "'uniform', 'owl' or another"
+        )
+
+
+def prune_blocks(
+    method: Method,
+    layers: Sequence[Layer],
+    target: float | None,
+    model: nn.Module,
+    calibration: Calibration | None,
+    how: Sequential,
+    permute: Permute | None = None,
+    folds: Sequence[Fold] = (),
+) -> Walked:
+    """Prune the blocks in order, committed; ``layers`` come from `Method.fit`.
+
+    Each block sees the inputs that the pruned blocks before it put out, and runs twice: to measure,
+    and for the next one's inputs (once more before, where the allocator looks at inputs first). On
+    failure all is taken back. A model read from disk has no changes to take back or to return.
+    """
+    if calibration is None:
+        raise ValueError(NO_INPUTS)
+    permute = permute or Permute()
+    _check_places(model, how, permute, folds)
+    blocks = blocks_for(model, layers, how)
+    grouped: dict[int, list[Layer]] = {}
+    for layer in layers:
+        grouped.setdefault(blocks.number_of(layer.name) or 0, []).append(layer)
+    weights = None if how.weights is None else Weights(how.weights)
+    walk = Walk(model, calibration, blocks, grouped, how, weights)
+    with _rest(walk):
+        if method.pattern.fixed is None:
+            method = _decided(method, layers, target, walk)
+        return BlockPruning(walk, method, target, permute, folds).run()
+
+
+def _check_places(
+    model: nn.Module, how: Sequential, permute: Permute, folds: Sequence[Fold]
+) -> None:
+    """Raises ValueError if blocks cannot be read or written where they should be."""
+    if how.folder is not None and permute.shared == "gather" and folds:
+        raise ValueError(
+            "permute: shared='gather' gives layers an index that loaders of a folder do not know; "
+            "use shared: leave, or no folder and prunus.save"
+        )
+    if how.folder is not None:
+        with all_ranks().together():
+            check_folder(how.folder, how.weights)
+    absent = [name for name, p in unwrap(model).named_parameters() if p.is_meta]
+    if absent and how.weights is None:
+        raise ValueError(
+            f"sequential: {absent[0]} is on the meta device; load the model without device_map or "
+            "offloading, or name its files, as Sequential(weights=..., folder=...)"
+        )
+
+
+@contextlib.contextmanager
+def _rest(walk: Walk) -> Iterator[None]:
+    """With all that is in no block, read from disk where it is there; gone again afterwards."""
+    filled: list[Tensor] = []
+    model = unwrap(walk.model)
+    if walk.weights is not None:
+        inside = {m for block in walk.blocks.modules for m in block.modules()}
+        tie = getattr(model, "tie_weights", None)  # lost on the meta device
+        if callable(tie):
+            tie()
+        filled = materialize(model, "", walk.weights, inside)
+    try:
+        yield
+    finally:
+        release(filled)
+
+
+def _decided(method: Method, layers: Sequence[Layer], target: float | None, walk: Walk) -> Method:
+    """The method with each layer's share decided, from the model as it is before."""
+    allocator = method.allocator
+    if isinstance(allocator, LookingAllocator):
+        method = replace(method, looks=_looks(allocator, walk))
+    rows = [Rows(layer, 0, layer.matrix_shape()[0]) for layer in layers]
+    counts = [_units(layer, method.pattern) for layer in layers]
+    drop = allocate(method, rows, counts, target, Shards(), no_scores)
+    given = {layer.name: k for layer, k in zip(layers, drop, strict=True)}
+    return replace(method, allocator=_Given(given), looks={})
+
+
+def _units(layer: Layer, pattern: Pattern) -> tuple[int, int]:
+    """How many of the pattern's units a layer has, and how many are gone; not known on meta."""
+    alive = pattern.pool(layer.matrix(layer.local != 0))
+    kept = alive.numel() if alive.is_meta else int(alive.count_nonzero())
+    return alive.numel(), alive.numel() - kept
+
+
+def _looks(allocator: LookingAllocator, walk: Walk) -> dict[str, float]:
+    """What the allocator sees, block by block, on the inputs of the model as it is."""
+    looks: dict[str, float] = {}
+    everything = [layer for group in walk.layers.values() for layer in group]
+    items = walk.items() if looked_for(allocator, everything) else []
+    for number in range(len(walk.blocks)):
+        with walk.block(number) as block:
+            layers = walk.layers.get(number, [])
+            stats = looked_for(allocator, layers)
+            if items:
+                outputs: dict[int, Any] = {}
+                data = as_calibration(items, number, None, outputs)
+                stats = measure_inputs(block, stats, data)
+                carry_on(items, number, outputs)
+            all_reduce_statistics(stats.values())
+            if layers:
+                looks |= look(allocator, layers, stats)
+    return looks

@@ -1,0 +1,232 @@
+"""What a model gives its blocks: recorded while the model runs around stand-ins for them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunus.calibration.calibration import Calibration, undisturbed
+from prunus.core.blocks import Blocks
+from prunus.core.progress import track
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _Enough(Exception):  # noqa: N818
+    """All that the blocks are called with is known."""
+
+
+class BlockError(ValueError):
+    """Why the blocks cannot be run one by one."""
+
+    def __init__(self, said: str) -> None:
+        super().__init__(f"sequential: {said}; prune all at once, or name another list of blocks")
+
+
+@dataclass
+class Item:
+    """One calibration batch on its way: the stream's state, and what else each block is given."""
+
+    stream: Tensor
+    given: list[Arguments]
+    """arguments of each block; the stream's place is held by None"""
+    batch: Any = field(repr=False)
+    """for what it says about padding"""
+    beside: list[Tensor | None] = field(default_factory=list)
+    """what the first block returned beside the stream, and the recorded arguments hold"""
+    autocast: torch.dtype | None = None
+    """in which dtype the model runs by `torch.autocast`, if it does"""
+
+
+def _place(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str:
+    """Where in a block's arguments the stream is."""
+    if args and isinstance(args[0], Tensor):
+        return 0
+    if isinstance(kwargs.get("hidden_states"), Tensor):
+        return "hidden_states"
+    raise BlockError("a block is called without a tensor in front")
+
+
+def _without(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Arguments]:
+    place = _place(args, kwargs)
+    # a cache would grow with each pass
+    caches = {key: None for key, x in kwargs.items() if type(x).__name__.endswith("Cache")}
+    if place == 0:
+        return args[0], ((None, *args[1:]), {**kwargs, **caches})
+    return kwargs[str(place)], (args, {**kwargs, **caches, str(place): None})
+
+
+def with_stream(stream: Tensor, given: Arguments) -> Arguments:
+    args, kwargs = given
+    if args and args[0] is None:
+        return (stream, *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": stream}
+
+
+def stream_of(output: Any) -> Tensor:
+    stream = output[0] if isinstance(output, tuple | list) else output
+    if not isinstance(stream, Tensor):
+        raise BlockError(f"a block returns {type(stream).__name__}, not a tensor")
+    return stream
+
+
+def _others(output: Any) -> bool:
+    return isinstance(output, tuple | list) and any(x is not None for x in output[1:])
+
+
+def beside(output: Any) -> list[Tensor | None]:
+    """The tensors that a block returns beside the stream, None for anything else."""
+    others = output[1:] if isinstance(output, tuple | list) else ()
+    return [x if isinstance(x, Tensor) else None for x in others]
+
+
+@contextlib.contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Language models must not remember keys and values from one forward pass to the next."""
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = [config for config in found if hasattr(config, "use_cache")]
+    saved = [config.use_cache for config in configs]
+    for config in configs:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config, value in zip(configs, saved, strict=True):
+            config.use_cache = value
+
+
+def _like(output: Any, stream: Tensor) -> Any:
+    """The stream in the form of a block's output."""
+    if not isinstance(output, tuple | list):
+        return stream
+    items = [stream, *output[1:]]
+    return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+
+
+class _Recorder:
+    """Stands in for the blocks while the model runs around them.
+
+    Each block hands its input on as it is, in the form in which the first one returns its output,
+    so that all blocks are reached without being computed: but for the first one on the first batch,
+    or on all batches where it returns more tensors, which later blocks may be given.
+    """
+
+    def __init__(self, blocks: Blocks) -> None:
+        self.blocks = blocks
+        self.output: Any = None
+        self.single = False  # whether a batch has shown that each block is called once
+        self.begin()
+
+    def begin(self) -> None:
+        self.stream: Tensor | None = None
+        self.passed: list[Tensor] = []
+        self.given: list[Arguments] = []
+        self.autocast: torch.dtype | None = None
+
+    @property
+    def complete(self) -> bool:
+        return len(self.given) == len(self.blocks)
+
+    def standin(self, number: int) -> Callable[..., Any]:
+        real = self.blocks.modules[number].forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            stream, given = _without(args, kwargs)
+            self._check(number, stream, given)
+            if number == 0:
+                self.stream, kind = stream, stream.device.type
+                on = torch.is_autocast_enabled(kind)
+                self.autocast = torch.get_autocast_dtype(kind) if on else None
+                if self.output is None or _others(self.output):
+                    self.output = real(*args, **kwargs)
+                    stream_of(self.output)
+            self.given.append(given)
+            if self.complete and self.single:
+                raise _Enough
+            self.passed.append(stream.view_as(stream))  # another object for each block
+            return _like(self.output, self.passed[-1])
+
+        return forward
+
+    def _check(self, number: int, stream: Tensor, given: Arguments) -> None:
+        name = self.blocks.name_of(number)
+        if number < len(self.given):
+            raise BlockError(f"{name} is called more than once in a forward pass")
+        if number > len(self.given) or (number and stream is not self.passed[-1]):
+            before = self.blocks.name_of(number - 1)
+            raise BlockError(f"something is computed between {before} and {name}")
+        args, kwargs = given
+        if any(x is y for x in (*args, *kwargs.values()) for y in self.passed):
+            raise BlockError(f"{name} is given what an earlier block puts out, too")
+
+
+@contextlib.contextmanager
+def _forward(module: nn.Module, standin: Callable[..., Any]) -> Iterator[None]:
+    """Lets a function stand in for a module's forward, which may be a wrapper of its own."""
+    own = module.__dict__.get("forward")
+    module.forward = standin
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
+def record(model: nn.Module, blocks: Blocks, calibration: Calibration) -> list[Item]:
+    """What each block is given for each calibration batch, kept where the model is.
+
+    The first block must be where the rest of the model is. Raises ValueError for empty data, and
+    for a model that computes something between its blocks.
+    """
+    items, recorder = [], _Recorder(blocks)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(undisturbed(model, calibration))
+        stack.enter_context(without_cache(model))
+        stack.enter_context(torch.no_grad())
+        for number, module in enumerate(blocks.modules):
+            stack.enter_context(_forward(module, recorder.standin(number)))
+        stack.enter_context(eager(model))
+        for batch in track(calibration, "inputs of the first block"):
+            recorder.begin()
+            _run_around(model, calibration, batch, recorder)
+            recorder.single = True
+            assert recorder.stream is not None
+            others, stream = beside(recorder.output), recorder.stream
+            items.append(Item(stream, recorder.given, batch, others, recorder.autocast))
+    if not items:
+        raise ValueError("the calibration data is empty; nothing was pruned")
+    return items
+
+
+def _run_around(
+    model: nn.Module, calibration: Calibration, batch: Any, recorder: _Recorder
+) -> None:
+    try:
+        calibration.run(model, batch)
+    except BlockError:
+        raise
+    except Exception:  # what comes after the blocks may not like what no block has computed
+        if not recorder.complete:
+            raise
+    if not recorder.complete:
+        raise BlockError(f"the model does not call all of '{recorder.blocks.name}'")
+
+
+@contextlib.contextmanager
+def eager(module: nn.Module) -> Iterator[None]:
+    """Compiled modules run as they were written, so that hooks and stand-ins are called."""
+    compiled = any(
+        getattr(m, "_compiled_call_impl", None) is not None or "_orig_mod" in m._modules
+        for m in module.modules()
+    )
+    if not compiled:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield

@@ -1,0 +1,87 @@
+"""What blocks are given, as calibration data of one block at a time, carried on to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunus.calibration.calibration import Calibration, to_device, undisturbed
+from prunus.core.progress import track
+from prunus.engine.sequential.record import Item, beside, eager, stream_of, with_stream
+
+
+def as_calibration(
+    items: list[Item],
+    number: int,
+    memory: str | int | None,
+    outputs: dict[int, Any] | None = None,
+) -> Calibration:
+    """The items as calibration batches of the block of this number.
+
+    What the block makes of them is put into `outputs`, where that is given, by the items' `id`: a
+    batch may be run more than once.
+    """
+
+    def forward(block: nn.Module, batch: _Batch) -> None:
+        output = _run(block, batch)
+        if outputs is not None:
+            outputs[id(batch.item)] = to_device(output, batch.item.stream.device)
+
+    return Calibration([_Batch(item, number) for item in items], forward=forward, memory=memory)
+
+
+def carry_on(items: list[Item], number: int, outputs: dict[int, Any]) -> None:
+    """The outputs of a block become what the next one is given."""
+    for item in items:
+        _carry(item, number, outputs[id(item)])
+
+
+def _carry(item: Item, number: int, output: Any) -> None:
+    """The stream, and what the next block is given of the tensors returned beside it."""
+    place = item.stream.device
+    item.stream, item.given[number] = stream_of(output).to(place), ((), {})
+    pairs = zip(item.beside, beside(output), strict=False)
+    fresh = {id(a): b.to(place) for a, b in pairs if a is not None and b is not None}
+    if fresh and number + 1 < len(item.given):
+        args, kwargs = item.given[number + 1]
+        kwargs = {key: fresh.get(id(x), x) for key, x in kwargs.items()}
+        item.given[number + 1] = tuple(fresh.get(id(x), x) for x in args), kwargs
+
+
+class _Batch(Mapping[str, Any]):
+    """A batch as the block sees it: says what the user's batch says about padding."""
+
+    def __init__(self, item: Item, number: int) -> None:
+        self.item, self.number = item, number
+
+    def __getitem__(self, key: str) -> Any:
+        if isinstance(self.item.batch, Mapping):
+            return self.item.batch[key]
+        raise KeyError(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.item.batch if isinstance(self.item.batch, Mapping) else ())
+
+    def __len__(self) -> int:
+        return len(self.item.batch) if isinstance(self.item.batch, Mapping) else 0
+
+
+def _run(block: nn.Module, batch: _Batch) -> Any:
+    item, first = batch.item, next(block.parameters(), None)
+    device = item.stream.device if first is None else first.device
+    args, kwargs = with_stream(item.stream.to(device), to_device(item.given[batch.number], device))
+    on = item.autocast is not None
+    with eager(block), torch.autocast(device.type, item.autocast, enabled=on):
+        return block(*args, **kwargs)
+
+
+@torch.no_grad()
+def advance(block: nn.Module, items: list[Item], number: int) -> None:
+    """Carry the items on to the next block, one after the other."""
+    calibration = as_calibration(items, number, None)
+    with undisturbed(block, calibration):
+        for item in track(items, "outputs"):
+            _carry(item, number, _run(block, _Batch(item, number)))

@@ -1,0 +1,1 @@
+"""N:M training: dense weights that are hidden between steps."""

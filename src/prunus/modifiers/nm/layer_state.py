@@ -1,0 +1,95 @@
+"""One layer in N:M training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunus.core.layers import Layer
+from prunus.core.masks import Hard, Masking, pack, unpack
+from prunus.core.ranks import gather, scatter
+from prunus.engine.method import LayerRow
+from prunus.modifiers.events import counted
+from prunus.modifiers.nm.stages import Groups
+
+
+class Trained:
+    """A layer, its patterns in turn, and its dense weight while that is hidden.
+
+    Between steps the parameter is the hidden weight that the network computes with, and ``dense``
+    the one that the optimizer trains.
+    ``shown`` is the beta of what is in the parameter, None while that is the dense weight;
+    ``alive`` is what had not been pruned when training to N:M began, None if that is all.
+    """
+
+    def __init__(self, layer: Layer, patterns: list[Groups]) -> None:
+        self.layer, self.patterns = layer, patterns
+        self.dense: Tensor | None = None
+        self.alive: Tensor | None = None
+        self.shown: float | None = None
+        self._version = self._foreign = -1
+
+    def choose(self, progress: float) -> Tensor:
+        """The keep-mask of the moment, from the magnitudes of the dense weight in the model."""
+        w, layer = self.layer.local, self.layer
+        pattern = self.patterns[min(int(progress * len(self.patterns)), len(self.patterns) - 1)]
+        scores = w.abs() if self.alive is None else torch.where(self.alive, w.abs(), -1)
+        mask = layer.unmatrix(pattern.mask(layer.matrix(scores), 0), tuple(w.shape))
+        return mask if self.alive is None else mask & self.alive
+
+    def bury(self) -> None:
+        """What was pruned before is zero again in the dense weight, which is in the model."""
+        if self.alive is not None:
+            Hard().hide([self.layer.local], [self.alive])
+
+    def mark(self, shown: float) -> None:
+        """The parameter is the hidden weight of this beta; from here on `known` watches it."""
+        self.shown, self._version = shown, self.layer.local._version
+
+    def known(self, masking: Masking, mask: Tensor, beta: float) -> bool:
+        """Whether the parameter holds a hidden weight, and not what others wrote.
+
+        Writing the same again, as swapping in averaged weights and back does, is no difference,
+        be it the one of ``beta`` or the hard one that evaluation shows; `shown` then tells which.
+        """
+        version = self.layer.local._version
+        if version in (self._version, self._foreign):
+            return version == self._version
+        assert self.dense is not None
+        for shown in {beta, 0.0}:
+            hidden = self.dense.clone()
+            masking.hide([hidden], [mask], shown)
+            if torch.equal(hidden, self.layer.local):
+                self.mark(shown)
+                return True
+        self._foreign = version
+        return False
+
+    def row(self, mask: Tensor) -> LayerRow:
+        return counted(self.layer, str(self.patterns[-1]), mask)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Dense weight and what is alive, whole on every rank; empty outside the window."""
+        state: dict[str, Any] = {}
+        if self.dense is not None:
+            state["dense"] = self._whole(self.dense).detach().clone()
+        if self.alive is not None:
+            alive = self._whole(self.alive)
+            state["alive"] = {"shape": list(alive.shape), "bits": pack(alive).cpu()}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.dense = self.alive = None
+        if "dense" in state:
+            self.dense = self._part(state["dense"]).to(self.layer.local, copy=True)
+        if "alive" in state:
+            alive = self._part(unpack(state["alive"]["bits"], state["alive"]["shape"]))
+            self.alive = alive.to(self.layer.local.device)
+
+    def _whole(self, t: Tensor) -> Tensor:
+        return gather(t, self.layer.weight) if self.layer.third is None else t
+
+    def _part(self, t: Tensor) -> Tensor:
+        return scatter(t, self.layer.weight) if self.layer.third is None else t

@@ -1,0 +1,1 @@
+"""Matrices in, matrices out: nothing here has heard of a module."""
