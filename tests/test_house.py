@@ -1,6 +1,7 @@
-"""The plan of the house: imports go one way, and the extras stay outside."""
+"""The plan of the house: folders on levels, imports go down, and the extras stay outside."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -8,94 +9,92 @@ from pathlib import Path
 import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "prunus"
-LEVELS = [
-    {"names", "files", "patterns", "regexes", "schedules", "solvers", "masking", "timing"}
-    | {"structure", "training_masks"}
-    | {"linalg", "elimination", "column_sweep", "group_sweep", "refitting", "swapping", "admm"},
-    {"layers", "ends", "fused", "selection", "stats"},
-    {"pruners", "allocators", "permute"},
-    {"calibration", "engine", "method", "distributed", "progress"}
-    | {"memory", "gradients", "gradient_pass", "measuring", "shares", "solving", "tally"}
-    | {
-        "curvature",
-        "recalibration",
-        "input_pass",
-        "sequential",
-        "blocks",
-        "looking",
-        "permuting",
-        "block_inputs",
-        "block_recording",
-        "block_walk",
-        "lazy_weights",
-        "finished_blocks",
-        "execution",
-        "semi_sparse",
-    },
-    {"modifiers"},
-    {"recipe", "records", "report", "results", "session", "oneshot", "checkpoint", "accelerating"}
-    | {"compat"},
-    {"cli", "cli_arguments", "catalogue", "preview", "bench_table"}
-    | {"integrations", "__init__", "__main__"},
-]
+LEVELS = (
+    ("solvers",),
+    ("core",),
+    ("stats", "report"),
+    ("pruners", "allocators"),
+    ("calibration",),
+    ("engine", "execution"),
+    ("modifiers",),
+    ("recipe",),
+    ("api",),
+    ("integrations",),
+    ("cli",),
+)
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
-EXTRAS = {
-    "timm",
-    "torchvision",
-    "transformers",
-    "lightning",
-    "pytorch_lightning",
-    "accelerate",
-    "wandb",
-    "tensorboard",
-    "matplotlib",
-    "jinja2",
-}
-FILES = sorted(SRC.rglob("*.py"))
+DOORS = {"__init__.py", "__main__.py", "_moved.py", "py.typed"}
+EXTRAS = {"timm", "torchvision", "transformers", "lightning", "pytorch_lightning"}
+EXTRAS |= {"accelerate", "wandb", "tensorboard", "matplotlib", "jinja2"}
+FILES = sorted(path for path in SRC.rglob("*.py") if path.parent != SRC)
+files = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SRC)))
 
 
-def part(path):
-    return path.relative_to(SRC).with_suffix("").parts[0]
+def module(path):
+    parts = ("prunus", *path.relative_to(SRC).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module(path) for path in SRC.rglob("*.py")}
 
 
 def imports(path, top_only=False):
+    """Dotted names, of what is imported from a module too."""
     tree = ast.parse(path.read_text())
-    nodes = tree.body if top_only else ast.walk(tree)
-    for node in nodes:
+    for node in tree.body if top_only else ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module == "prunus":
-            yield from (f"prunus.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def test_every_file_has_a_level():
-    assert {part(path) for path in FILES} == set(LEVEL)
+def folder(name):
+    return name.split(".")[1]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SRC)))
-def test_imports_go_one_way(path):
-    mine = part(path)
+def test_the_folders_are_those_of_the_plan():
+    found = {path.name for path in SRC.iterdir()} - {"__pycache__"}
+    assert found == DOORS | set(LEVEL)
+    assert len(found - DOORS) <= 15
+
+
+@files
+def test_imports_go_down_and_take_public_names(path):
     for name in imports(path):
-        if name.startswith("prunus."):
-            theirs = name.split(".")[1]
-            below = LEVEL.get(theirs, 0) < LEVEL[mine]
-            beside = LEVEL.get(theirs, 0) == LEVEL[mine] and LEVEL[mine] in (0, 1, 3, 5, 6)
-            assert theirs == mine or below or beside, f"{mine} imports {theirs}"
+        if name.startswith("prunus.") and folder(name) != folder(module(path)):
+            assert LEVEL[folder(name)] < LEVEL[folder(module(path))], name
+            assert not any(part.startswith("_") for part in name.split(".")), name
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SRC)))
+def test_there_is_no_circle():
+    graph = {module(path): set() for path in FILES if path.name != "__init__.py"}
+    for path in FILES:
+        if module(path) in graph:
+            names = set(imports(path, top_only=True))
+            graph[module(path)] = {n if n in graph else n.rpartition(".")[0] for n in names} & {
+                *graph
+            }
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+@files
 def test_third_parties_live_where_they_belong(path):
     names = {name.split(".")[0] for name in imports(path)}
-    if LEVEL[part(path)] < 5:
+    if LEVEL[folder(module(path))] < LEVEL["recipe"]:
         assert not names & {"pydantic", "yaml", "typer"}
-    if part(path) not in ("integrations",):
-        top = {name.split(".")[0] for name in imports(path, top_only=True)}
-        assert not top & EXTRAS
-    if LEVEL[part(path)] == 0:
-        standard = set(sys.stdlib_module_names) | {"torch", "numpy", "prunus"}
-        assert names <= standard
+    if folder(module(path)) != "integrations":
+        assert not {name.split(".")[0] for name in imports(path, top_only=True)} & EXTRAS
+    if folder(module(path)) == "solvers":
+        assert names <= {*sys.stdlib_module_names, "torch", "numpy", "prunus"}
+
+
+def test_tests_lie_as_the_code_does():
+    tests = Path(__file__).parent
+    beside = {"oracles", "helpers", "distributed", "research"}
+    folders = {path.relative_to(tests) for path in tests.rglob("*") if path.is_dir()}
+    for path in sorted(folders):
+        if path.name not in ("__pycache__", "data") and path.parts[0] not in beside:
+            assert (SRC / path).is_dir(), path
 
 
 def test_importing_the_package_imports_no_extra():

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from prunus.core.patterns import NM, Pattern, parse_pattern
-from prunus.solvers.column_sweep import PANEL, STRIPE, choice, stripe_counts, sweep, upper_factor
+from prunus.pruners._stripes import choice, stripe_counts
+from prunus.solvers.column_sweep import PANEL, STRIPE, sweep, upper_factor
 from prunus.solvers.least_squares import relative_error
 from prunus.solvers.selection import keep_all_but_lowest
 

@@ -1,5 +1,6 @@
 """prunus prunes PyTorch models by recipe, during training or in one shot."""
 
+from prunus import _moved
 from prunus.api.accelerate import Accelerated, accelerate
 from prunus.api.checkpoint import load, save
 from prunus.api.oneshot import prune, sweep
@@ -24,6 +25,8 @@ from prunus.pruners import (
     register_pruner,
 )
 from prunus.recipe import Recipe
+
+_moved.install()
 
 __version__ = "0.1.0"
 __all__ = [

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.parallel import DistributedDataParallel
 
 import prunus
-from prunus.core.ranks import gather
+from prunus.core.sharding import gather
 from prunus.stats import InputNorm
 
 try:

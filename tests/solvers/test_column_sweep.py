@@ -8,16 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunus.core.patterns import parse_pattern
+from prunus.pruners._stripes import choice, row_counts, stripe_counts
 from prunus.solvers import column_sweep
-from prunus.solvers.column_sweep import (
-    choice,
-    errors_by_columns,
-    errors_by_solving,
-    row_counts,
-    stripe_counts,
-    sweep,
-    upper_factor,
-)
+from prunus.solvers.column_sweep import errors_by_columns, errors_by_solving, sweep, upper_factor
 from prunus.solvers.column_sweep_numpy import Groups
 from prunus.solvers.selection import keep_all_but_lowest, keep_highest_of_groups
 

@@ -25,7 +25,8 @@ from prunus.core.files import atomic_write
 from prunus.core.layers import clean_name, unwrap
 from prunus.core.masks import local, pack, unpack
 from prunus.core.names import did_you_mean
-from prunus.core.ranks import Shards, gather, ranks_of, shard
+from prunus.core.ranks import Shards
+from prunus.core.sharding import gather, ranks_of, shard
 from prunus.engine.permute.gather import BUFFER, restore_gathers
 from prunus.recipe import Recipe
 from prunus.report.records import is_main

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from prunus.calibration.calibration import Calibration
 from prunus.core.layers import clean_parameters
 from prunus.core.masks import Masks, local, pack, unpack
-from prunus.core.ranks import gather, scatter, whole_sparsity
+from prunus.core.sharding import gather, scatter, whole_sparsity
 from prunus.modifiers import Context, PruningRun, Run, TrainingRun
 from prunus.modifiers.conflicts import check_turns, in_both
 from prunus.modifiers.timing import Timeline

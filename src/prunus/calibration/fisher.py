@@ -16,7 +16,7 @@ from prunus.core.layers import Layer
 from prunus.core.names import did_you_mean
 from prunus.core.ranks import Shards, all_ranks
 from prunus.core.selection import select
-from prunus.pruners.second_order import SecondOrder
+from prunus.pruners import SecondOrder
 from prunus.stats import BlockFisher
 
 

@@ -14,16 +14,11 @@ from prunus.calibration.gradient_pass import measure_gradients
 from prunus.calibration.input_pass import measure_inputs
 from prunus.calibration.memory_plan import Need, Rows, free_bytes, parse_bytes, plan
 from prunus.core.layers import Layer
-from prunus.core.ranks import (
-    Shards,
-    all_ranks,
-    all_reduce_statistics,
-    cut_along_inputs,
-    ranks_of,
-    row_cuts,
-)
+from prunus.core.ranks import Shards, all_ranks, row_cuts
+from prunus.core.sharding import cut_along_inputs, ranks_of
 from prunus.solvers import selection
 from prunus.stats import GradientStatistic, RowStatistic, Statistic
+from prunus.stats.base import all_reduce_statistics
 
 
 def needs_of(stats: Mapping[Layer, Statistic], rows: Mapping[Layer, int]) -> list[Need]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from prunus.core.masks import local
@@ -238,3 +239,8 @@ def unwrap(model: nn.Module) -> nn.Module:
         if inner is not None and len(model._modules) == 1:
             return unwrap(inner)
     return model
+
+
+def working_precision(w: Tensor) -> Tensor:
+    """The weights in at least single precision."""
+    return w.to(torch.promote_types(w.dtype, torch.float32))

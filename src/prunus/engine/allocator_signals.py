@@ -15,9 +15,11 @@ from prunus.calibration.input_pass import measure_inputs
 from prunus.calibration.measurements import check_measurable
 from prunus.core.blocks import by_block, find_blocks
 from prunus.core.layers import Layer
-from prunus.core.ranks import all_ranks, all_reduce_statistics, gather
+from prunus.core.ranks import all_ranks
+from prunus.core.sharding import gather
 from prunus.engine.method import Method
 from prunus.stats import Statistic
+from prunus.stats.base import all_reduce_statistics
 
 
 def looked_for(allocator: Allocator, layers: Sequence[Layer]) -> dict[Layer, Statistic]:

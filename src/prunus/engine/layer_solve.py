@@ -17,7 +17,8 @@ from prunus.calibration.memory_plan import Rows
 from prunus.core.layers import Layer
 from prunus.core.patterns import Block
 from prunus.core.progress import track
-from prunus.core.ranks import Shards, shards_of
+from prunus.core.ranks import Shards
+from prunus.core.sharding import shards_of
 from prunus.engine.allocation import allocate, drops_of_rows, layer_row
 from prunus.engine.method import Candidate, Change, Choice, LayerRow, Method
 from prunus.pruners import RefiningPruner, ScorePruner, SweepPruner

@@ -18,13 +18,13 @@ from prunus.calibration.calibration import Calibration
 from prunus.calibration.measurements import Measurements
 from prunus.core.layers import Layer, reshard
 from prunus.core.patterns import NM, Pattern
-from prunus.core.ranks import Shards, shards_of
+from prunus.core.ranks import Shards
+from prunus.core.sharding import shards_of
 from prunus.engine.allocation import choose
 from prunus.engine.allocator_signals import looked
 from prunus.engine.layer_solve import check_loaded, propose, ready, rebuild, swept
 from prunus.engine.method import Change, Method
-from prunus.pruners import ScorePruner, SweepPruner
-from prunus.pruners.second_order import SecondOrder, stages_of_groups
+from prunus.pruners import ScorePruner, SecondOrder, SweepPruner, stages_of_groups
 from prunus.solvers import selection
 
 log = logging.getLogger("prunus")

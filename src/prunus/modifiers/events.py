@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prunus.core.layers import Layer
-from prunus.core.ranks import ranks_of
+from prunus.core.sharding import ranks_of
 from prunus.engine.method import LayerRow
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prunus.core.layers import Layer
 from prunus.core.masks import local
-from prunus.core.ranks import gather, scatter
+from prunus.core.sharding import gather, scatter
 from prunus.engine.layer_solve import ready
 from prunus.engine.sequential.walk import Walked
 from prunus.engine.step import prune_step

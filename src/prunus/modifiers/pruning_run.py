@@ -11,8 +11,8 @@ from prunus.calibration.measurements import Measurements, check_measurable
 from prunus.core.blocks import by_block
 from prunus.core.layers import Layer
 from prunus.core.masks import local, zero_momentum
-from prunus.core.ranks import shards_of
 from prunus.core.selection import select
+from prunus.core.sharding import shards_of
 from prunus.engine.allocator_signals import looked_for
 from prunus.engine.layer_solve import plan_measurements
 from prunus.engine.method import LayerRow

@@ -1,5 +1,6 @@
 """The methods, one file each."""
 
+from prunus.pruners._second_order import SecondOrder, stages_of_groups
 from prunus.pruners.alps import ALPS
 from prunus.pruners.base import (
     PRUNERS,
@@ -33,10 +34,12 @@ __all__ = [
     "Ranks",
     "RefiningPruner",
     "ScorePruner",
+    "SecondOrder",
     "SparseGPT",
     "SweepPruner",
     "Wanda",
     "list_pruners",
     "register_pruner",
+    "stages_of_groups",
     "supports",
 ]

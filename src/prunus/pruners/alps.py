@@ -15,10 +15,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from prunus.core.layers import Layer
+from prunus.core.layers import Layer, working_precision
 from prunus.core.patterns import Pattern
+from prunus.pruners._layerwise import gram_of
 from prunus.pruners.base import Ranks, register_pruner
-from prunus.pruners.layerwise import gram_of, working
 from prunus.solvers.admm import solve
 from prunus.stats import InputGram
 
@@ -55,7 +55,7 @@ class ALPS:
     def sweep(
         self, w: Tensor, stat: InputGram, pattern: Pattern, drop: int, ranks: Ranks
     ) -> tuple[Tensor, Tensor]:
-        dense, alive = working(w), w != 0
+        dense, alive = working_precision(w), w != 0
         gram = stat.matrix(w.device).to(dense.dtype)
         if pattern.kind == "unstructured":
             first = dense.square().mul_(gram.diagonal()).masked_fill_(~alive, -1)

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from prunus.core.names import did_you_mean
 from prunus.core.patterns import NM, Pattern
+from prunus.pruners._second_order import SecondOrder
 from prunus.pruners.base import Ranks, register_pruner
-from prunus.pruners.second_order import SecondOrder
 from prunus.solvers.obs import greedy_losses, greedy_losses_of_groups, group_solve, increases
 from prunus.stats.block_fisher import BlockFisher
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from prunus.core.layers import Layer
 from prunus.core.names import did_you_mean
 from prunus.core.patterns import NM, Pattern
+from prunus.pruners._stripes import choice, stripe_counts
 from prunus.pruners.base import Ranks, register_pruner
-from prunus.solvers.column_sweep import choice, stripe_counts, sweep, upper_factor
+from prunus.solvers.column_sweep import sweep, upper_factor
 from prunus.stats.block_fisher import SAMPLES, Samples, Sampling
 from prunus.stats.shared_fisher import SharedFisher
 

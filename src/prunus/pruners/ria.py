@@ -15,15 +15,15 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from prunus.core.layers import Layer
+from prunus.core.layers import Layer, working_precision
 from prunus.core.patterns import Pattern
+from prunus.pruners._layerwise import InputStatistic, Layerwise
 from prunus.pruners.base import Ranks, register_pruner
-from prunus.pruners.layerwise import InputStatistic, Layerwise, working
 
 
 def relative_importance(w: Tensor, ranks: Ranks) -> Tensor:
     """``|w_ij| / sum_i |w_ij| + |w_ij| / sum_j |w_ij|`` of a (rows, cols) matrix."""
-    size = working(w).abs()
+    size = working_precision(w).abs()
     columns, rows = ranks.all_reduce(size.sum(0)), size.sum(1, keepdim=True)
     shares = (
         columns.masked_fill(columns == 0, math.inf).reciprocal()

@@ -16,11 +16,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from prunus.core.layers import Layer
+from prunus.core.layers import Layer, working_precision
 from prunus.core.patterns import Pattern
+from prunus.pruners._layerwise import gram_of
+from prunus.pruners._stripes import choice, row_counts, stripe_counts
 from prunus.pruners.base import Ranks, register_pruner
-from prunus.pruners.layerwise import gram_of, working
-from prunus.solvers.column_sweep import choice, row_counts, stripe_counts, sweep
+from prunus.solvers.column_sweep import sweep
 from prunus.solvers.least_squares import refit
 from prunus.stats import InputGram
 
@@ -55,7 +56,7 @@ class SparseGPT:
     def sweep(
         self, w: Tensor, stat: InputGram, pattern: Pattern, drop: int, ranks: Ranks
     ) -> tuple[Tensor, Tensor]:
-        dense, gram = working(w), stat.matrix(w.device)
+        dense, gram = working_precision(w), stat.matrix(w.device)
         dead = gram.diagonal() == 0
         counts: Sequence[int] | Sequence[Tensor] = []
         if pattern.kind == "row":

@@ -14,9 +14,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from prunus.core.layers import working_precision
 from prunus.core.patterns import Pattern
+from prunus.pruners._layerwise import InputStatistic, Layerwise
 from prunus.pruners.base import Ranks, register_pruner
-from prunus.pruners.layerwise import InputStatistic, Layerwise, working
 
 
 @register_pruner
@@ -32,4 +33,4 @@ class Wanda(Layerwise):
     allocator: ClassVar[str] = "uniform"
 
     def scores(self, w: Tensor, stat: InputStatistic, pattern: Pattern, ranks: Ranks) -> Tensor:
-        return working(w).abs() * stat.norm.to(w.device)
+        return working_precision(w).abs() * stat.norm.to(w.device)

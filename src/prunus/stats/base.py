@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from prunus.core.ranks import all_ranks
 from prunus.stats.block_fisher import Sampling
 
 
@@ -50,3 +52,11 @@ class RowStatistic(GradientStatistic, Protocol):
     def with_rows(self, rows: int) -> RowStatistic:
         """An empty one with the same settings for another number of rows."""
         ...
+
+
+def all_reduce_statistics(stats: Iterable[Statistic]) -> None:
+    """Add statistics up over all data-parallel ranks, in place; shared ones once."""
+    everyone = all_ranks()
+    for stat in {id(stat): stat for stat in stats}.values() if everyone.group is not None else ():
+        for tensor in stat.tensors():
+            tensor.copy_(everyone.all_reduce(tensor))

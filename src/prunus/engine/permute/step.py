@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from prunus.calibration.calibration import Calibration, undisturbed
 from prunus.calibration.measurements import Measurements
 from prunus.calibration.memory_plan import Rows
-from prunus.core.layers import Layer, unwrap
+from prunus.core.layers import Layer, unwrap, working_precision
 from prunus.core.names import did_you_mean
 from prunus.core.patterns import NM, Unstructured
 from prunus.core.progress import track
@@ -27,7 +27,6 @@ from prunus.engine.permute.statistics import columns_of, follow, share_of_zeros
 from prunus.engine.permute.verify import Inputs, first_calls, take
 from prunus.engine.sequential.record import without_cache
 from prunus.pruners import ScorePruner
-from prunus.pruners.layerwise import working
 from prunus.stats import Statistic
 
 log = logging.getLogger("prunus")
@@ -157,7 +156,7 @@ def _importance(method: Method, rows: Rows, stat: Statistic | None, shards: Shar
     if isinstance(method.pruner, ScorePruner):  # of single weights, whatever group they will be in
         return method.pruner.scores(w, stat, Unstructured(), shards)
     norm = getattr(stat, "norm", None)
-    size = working(w).abs()
+    size = working_precision(w).abs()
     return size if norm is None else size * norm.to(w.device)
 
 

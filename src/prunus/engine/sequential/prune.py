@@ -18,7 +18,7 @@ from prunus.calibration.memory_plan import Rows
 from prunus.core.blocks import Blocks, find_blocks
 from prunus.core.layers import Layer, unwrap
 from prunus.core.patterns import Pattern
-from prunus.core.ranks import Shards, all_ranks, all_reduce_statistics
+from prunus.core.ranks import Shards, all_ranks
 from prunus.engine.allocation import allocate
 from prunus.engine.allocator_signals import look, looked_for
 from prunus.engine.layer_solve import no_scores
@@ -30,6 +30,7 @@ from prunus.engine.sequential.replay import as_calibration, carry_on
 from prunus.engine.sequential.resume import check_folder
 from prunus.engine.sequential.walk import BlockPruning, Sequential, Walk, Walked
 from prunus.stats import GradientStatistic
+from prunus.stats.base import all_reduce_statistics
 
 log = logging.getLogger("prunus")
 NO_INPUTS = "sequential: blocks need inputs; pass calibration=prunus.Calibration(...)"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from prunus.core.layers import Layer
 from prunus.core.masks import Hard, Masking, pack, unpack
-from prunus.core.ranks import gather, scatter
+from prunus.core.sharding import gather, scatter
 from prunus.engine.method import LayerRow
 from prunus.modifiers.events import counted
 from prunus.modifiers.nm.stages import Groups

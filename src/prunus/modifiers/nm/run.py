@@ -10,8 +10,8 @@ import torch
 
 from prunus.core.layers import Layer, reshard
 from prunus.core.masks import Hard
-from prunus.core.ranks import shards_of
 from prunus.core.selection import select
+from prunus.core.sharding import shards_of
 from prunus.modifiers.base import Context, Run, log
 from prunus.modifiers.nm.eval_hook import Watch
 from prunus.modifiers.nm.layer_state import Trained

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunus.core.layers import Layer
+from prunus.core.layers import Layer, working_precision
 from prunus.core.patterns import NM, Block, Pattern
 from prunus.solvers.least_squares import refit
 from prunus.solvers.mask_swaps import swap
@@ -17,11 +17,6 @@ from prunus.stats import InputGram, InputNorm
 SWAPS = 100  # in a row, at most
 PASSES = 10  # over the groups of a row, at most; later ones gain little
 InputStatistic = InputNorm | InputGram
-
-
-def working(w: Tensor) -> Tensor:
-    """The weights in at least single precision."""
-    return w.to(torch.promote_types(w.dtype, torch.float32))
 
 
 def gram_of(layer: Layer, device: str | None) -> InputGram:
@@ -63,7 +58,7 @@ class Layerwise:
         """A keep-mask with as many weights in each row (N:M: group), and no larger an error."""
         if not self.swap or not isinstance(stat, InputGram):
             return mask
-        dense = working(w)
+        dense = working_precision(w)
         gram = stat.matrix(w.device).to(dense.dtype)
         if isinstance(pattern, NM):
             return swap(dense, gram, mask, PASSES, pattern.m)
@@ -72,6 +67,6 @@ class Layerwise:
     def rebuild(self, w: Tensor, stat: Any, mask: Tensor) -> Tensor:
         if not self.refit or not isinstance(stat, InputGram):
             return w
-        dense = working(w)
+        dense = working_precision(w)
         gram = stat.matrix(w.device).to(dense.dtype)
         return refit(dense, torch.where(mask, dense, 0), gram, mask)
