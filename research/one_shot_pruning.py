@@ -30,7 +30,7 @@ import prunus
 from prunus.cli.preview import table_of
 from prunus.core.files import atomic_write
 from prunus.core.patterns import parse_pattern
-from prunus.core.ranks import Shards
+from prunus.core.ranks import Ranks
 from prunus.core.selection import select
 from prunus.modifiers import PruningModifier
 from prunus.report.records import is_main
@@ -159,7 +159,7 @@ def pruning_of(recipe: prunus.Recipe) -> PruningModifier:
 
 
 class Program:
-    def __init__(self, args: argparse.Namespace, ranks: Shards, device: torch.device) -> None:
+    def __init__(self, args: argparse.Namespace, ranks: Ranks, device: torch.device) -> None:
         self.args, self.ranks = args, ranks
         self.recipe = prunus.Recipe.load(args.recipe)
         self.entry = pruning_of(self.recipe)

@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import prunus
 from prunus.api.session import innermost
-from prunus.core.ranks import Shards
+from prunus.core.ranks import Ranks
 
 from research.common.processes import processes
 from research.common.vision_data import evaluate, seed_all
@@ -44,7 +44,7 @@ log = logging.getLogger("prunus")
 class Training:
     """One run: the objects, where it stands, and the loop."""
 
-    def __init__(self, args: argparse.Namespace, ranks: Shards, device: torch.device) -> None:
+    def __init__(self, args: argparse.Namespace, ranks: Ranks, device: torch.device) -> None:
         self.args, self.ranks, self.device = args, ranks, device
         folder = folder_of(args)
         recipe = prunus.Recipe.load(args.recipe, **args.set)

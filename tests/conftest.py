@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tests.helpers.ranks import Ranks
+from tests.helpers.ranks import RankProcesses
 
 torch.set_num_threads(1)  # pytest-xdist runs one process for each core
 
@@ -16,6 +16,6 @@ def ranks(tmp_path_factory):
     """Two processes that answer calls."""
     if not hasattr(torch.cpu.Stream, "record_event"):
         pytest.skip("this torch shards models on GPUs only")
-    group = Ranks(tmp_path_factory.mktemp("ranks"))
+    group = RankProcesses(tmp_path_factory.mktemp("ranks"))
     yield group
     group.stop()

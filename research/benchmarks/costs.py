@@ -12,7 +12,7 @@ from prunus.calibration.measurements import needs_of
 from prunus.calibration.memory_plan import plan
 from prunus.core.selection import select
 from prunus.modifiers import Context, PruningRun
-from prunus.pruners import Pruner, SweepPruner
+from prunus.pruners import JointPruner, Pruner
 from prunus.stats import InputGram
 
 HISTOGRAM = 65536 * 8  # of one ranking, for each 16 bits of a score
@@ -72,7 +72,7 @@ class Costs:
         if self.by_block or not self.stats:
             return min(1, len(self.stats))
         groups = len(plan(needs_of(self.stats, self.most_rows(ranks)), budget))
-        return groups if isinstance(self.pruner, SweepPruner) else 2 * groups - 1
+        return groups if isinstance(self.pruner, JointPruner) else 2 * groups - 1
 
     def sent(self, ranks: int, how: str, itemsize: int) -> float:
         """Bytes that leave each rank in a pruning step, where all-reduces go round in a ring.
@@ -85,7 +85,7 @@ class Costs:
         reduced = 0 if self.by_rows else reduced
         ranked = how == "fsdp" or self.by_rows
         ranking = HISTOGRAM * (2 if self.stats else itemsize // 2)  # magnitudes are as weights are
-        if ranked and isinstance(self.pruner, SweepPruner):
+        if ranked and isinstance(self.pruner, JointPruner):
             reduced += ranking * sum(-(-layer.matrix_shape()[1] // STRIPE) for layer in self.layers)
         elif ranked:
             pooled = self.pruner.allocator == "global"
@@ -120,7 +120,7 @@ class Costs:
         total = 0.0
         for layer, stat in self.stats.items():
             (rows, cols), d = layer.matrix_shape(), getattr(stat, "block_size", 0)
-            if isinstance(self.pruner, SweepPruner):
+            if isinstance(self.pruner, JointPruner):
                 total += rows * cols**2 + self._leads(layer) * cols**3 * 2 / 3
             elif self.by_rows:  # of d^3: an inverse 8/3, an elimination 2, a solve of what is kept
                 cap = 8 / 3 + 2 + (1 - SPARSITY) ** 3 / 3

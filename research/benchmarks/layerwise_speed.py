@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prunus.core.patterns import NM, Pattern, parse_pattern
 from prunus.pruners._stripes import choice, stripe_counts
-from prunus.solvers.column_sweep import PANEL, STRIPE, sweep, upper_factor
+from prunus.solvers.column_sweep import PANEL, STRIPE, sweep_columns, upper_factor
 from prunus.solvers.least_squares import relative_error
 from prunus.solvers.selection import keep_all_but_lowest
 
@@ -72,12 +72,12 @@ def bench(rows: int, cols: int, name: str, args: argparse.Namespace) -> Row:
     counts = stripe_counts([w], w.numel() // 2, lambda t: t)[0]
     nothing = torch.zeros(cols, dtype=torch.bool, device=args.device)
     choose, every = choice(pattern, w != 0, nothing, counts, keep_all_but_lowest)
-    mine, theirs = sweep(w, u, choose, every)[0], published_sweep(w, u, pattern)
+    mine, theirs = sweep_columns(w, u, choose, every)[0], published_sweep(w, u, pattern)
     errors = relative_error(w, mine, gram), relative_error(w, theirs, gram)
     assert abs(errors[0] / errors[1] - 1) < 1e-2, errors
     return compare(
         f"{rows}x{cols}, {name}",
-        lambda: sweep(w, u, choose, every),
+        lambda: sweep_columns(w, u, choose, every),
         lambda: published_sweep(w, u, pattern),
         args,
         "4" if args.device == "cpu" else "",

@@ -22,7 +22,7 @@ from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.utils import AverageMeter
 
-from prunus.core.ranks import Shards
+from prunus.core.ranks import Ranks
 
 from research import sparse_training
 from research.benchmarks.measure import add_options, hardware, print_table, seconds, spread
@@ -72,7 +72,7 @@ def of_the_program(args: argparse.Namespace, folder: str, recipe: str) -> Callab
     command += ["-b", str(args.batch_size), "--smoothing", "0.1", "--device", args.device]
     command += ["--output", folder, "--experiment", path.stem]
     options = training_options.parse(command)
-    training = sparse_training.Training(options, Shards(), torch.device(args.device))
+    training = sparse_training.Training(options, Ranks(), torch.device(args.device))
 
     def epoch() -> None:
         training.batch = 0

@@ -32,10 +32,10 @@ from prunus.calibration.example_gradients import (
     micro_batch_gradients,
 )
 from prunus.core.patterns import Unstructured
-from prunus.core.ranks import Shards
+from prunus.core.ranks import Ranks
 from prunus.core.selection import select
 from prunus.pruners import CAP
-from prunus.solvers.column_sweep import sweep, upper_factor
+from prunus.solvers.column_sweep import sweep_columns, upper_factor
 from prunus.solvers.obs import greedy_losses
 from prunus.solvers.selection import keep_all_but_lowest
 from prunus.stats import BlockFisher, Sampling
@@ -137,7 +137,7 @@ def bench_cap(args: argparse.Namespace) -> list[Row]:
     pruner, pattern = CAP(block_size=BLOCK), prunus.core.patterns.Unstructured()
 
     def whole() -> None:
-        scores = pruner.scores(w, stat, pattern, Shards())
+        scores = pruner.scores(w, stat, pattern, Ranks())
         pruner.rebuild(w, stat, keep_all_but_lowest(scores, w.numel() * 3 // 4))
 
     def mine() -> None:  # the inverse lies ready
@@ -189,7 +189,7 @@ def peak_beyond_fisher(rows: int) -> int:
     pruner = CAP(block_size=BLOCK)
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     before = resident("VmRSS")
-    scores = pruner.scores(w, stat, prunus.core.patterns.Unstructured(), Shards())
+    scores = pruner.scores(w, stat, prunus.core.patterns.Unstructured(), Ranks())
     pruner.rebuild(w, stat, keep_all_but_lowest(scores, w.numel() * 3 // 4))
     return resident("VmHWM") - before
 
@@ -215,7 +215,7 @@ def bench_fastcap(args: argparse.Namespace) -> list[Row]:
             return keep_all_but_lowest(scores, scores.numel() // 2)
 
         def mine(w: Tensor = w, factor: Tensor = factor) -> None:
-            sweep(w, factor.float(), choose)
+            sweep_columns(w, factor.float(), choose)
 
         def theirs(w: Tensor = w, factor: Tensor = factor) -> None:
             published_sweep(w, factor.float(), Unstructured())

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from prunus.core.files import atomic_write
-from prunus.core.ranks import Shards, all_ranks
+from prunus.core.ranks import Ranks, all_ranks
 
 
 def dashed(argument: str) -> str:
@@ -24,13 +24,13 @@ def dashed(argument: str) -> str:
 
 
 @contextmanager
-def processes(device: str, timeout: float) -> Iterator[tuple[Shards, torch.device]]:
+def processes(device: str, timeout: float) -> Iterator[tuple[Ranks, torch.device]]:
     """All processes that torchrun has started, or the one there is, and this one's device.
 
     ``timeout`` is how many seconds the others wait for one that is still at work.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield Shards(), torch.device(device)
+        yield Ranks(), torch.device(device)
         return
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"

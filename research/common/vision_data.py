@@ -18,7 +18,7 @@ from timm.data import ImageDataset, create_dataset, create_loader
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
-from prunus.core.ranks import Shards
+from prunus.core.ranks import Ranks
 
 from research import demo
 from research.common.image_folders import SPLITS, open_split
@@ -134,7 +134,7 @@ class Order(Sampler[tuple[int, int]]):
     """
 
     def __init__(
-        self, images: int, batch_size: int, seed: int, ranks: Shards, repeats: int = 0
+        self, images: int, batch_size: int, seed: int, ranks: Ranks, repeats: int = 0
     ) -> None:
         self.images, self.seed, self.ranks, self.repeats = images, seed, ranks, max(1, repeats)
         self.size = images // ranks.world_size // batch_size * batch_size
@@ -166,7 +166,7 @@ def training_loader(images: Dataset[Any], order: Order, **settings: Any) -> Any:
     return made
 
 
-def evaluation_loader(images: Any, ranks: Shards, **settings: Any) -> Any:
+def evaluation_loader(images: Any, ranks: Ranks, **settings: Any) -> Any:
     """timm's loader of every image once, dealt out to the ranks."""
     made = create_loader(images, is_training=False, **settings)
     made.batch_sampler.sampler = range(ranks.rank, len(images), ranks.world_size)
@@ -174,7 +174,7 @@ def evaluation_loader(images: Any, ranks: Shards, **settings: Any) -> Any:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Any, autocast: Autocast, ranks: Shards) -> dict[str, float]:
+def evaluate(model: nn.Module, batches: Any, autocast: Autocast, ranks: Ranks) -> dict[str, float]:
     """Mean cross-entropy, and top-1 and top-5 accuracy in percent, over the images of all ranks."""
     was_training = model.training
     model.eval()

@@ -20,7 +20,7 @@ from torch import nn
 
 import prunus
 from prunus.core.names import did_you_mean
-from prunus.core.ranks import Shards
+from prunus.core.ranks import Ranks
 
 from research import demo
 
@@ -62,10 +62,10 @@ def _configured(model: Any) -> nn.Module:
 DIGITS_MODELS = ("digits_vit", "digits_resnet")
 
 
-def trained_on_digits(name: str, folder: str | Path, ranks: Shards) -> str:
+def trained_on_digits(name: str, folder: str | Path, ranks: Ranks) -> str:
     """The file with the weights of a digits model, which the first rank trains if there is none."""
     path = Path(folder) / f"{name}.safetensors"
-    with ranks.together():  # the others wait here
+    with ranks.raise_on_all_ranks():  # the others wait here
         if ranks.rank == 0 and not path.is_file():
             with torch.random.fork_rng():
                 torch.manual_seed(0)
@@ -81,7 +81,7 @@ def create(
     pretrained: bool,
     checkpoint: str = "",
     folder: str | Path = FOLDER,
-    ranks: Shards | None = None,
+    ranks: Ranks | None = None,
     option: str = "--initial-checkpoint",
     **options: Any,
 ) -> Any:
@@ -103,7 +103,7 @@ def create(
                 f"--num-classes {classes}: the weights trained on digits are for 10; leave it out, "
                 f"or give {option} weights for {classes}"
             )
-        checkpoint = trained_on_digits(name, folder, ranks or Shards())
+        checkpoint = trained_on_digits(name, folder, ranks or Ranks())
     pretrained = pretrained and not checkpoint
     model = timm.create_model(name, pretrained=pretrained, **options)
     if checkpoint:

@@ -23,7 +23,7 @@ from timm.utils import NativeScaler, dispatch_clip_grad
 from torch import Tensor, nn
 
 import prunus
-from prunus.core.ranks import Shards
+from prunus.core.ranks import Ranks
 from prunus.modifiers import LearningRate
 from prunus.modifiers.timing import parse_duration
 from prunus.report.records import is_main
@@ -34,7 +34,7 @@ log = logging.getLogger("prunus")
 Args = argparse.Namespace
 
 
-def build_model(args: Args, ranks: Shards, device: torch.device) -> Any:
+def build_model(args: Args, ranks: Ranks, device: torch.device) -> Any:
     """The dense model, on its device."""
     chans = args.in_chans or (args.input_size[0] if args.input_size else None)
     options = {"in_chans": chans, "num_classes": args.num_classes, "global_pool": args.gp}
@@ -77,7 +77,7 @@ def autocast_of(args: Args, device: torch.device) -> Callable[[], Any]:
 class Loaders:
     """Images to train on, to evaluate on, and to calibrate on, as the model wants them."""
 
-    def __init__(self, args: Args, model: Any, ranks: Shards, device: torch.device) -> None:
+    def __init__(self, args: Args, model: Any, ranks: Ranks, device: torch.device) -> None:
         config = resolve_data_config(vars(args), model=model)
         common = {**config, "num_workers": args.workers, "device": device}
         common["pin_memory"] = args.pin_mem
@@ -194,7 +194,7 @@ class Update:
             optimizer.step()
 
 
-def set_learning_rate(args: Args, ranks: Shards) -> None:
+def set_learning_rate(args: Args, ranks: Ranks) -> None:
     """timm's rule for ``--lr-base`` where ``--lr`` was not given."""
     if args.lr is None:
         images = args.batch_size * ranks.world_size * args.grad_accum_steps

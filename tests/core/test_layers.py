@@ -107,7 +107,7 @@ def test_transformers_conv1d_is_known_by_its_shape():
 def test_a_third_is_a_layer_of_its_own_in_shape_matrix_and_memory(third):
     for module, stacked in ((nn.Linear(8, 24), False), (Conv1D(24, 8), True)):
         whole = only(module)
-        layer = dataclasses.replace(whole, third=third)
+        layer = dataclasses.replace(whole, qkv_part=third)
         rows = slice(8 * third, 8 * third + 8)
         part = module.weight[:, rows].T if stacked else module.weight[rows]
         assert layer.shape == (8, 8)

@@ -16,7 +16,7 @@ from prunus.allocators.alphapruning import tail_exponent
 from prunus.core.blocks import by_block, find_blocks
 from prunus.core.layers import all_layers
 from prunus.core.patterns import parse_pattern
-from prunus.engine.allocator_signals import looked
+from prunus.engine.allocator_signals import with_signals
 from prunus.engine.method import Method
 from prunus.stats import InputNorm
 
@@ -63,10 +63,10 @@ def rough():
     return model
 
 
-def looks(allocator, model, chosen=None):
+def signals(allocator, model, chosen=None):
     layers = list(all_layers(model))
     method = Method(prunus.Magnitude(), parse_pattern("row"), allocator)
-    return looked(method, layers, model, prunus.Calibration(data())).looks
+    return with_signals(method, layers, model, prunus.Calibration(data())).signals
 
 
 def units(sizes, pruned=None):
@@ -87,7 +87,7 @@ def allocate(allocator, sizes, target, seen, pruned=None):
 def test_owl_sees_the_share_of_outliers_of_a_block(times):
     model = rough()
     inputs = inputs_of(model, data())
-    seen = looks(OWL(outlier=times), model)
+    seen = signals(OWL(outlier=times), model)
     groups = [
         ["first"],
         *([f"blocks.{i}.up", f"blocks.{i}.down"] for i in range(3)),
@@ -101,7 +101,7 @@ def test_owl_sees_the_share_of_outliers_of_a_block(times):
 
 def test_alphapruning_sees_the_mean_exponent_of_a_block():
     model = rough().double()
-    seen = looks(AlphaPruning(), model)
+    seen = signals(AlphaPruning(), model)
     for i in range(3):
         names = [f"blocks.{i}.up", f"blocks.{i}.down"]
         weights = [model.get_submodule(name).weight.detach() for name in names]
@@ -176,7 +176,7 @@ def test_equal_looks_give_uniform_shares(allocator):
 @pytest.mark.parametrize("target", [0.5, 0.7])
 def test_owl_spreads_shares_around_the_target_as_the_paper_does(target):
     seen, sizes, spread = [0.02, 0.05, 0.03, 0.10], [1000] * 4, 0.08
-    # 1 - s of the paper: looks from 0 to 2 lambda, shifted so that their mean is the target's
+    # 1 - s of the paper: signals from 0 to 2 lambda, shifted so that their mean is the target's
     places = np.array(seen) - min(seen)
     density = places / places.max() * 2 * spread
     density += (1 - target) - density.mean()
@@ -224,7 +224,7 @@ def test_a_run_prunes_to_the_allocation_of_the_dense_model(name, pruner):
     allocator = {"owl": OWL(), "alphapruning": AlphaPruning()}[name]
     layers = [layer for layer in all_layers(model) if layer.name.startswith("blocks")]
     method = Method(prunus.Magnitude(), parse_pattern("row"), allocator)
-    seen = looked(method, layers, model, prunus.Calibration(data())).looks
+    seen = with_signals(method, layers, model, prunus.Calibration(data())).signals
     whole = [Unit(layer.name, layer.shape, layer.weight.numel(), 0) for layer in layers]
     plan = allocator.allocate(Problem(whole, 0.5, lambda k: [], seen))
     result = prunus.prune(
@@ -270,7 +270,7 @@ modifiers:
 def test_looking_twice_sees_the_same_and_changes_nothing():
     model = rough().train()
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    assert looks(OWL(), model) == looks(OWL(), model)
+    assert signals(OWL(), model) == signals(OWL(), model)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert all(module.training for module in model.modules())
 
@@ -278,7 +278,7 @@ def test_looking_twice_sees_the_same_and_changes_nothing():
 def test_a_method_that_has_seen_does_not_look_again():
     model = Model()
     method = Method(prunus.Magnitude(), parse_pattern("row"), OWL(), {"first": 0.5})
-    assert looked(method, list(all_layers(model)), model, None) is method
+    assert with_signals(method, list(all_layers(model)), model, None) is method
 
 
 def test_owl_without_data_says_so_and_alphapruning_needs_none():
@@ -300,7 +300,7 @@ def test_layers_with_shared_inputs_are_looked_at_like_others():
             return self.q(x) + self.k(x)
 
     model = Two()
-    seen = looks(OWL(outlier=1.5), model)
+    seen = signals(OWL(outlier=1.5), model)
     norm = InputNorm(6)
     norm.update(torch.cat(data()))
     for name in "qk":

@@ -41,7 +41,7 @@ def _serve(rank: int, world_size: int, store: Path, pipe: Any) -> None:
     dist.destroy_process_group()
 
 
-class Ranks:
+class RankProcesses:
     """Calls a function on every rank and returns the answers; begun anew after a failure."""
 
     def __init__(self, directory: Path, world_size: int = 2) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 import prunus
 from prunus import ALPS, RI, RIA, Magnitude, SparseGPT, Wanda
 from prunus.core.patterns import parse_pattern
-from prunus.core.ranks import Shards
+from prunus.core.ranks import Ranks
 from prunus.pruners.ria import relative_importance
 from prunus.solvers import column_sweep
 from prunus.solvers.selection import keep_all_but_lowest, keep_all_but_lowest_of_rows
@@ -28,7 +28,7 @@ from tests.oracles.second_order import upper_factor as slow_upper_factor
 
 FEW = settings(deadline=None, max_examples=25)
 SEEDS = st.integers(0, 99)
-WHOLE = Shards()
+WHOLE = Ranks()
 DAMP = SparseGPT().damp
 LEARNERS = [Wanda(), Wanda(swap=True, refit=True), RIA(), SparseGPT(), ALPS()]
 NAMES = ["wanda", "wanda-refit", "ria", "sparsegpt", "alps"]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import prunus
-from prunus.core.ranks import Shards
+from prunus.core.ranks import Ranks
 
 from tests.oracles.pruning import SINGLE
 from tests.research import training_runs as runs
@@ -35,7 +35,7 @@ def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one-shot")
     (folder / "cap.yaml").write_text(CAP)
     with mock.patch.object(vision_models, "EPOCHS", 1):
-        vision_models.trained_on_digits("digits_vit", folder, Shards())
+        vision_models.trained_on_digits("digits_vit", folder, Ranks())
     return folder
 
 
@@ -216,7 +216,7 @@ def test_images_are_cropped_as_the_model_wants_them(home, tmp_path):
     ):
         with mock.patch.dict(vision_models.CONFIG, crop_mode=mode):
             args = one_shot_pruning.parse(flags(home, tmp_path))
-            program = one_shot_pruning.Program(args, Shards(), torch.device("cpu"))
+            program = one_shot_pruning.Program(args, Ranks(), torch.device("cpu"))
         assert np.array_equal(program.test.dataset.transform(wide)[0], np.asarray(seen))
 
 

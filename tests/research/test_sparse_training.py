@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import prunus
-from prunus.core.ranks import Shards
+from prunus.core.ranks import Ranks
 
 from tests.oracles.pruning import SINGLE
 from tests.research import training_runs as runs
@@ -299,7 +299,7 @@ def test_distillation_is_the_divergence_from_the_dense_models_answer():
 def test_the_teacher_stays_the_dense_model(tmp_path):
     more = ["--distill", "--epochs", "1", "--lr", "0.1", "-b", "256"]
     args = runs.options(tmp_path, GRADUAL, *more)
-    training = sparse_training.Training(args, Shards(), torch.device("cpu"))
+    training = sparse_training.Training(args, Ranks(), torch.device("cpu"))
     dense = {name: w.clone() for name, w in training.plain.state_dict().items()}
     training.run()
     teacher = training.loss.teacher.state_dict()
@@ -466,9 +466,9 @@ def test_ranks_share_an_epoch_and_resume_where_they_were(images, batch, world, r
     for rank in range(world):
         if images // world < batch:
             with pytest.raises(ValueError, match="use smaller batches"):
-                vision_data.Order(images, batch, 0, Shards(None, rank, world), repeats)
+                vision_data.Order(images, batch, 0, Ranks(None, rank, world), repeats)
             return
-        order = vision_data.Order(images, batch, 0, Shards(None, rank, world), repeats)
+        order = vision_data.Order(images, batch, 0, Ranks(None, rank, world), repeats)
         order.epoch = lambda: epoch
         drawn = list(order)
         assert len(drawn) == len(order) == images // world // batch * batch
@@ -686,4 +686,4 @@ def test_the_number_of_processes_stays(tmp_path):
         mock.patch.object(sparse_training, "DistributedDataParallel", lambda model, **_: model),
         pytest.raises(ValueError, match="is of 1 processes, now there are 2, .* start as many"),
     ):
-        sparse_training.Training(args, Shards(None, 0, 2), torch.device("cpu"))
+        sparse_training.Training(args, Ranks(None, 0, 2), torch.device("cpu"))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from prunus.solvers import admm
 from prunus.solvers.admm import solve, support
-from prunus.solvers.column_sweep import sweep, upper_factor
+from prunus.solvers.column_sweep import sweep_columns, upper_factor
 from prunus.solvers.least_squares import refit, relative_error
 from prunus.solvers.selection import (
     keep_all_but_lowest,
@@ -147,7 +147,7 @@ def test_seventy_percent_cost_less_than_the_column_sweep_with_a_refit(seed):
     w, gram = layer(128, seed)
     damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(128, dtype=gram.dtype)
     for project, every in ((per_row, 128), (two_of_four, 4)):
-        new, mask = sweep(w, upper_factor(damped), lambda s, b, e, p=project: p(s), every)
+        new, mask = sweep_columns(w, upper_factor(damped), lambda s, b, e, p=project: p(s), every)
         theirs = relative_error(w, refit(w, new, gram, mask), gram)
         assert relative_error(w, solve(w, gram, project)[0], gram) < 0.9 * theirs
 

@@ -10,7 +10,12 @@ from hypothesis import strategies as st
 from prunus.core.patterns import parse_pattern
 from prunus.pruners._stripes import choice, row_counts, stripe_counts
 from prunus.solvers import column_sweep
-from prunus.solvers.column_sweep import errors_by_columns, errors_by_solving, sweep, upper_factor
+from prunus.solvers.column_sweep import (
+    errors_by_columns,
+    errors_by_solving,
+    sweep_columns,
+    upper_factor,
+)
 from prunus.solvers.column_sweep_numpy import Groups
 from prunus.solvers.selection import keep_all_but_lowest, keep_highest_of_groups
 
@@ -92,7 +97,7 @@ def test_the_errors_of_a_panel_are_those_of_the_loop(rows, cols, seed, data):
 def test_the_sweep_equals_the_published_loop(cols):
     w, h = problem(6, cols)
     u = upper_factor(h)
-    mine, keep = sweep(w, u, half)
+    mine, keep = sweep_columns(w, u, half)
     theirs, their_keep, _ = column_loop(w, u, half, column_sweep.STRIPE)
     assert torch.equal(keep, their_keep)
     close(mine, theirs, 1e-7)
@@ -106,7 +111,7 @@ def test_the_sweep_equals_the_published_loop(cols):
 def test_groups_are_chosen_from_weights_that_know_of_all_errors_before(n, m):
     w, h = problem(3, 512 // m * m)
     u = upper_factor(h)
-    mine, keep = sweep(w, u, n_of(n, m), m)
+    mine, keep = sweep_columns(w, u, n_of(n, m), m)
     theirs, their_keep, _ = column_loop(w, u, n_of(n, m), m)
     assert bool((keep.view(3, -1, m).sum(2) == n).all())
     assert torch.equal(keep, their_keep)
@@ -118,9 +123,9 @@ def test_groups_are_chosen_from_weights_that_know_of_all_errors_before(n, m):
 def test_groups_do_not_depend_on_panels_and_stripes(stripe, panel):
     w, h = problem(5, 40)
     u = upper_factor(h)
-    expected, their_keep = sweep(w, u, n_of(2, 4), 4)
+    expected, their_keep = sweep_columns(w, u, n_of(2, 4), 4)
     with mock.patch.multiple(column_sweep, STRIPE=stripe, PANEL=panel):
-        mine, keep = sweep(w, u, n_of(2, 4), 4)
+        mine, keep = sweep_columns(w, u, n_of(2, 4), 4)
     assert torch.equal(keep, their_keep)
     close(mine, expected)
 
@@ -130,29 +135,31 @@ def test_the_result_does_not_depend_on_how_many_columns_are_solved_at_once(panel
     w, h = problem(5, 200)
     u = upper_factor(h)
     keep = half(torch.randn(w.shape, dtype=torch.float64), 0, 0)
-    expected, _ = sweep(w, u, given_mask(keep))
+    expected, _ = sweep_columns(w, u, given_mask(keep))
     with mock.patch.object(column_sweep, "PANEL", panel):
-        mine, _ = sweep(w, u, given_mask(keep))
+        mine, _ = sweep_columns(w, u, given_mask(keep))
     close(mine, expected, 1e-8)
 
 
 def test_keeping_all_leaves_the_weights_bitwise_and_keeping_none_is_zero():
     w, h = problem(4, 150)
     u = upper_factor(h)
-    assert torch.equal(sweep(w, u, given_mask(torch.ones_like(w).bool()))[0], w)
-    assert torch.equal(sweep(w, u, given_mask(torch.zeros_like(w).bool()))[0], torch.zeros_like(w))
+    assert torch.equal(sweep_columns(w, u, given_mask(torch.ones_like(w).bool()))[0], w)
+    assert torch.equal(
+        sweep_columns(w, u, given_mask(torch.zeros_like(w).bool()))[0], torch.zeros_like(w)
+    )
 
 
 def test_a_diagonal_matrix_moves_no_survivor():
     w, h = problem(4, 150)
-    new, keep = sweep(w, upper_factor(h.diagonal().diag()), half)
+    new, keep = sweep_columns(w, upper_factor(h.diagonal().diag()), half)
     assert torch.equal(new, w.where(keep, 0))
 
 
 def test_columns_and_weights_are_left_as_they_were_given():
     w, h = problem(4, 40)
     before = w.clone(), h.clone()
-    sweep(w, upper_factor(h), half)
+    sweep_columns(w, upper_factor(h), half)
     assert torch.equal(w, before[0])
     assert torch.equal(h, before[1])
 
@@ -163,8 +170,8 @@ def test_rows_in_another_order_give_the_same_rows(order, seed):
     w, h = problem(6, 20, seed)
     u = upper_factor(h)
     for choose, every in ((half, 128), (n_of(2, 4), 4)):
-        new, keep = sweep(w, u, choose, every)
-        again, again_keep = sweep(w[order], u, choose, every)
+        new, keep = sweep_columns(w, u, choose, every)
+        again, again_keep = sweep_columns(w[order], u, choose, every)
         assert torch.equal(again_keep, keep[order])
         close(again, new[order], 1e-8)
 
@@ -174,7 +181,7 @@ def test_rows_in_another_order_give_the_same_rows(order, seed):
 def test_the_loss_is_half_the_sum_of_the_squared_errors(rows, cols, seed):
     w, h = problem(rows, cols, seed)
     u = upper_factor(h)
-    new, _ = sweep(w, u, half)
+    new, _ = sweep_columns(w, u, half)
     *_, expected = column_loop(w, u, half, 128)
     assert loss(h, new - w) == pytest.approx(expected, rel=1e-8)
 
@@ -183,7 +190,7 @@ def test_the_loss_is_half_the_sum_of_the_squared_errors(rows, cols, seed):
 @FEW
 def test_the_sweep_never_beats_the_exact_solve_for_its_mask(rows, cols, seed):
     w, h = problem(rows, cols, seed)
-    new, keep = sweep(w, upper_factor(h), half)
+    new, keep = sweep_columns(w, upper_factor(h), half)
     c = inverse(h)
     for old, row, kept in zip(w, new, keep, strict=True):
         best = group_solve(c, old, (~kept).nonzero().squeeze(1).tolist())
@@ -196,7 +203,7 @@ def test_where_the_first_columns_go_the_sweep_is_the_exact_solve(cols, seed, dat
     w, h = problem(2, cols, seed)
     k = data.draw(st.integers(0, cols))
     keep = (torch.arange(cols) >= k).expand(2, cols)
-    new, _ = sweep(w, upper_factor(h), given_mask(keep))
+    new, _ = sweep_columns(w, upper_factor(h), given_mask(keep))
     for old, row in zip(w, new, strict=True):
         close(row, group_solve(inverse(h), old, list(range(k))), 1e-7)
 
@@ -206,7 +213,7 @@ def test_the_sweep_loses_less_than_zeroing_does_with_the_same_mask(seed):
     # true of the rows together; no theorem: a single row can lose more
     w, h = problem(32, 64, seed)
     for choose, every in ((half, 128), (n_of(2, 4), 4)):
-        new, keep = sweep(w, upper_factor(h), choose, every)
+        new, keep = sweep_columns(w, upper_factor(h), choose, every)
         assert loss(h, new - w) < 0.7 * loss(h, w.where(keep, 0) - w)
 
 
@@ -315,7 +322,7 @@ def test_groups_swept_in_numpy_are_those_of_the_general_sweep(seed, pattern):
         alive, useless[::5] = torch.rand(w.shape, generator=torch.manual_seed(seed)) < 0.7, True
         w = w * alive
     u, groups = upper_factor(h), Groups(n, m, alive, useless)
-    fast, fast_keep = sweep(w, u, groups, m)
-    slow, slow_keep = sweep(w, u, lambda *args: groups(*args), m)
+    fast, fast_keep = sweep_columns(w, u, groups, m)
+    slow, slow_keep = sweep_columns(w, u, lambda *args: groups(*args), m)
     assert torch.equal(fast_keep, slow_keep)
     torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-12)

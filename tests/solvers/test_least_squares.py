@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prunus.solvers import least_squares as refitting
-from prunus.solvers.column_sweep import sweep, upper_factor
+from prunus.solvers.column_sweep import sweep_columns, upper_factor
 from prunus.solvers.least_squares import layer_error, refit, relative_error
 from prunus.solvers.selection import keep_all_but_lowest_of_rows, keep_highest_of_groups
 
@@ -26,7 +26,7 @@ def row_solve(row, gram, keep):
 
 def sparsegpt(w, gram, choose, every=128):
     damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-    return sweep(w, upper_factor(damped), lambda scores, begin, end: choose(scores), every)
+    return sweep_columns(w, upper_factor(damped), lambda scores, begin, end: choose(scores), every)
 
 
 def half(scores):

@@ -5,8 +5,8 @@ from prunus.allocators.base import (
     ALLOCATORS,
     Allocation,
     Allocator,
-    LookingAllocator,
     Problem,
+    SignalAllocator,
     Unit,
 )
 from prunus.allocators.erk import ERK
@@ -23,8 +23,8 @@ __all__ = [
     "Allocator",
     "AlphaPruning",
     "Global",
-    "LookingAllocator",
     "Problem",
+    "SignalAllocator",
     "Table",
     "Uniform",
     "Unit",

@@ -59,7 +59,7 @@ class AlphaPruning:
     def statistic(self, layer: Layer) -> None:
         return None
 
-    def look(self, block: Sequence[tuple[Tensor, Any]]) -> float:
+    def signal(self, block: Sequence[tuple[Tensor, Any]]) -> float:
         """The mean exponent of the block's layers."""
         return sum(tail_exponent(w) for w, _ in block) / len(block)
 

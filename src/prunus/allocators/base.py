@@ -31,13 +31,13 @@ class Unit:
 class Problem:
     """``lowest(k)`` says how many of the k lowest-scored units of the model lie in each layer.
 
-    ``looks`` are what a `LookingAllocator` has seen, by layer name.
+    ``signals`` are what a `SignalAllocator` measured, by layer name.
     """
 
     units: Sequence[Unit]
     target: float | None
     lowest: Callable[[int], list[int]]
-    looks: Mapping[str, float] = field(default_factory=dict)
+    signals: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -50,10 +50,10 @@ class Problem:
     @property
     def drop(self) -> int:
         """Units to be gone in all, exactly; never fewer than are gone already."""
-        return max(round(self.given * self.size), self.pruned)
+        return max(round(self.sparsity_target * self.size), self.pruned)
 
     @property
-    def given(self) -> float:
+    def sparsity_target(self) -> float:
         """The target. Raises ValueError if there is none."""
         if self.target is None:
             raise ValueError("no sparsity was given; give one, such as sparsity=0.75")
@@ -89,14 +89,14 @@ class Allocator(Protocol):
 
 
 @runtime_checkable
-class LookingAllocator(Allocator, Protocol):
-    """One that looks at the layers first, block by block."""
+class SignalAllocator(Allocator, Protocol):
+    """One that measures a signal in each block of layers first."""
 
     def statistic(self, layer: Layer) -> Statistic | None:
         """What to measure on calibration data for this layer, if anything."""
         ...
 
-    def look(self, block: Sequence[tuple[Tensor, Any]]) -> float:
+    def signal(self, block: Sequence[tuple[Tensor, Any]]) -> float:
         """A number for the layers of one block, from their weights, (rows, cols), and statistics.
 
         A layer that is in no block comes alone.
@@ -144,10 +144,10 @@ def fill(shares: Sequence[float], low: Sequence[int], high: Sequence[int], total
 
 
 def places(problem: Problem) -> list[float]:
-    """Where the look of each unit lies: 0 for the lowest, 1 for the highest; 0.5 if all equal."""
-    looks = [problem.looks[unit.name] for unit in problem.units]
-    low, width = min(looks), max(looks) - min(looks)
-    return [(look - low) / width if width > 0 else 0.5 for look in looks]
+    """Where the signal of each unit lies: 0 for the lowest, 1 for the highest; 0.5 if all equal."""
+    signals = [problem.signals[unit.name] for unit in problem.units]
+    low, width = min(signals), max(signals) - min(signals)
+    return [(signal - low) / width if width > 0 else 0.5 for signal in signals]
 
 
 def filled(problem: Problem, rates: Sequence[float], total: int | None = None) -> Allocation:

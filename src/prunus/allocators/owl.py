@@ -43,7 +43,7 @@ class OWL:
     def statistic(self, layer: Layer) -> InputNorm:
         return InputNorm(layer.matrix_shape()[1])
 
-    def look(self, block: Sequence[tuple[Tensor, InputNorm]]) -> float:
+    def signal(self, block: Sequence[tuple[Tensor, InputNorm]]) -> float:
         """Share of outliers in the block."""
         scores = [w.abs().float() * stat.norm.to(w.device) for w, stat in block]
         size = sum(score.numel() for score in scores)

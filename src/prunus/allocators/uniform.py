@@ -15,7 +15,7 @@ class Uniform:
     name: ClassVar[str] = "uniform"
 
     def allocate(self, problem: Problem) -> Allocation:
-        share, units = problem.given, problem.units
+        share, units = problem.sparsity_target, problem.units
         total = round(sum(max(share * unit.size, unit.pruned) for unit in units))
         return filled(problem, [1.0] * len(units), total)
 

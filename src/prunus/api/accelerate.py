@@ -63,11 +63,11 @@ class Accelerated(Printable):
             )
 
     def notes(self) -> Sequence[str]:
-        said: dict[str, list[str]] = {}
+        message: dict[str, list[str]] = {}
         for row in self.rows:
             if row.why:
-                said.setdefault(row.why, []).append(row.name)
-        lines = [f"dense: {_few(names)}: {why}" for why, names in said.items()]
+                message.setdefault(row.why, []).append(row.name)
+        lines = [f"dense: {_few(names)}: {why}" for why, names in message.items()]
         return [*lines, self.verdict, self.machine]
 
     @property
@@ -171,15 +171,15 @@ def accelerate(model: nn.Module, example: Any = None, *, rows: int = 128) -> Acc
 
 def _accelerate(model: nn.Module, example: Any, rows: int) -> list[LayerExecution]:
     found = list(targets(model))
-    given: Mapping[Any, int] = {}
+    rows_by_layer: Mapping[Any, int] = {}
     if example is not None:
         layers = [target.layer for target in found if not target.refused]
-        given = input_rows(model, layers, example)
+        rows_by_layer = input_rows(model, layers, example)
     chooser, table = Chooser(), []
     for target in track(found, "measuring the layers"):
-        its = rows if example is None else given.get(target.layer)
-        row, stored = chooser.choose(target, its)
-        if stored is not None and its is not None:
-            become_sparse(target.layer.module, stored, its)
+        rows_seen = rows if example is None else rows_by_layer.get(target.layer)
+        row, stored = chooser.choose(target, rows_seen)
+        if stored is not None and rows_seen is not None:
+            become_sparse(target.layer.module, stored, rows_seen)
         table.append(row)
     return table

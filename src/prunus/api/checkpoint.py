@@ -25,7 +25,7 @@ from prunus.core.files import atomic_write
 from prunus.core.layers import clean_name, unwrap
 from prunus.core.masks import local, pack, unpack
 from prunus.core.names import did_you_mean
-from prunus.core.ranks import Shards
+from prunus.core.ranks import Ranks
 from prunus.core.sharding import gather, ranks_of, shard
 from prunus.engine.permute.gather import BUFFER, restore_gathers
 from prunus.recipe import Recipe
@@ -78,10 +78,10 @@ def save(
             what = "is on the meta device" if isinstance(t, Tensor) else "is no tensor"
             raise ValueError(f"{name!r} {what}; safetensors files hold tensors with data only")
     cuts = (ranks_of(t) for t in parts.values() if hasattr(t, "to_local"))
-    shards = next(cuts, Shards())
+    shards = next(cuts, Ranks())
     state = _gathered(parts, parts)
     masks = {} if pruning is None else _gathered(pruning.masks, parts)
-    with shards.together():
+    with shards.raise_on_all_ranks():
         if is_main():
             _write(path, state, masks, pruning, compact)
 
@@ -214,19 +214,19 @@ def _load_into(model: nn.Module, state: Mapping[str, Tensor], path: Any) -> None
     target = unwrap(model)
     gathers = {name: t for name, t in state.items() if name.rpartition(".")[2] == BUFFER}
     parts = target.state_dict()
-    mine = {clean_name(name): name for name in parts}
-    for name in mine:
+    names = {clean_name(name): name for name in parts}
+    for name in names:
         if name not in state:
             raise ValueError(f"'{path}' has no {name!r}{did_you_mean(name, state)}")
     for name, t in state.items():
         if name in gathers:
             continue
-        if name not in mine:
-            raise ValueError(f"'{path}' has {name!r}, the model has not{did_you_mean(name, mine)}")
-        shape = tuple(parts[mine[name]].shape)
+        if name not in names:
+            raise ValueError(f"'{path}' has {name!r}, the model has not{did_you_mean(name, names)}")
+        shape = tuple(parts[names[name]].shape)
         if tuple(t.shape) != shape:
             raise ValueError(f"'{path}' has {name!r} as {tuple(t.shape)}, the model as {shape}")
     restore_gathers(target, gathers)
     parts = target.state_dict()
-    mine = {clean_name(name): name for name in parts}
-    target.load_state_dict({mine[n]: shard(t, parts[mine[n]]) for n, t in state.items()})
+    names = {clean_name(name): name for name in parts}
+    target.load_state_dict({names[n]: shard(t, parts[names[n]]) for n, t in state.items()})

@@ -67,9 +67,9 @@ def as_recipe(
     """The recipe that a call of `prune` stands for."""
     name = os.fspath(pruner) if isinstance(pruner, str | os.PathLike) else ""
     if isinstance(pruner, Recipe | os.PathLike) or name.endswith(ENDINGS) or is_text(name):
-        given = {"pattern": pattern, "layers": layers, "exclude": exclude}
-        given |= {"allocator": allocator, "permute": permute}  # type: ignore[dict-item]
-        if clash := [key for key, value in given.items() if value]:
+        settings = {"pattern": pattern, "layers": layers, "exclude": exclude}
+        settings |= {"allocator": allocator, "permute": permute}  # type: ignore[dict-item]
+        if clash := [key for key, value in settings.items() if value]:
             raise ValueError(f"{', '.join(clash)} belong in the recipe, which was given as well")
         overrides: dict[str, Any] = {} if sparsity is None else {"sparsity": sparsity}
         return Recipe.load(cast("str | Recipe", pruner), **overrides)
@@ -153,13 +153,13 @@ def prune(
             recorder.save(output_dir)
     except BaseException:
         for run in reversed(runs):
-            run.did.undo()
+            run.result.undo()
         raise
     rows = {row.name: row for run in runs for row in run.rows}
     left_dense = [name for name in runs[0].left_dense if name not in rows]
     result = Result(list(rows.values()), dict(context.masks), recipe, left_dense, recorder)
     for run in runs:
-        for folded in run.did.folded:
+        for folded in run.result.folded:
             result.permuted += folded.rows
             result.not_permuted |= folded.refused
         result.not_permuted |= run.folds.refused
@@ -228,7 +228,7 @@ def sweep(
     chosen = select(model, None if layers is None else _names(layers), _names(exclude))
     fitted = method.fit(chosen.layers)
     engine.check_reachable(fitted, method.pattern, min(sparsities))
-    prune_to = engine.solutions(method, fitted, model, calibration)
+    prune_to = engine.prepare_sweep(method, fitted, model, calibration)
     norms = _norms_data(recalibrate, calibration)
     saved = [(layer.local, layer.local.clone()) for layer in fitted]
     recorder, values = Recorder(), {}
@@ -253,5 +253,5 @@ def sweep(
 
 
 def _metrics(value: Any) -> dict[str, float]:
-    given = value if isinstance(value, Mapping) else {"value": value}
-    return {str(name): number(metric) for name, metric in given.items()}
+    metrics = value if isinstance(value, Mapping) else {"value": value}
+    return {str(name): number(metric) for name, metric in metrics.items()}

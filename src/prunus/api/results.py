@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from prunus.core.layers import all_layers
 from prunus.core.masks import local
 from prunus.core.names import did_you_mean
-from prunus.engine.method import LayerRow
+from prunus.engine.method import LayerResult
 from prunus.engine.permute.step import FoldRow
 from prunus.report.records import Recorder, is_main
 
@@ -89,7 +89,7 @@ class Recorded(Printable):
 class Result(Recorded):
     """What a one-shot run did, layer by layer."""
 
-    rows: list[LayerRow]
+    rows: list[LayerResult]
     masks: Mapping[str, Tensor]
     """parameter name -> keep-mask, True means kept"""
     recipe: Recipe
@@ -117,9 +117,9 @@ class Result(Recorded):
             *(name for name, _ in self._losses()),
         )
 
-    def _losses(self) -> list[tuple[str, Callable[[LayerRow], float | None]]]:
+    def _losses(self) -> list[tuple[str, Callable[[LayerResult], float | None]]]:
         """What is known of the layers' losses: method by method something else."""
-        kinds: list[tuple[str, Callable[[LayerRow], float | None]]] = [
+        kinds: list[tuple[str, Callable[[LayerResult], float | None]]] = [
             ("score lost", lambda row: row.score_lost),
             ("output error", lambda row: row.error),
         ]
@@ -134,18 +134,18 @@ class Result(Recorded):
         yield f"{len(self.rows)} layers", "", "", f"{self.sparsity:.4f}", f"{zeros:,}"
 
     def notes(self) -> Sequence[str]:
-        said = [f"left dense: {', '.join(self.left_dense)}"] if self.left_dense else []
+        message = [f"left dense: {', '.join(self.left_dense)}"] if self.left_dense else []
         if self.permuted:
             before, after = (
                 sum(getattr(row, key) for row in self.permuted) / len(self.permuted)
                 for key in ("before", "after")
             )
-            said.append(
+            message.append(
                 f"{len(self.permuted)} channel permutations: score kept {before:.2%} -> {after:.2%}"
             )
         if self.not_permuted:
-            said.append(f"not permuted: {len(self.not_permuted)} layers; see .not_permuted")
-        return said
+            message.append(f"not permuted: {len(self.not_permuted)} layers; see .not_permuted")
+        return message
 
 
 @dataclass

@@ -104,11 +104,11 @@ class Session:
         self._refuse_overlap()
         try:
             for run in self.runs:
-                run.prepare()
+                run.on_attach()
         except BaseException:
             self.closed = True
             for run in self.runs:
-                run.release()
+                run.detach()
             raise
         plain: Any = torch.compiler.disable  # a compiled step leaves its graph for our hooks
         self._handles = [
@@ -173,11 +173,11 @@ class Session:
         self.step += not skipped
         with torch.no_grad():
             for run in self.runs:
-                (run.skipped if skipped else run.settle)(self.step)
+                (run.skipped if skipped else run.apply_masks)(self.step)
             for run in self.runs if not skipped else ():
-                run.after_step(self.step)
+                run.prune(self.step)
             for run in self.runs if not skipped else ():
-                run.enter(self.step)
+                run.begin_window(self.step)
 
     def _begin(self) -> None:
         if not self._fresh:
@@ -246,11 +246,11 @@ class Session:
             raise ValueError(f"this is not the state of a session: it lacks {sorted(missing)}")
         if state["version"] != 1:
             raise ValueError(f"the state has version {state['version']}; this prunus reads 1")
-        mine = self.recipe.to_yaml()
-        if state["recipe"] != mine:
+        recipe = self.recipe.to_yaml()
+        if state["recipe"] != recipe:
             raise ValueError(
                 "the state is of another recipe; resume with the recipe it was trained with.\n"
-                f"--- the state's\n{state['recipe']}--- this session's\n{mine}"
+                f"--- the state's\n{state['recipe']}--- this session's\n{recipe}"
             )
         parameters = clean_parameters(self.model)
         masks = {}
@@ -285,7 +285,7 @@ class Session:
             for handle in self._handles:
                 handle.remove()
             for run in self.runs:
-                run.release()
+                run.detach()
             self.recorder.close()
 
     def _finish(self) -> None:

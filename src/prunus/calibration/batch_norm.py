@@ -72,7 +72,7 @@ def _moments(
     """Mean and variance of each norm's inputs over all batches: the law of total variance."""
     sums = [torch.zeros(2, norm.num_features, dtype=torch.float64) for norm in norms]
     count = torch.zeros(1, dtype=torch.float64)
-    with all_ranks().together():
+    with all_ranks().raise_on_all_ranks():
         for batch in track(in_common(model, calibration), "normalization statistics"):
             calibration.run(model, batch)
             count += 1

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from prunus.calibration.memory_plan import parse_bytes
 from prunus.core.layers import reshard
-from prunus.core.ranks import all_ranks, alone, in_step
+from prunus.core.ranks import all_ranks, lockstep, no_error_sync
 
 Batch = Any
 
@@ -88,7 +88,7 @@ class Calibration:
 
     def run(self, model: nn.Module, batch: Batch) -> Any:
         """One forward pass: the loss where there is one, else the output."""
-        with alone(when=needs_all_ranks(model)):
+        with no_error_sync(when=needs_all_ranks(model)):
             return self._run(model, batch)
 
     def _run(self, model: nn.Module, batch: Batch) -> Any:
@@ -169,4 +169,4 @@ def needs_all_ranks(model: nn.Module) -> bool:
 def in_common(model: nn.Module, calibration: Calibration) -> Iterator[Batch]:
     """The batches; as many on every rank where a forward pass needs all ranks."""
     batches = iter(calibration)
-    return in_step(batches, all_ranks(), all_needed=True) if needs_all_ranks(model) else batches
+    return lockstep(batches, all_ranks(), all_needed=True) if needs_all_ranks(model) else batches

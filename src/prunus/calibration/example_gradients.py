@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from prunus.calibration.calibration import Batch, Calibration
 from prunus.core.layers import Layer, unwrap
 from prunus.core.masks import local
-from prunus.core.ranks import alone
+from prunus.core.ranks import no_error_sync
 
 log = logging.getLogger("prunus")
 
@@ -58,7 +58,7 @@ def micro_batch_gradients(
     found: Sequence[Tensor | None]
     with torch.autocast(loss.device.type, enabled=False):  # a backward pass runs outside of it
         if is_sharded(layers):  # FSDP2 gathers and reduces in a backward pass only
-            with alone():
+            with no_error_sync():
                 loss.backward()  # type: ignore[no-untyped-call]
             found = [w.grad for w in weights]
             for p in model.parameters():
@@ -132,7 +132,7 @@ class ExampleGradients:
     ) -> None:
         self.model, self.layers, self.calibration = unwrap(model), layers, calibration
         self.at_once = at_once
-        reasons = [said for layer in layers if (said := layer.no_input_matrix())]
+        reasons = [message for layer in layers if (message := layer.no_input_matrix())]
         self.by_hooks: bool | None = False if reasons else None
         if reasons:
             log.info("one backward pass for each example, because %s", reasons[0])
@@ -161,9 +161,11 @@ class ExampleGradients:
         seen = self._seen(batch)
         told = [False] * len(self.layers)
         for at in sorted({0, size // 2, size - 1}):
-            mine = [self._product(i, seen[i], at, at + 1, size) for i in range(len(self.layers))]
-            theirs = self._single(batch, at, size)
-            for i, (fast, slow) in enumerate(zip(mine, theirs, strict=True)):
+            fast_gradients = [
+                self._product(i, seen[i], at, at + 1, size) for i in range(len(self.layers))
+            ]
+            slow_gradients = self._single(batch, at, size)
+            for i, (fast, slow) in enumerate(zip(fast_gradients, slow_gradients, strict=True)):
                 same = _alike(fast, slow)
                 told[i] |= same is not None
                 if same is False:

@@ -14,7 +14,7 @@ from prunus.calibration.measurements import budget_of, check_measurable
 from prunus.calibration.memory_plan import Rows
 from prunus.core.layers import Layer
 from prunus.core.names import did_you_mean
-from prunus.core.ranks import Shards, all_ranks
+from prunus.core.ranks import Ranks, all_ranks
 from prunus.core.selection import select
 from prunus.pruners import SecondOrder
 from prunus.stats import BlockFisher
@@ -90,8 +90,8 @@ def fisher(
     stats = {layer: settings.statistic(layer) for layer in chosen}
     check_measurable(stats, "fisher", calibration)
     by_rows = {Rows(layer, 0, stat.rows): stat for layer, stat in stats.items()}
-    everyone = Shards() if is_sharded(chosen) else all_ranks()
-    with torch.no_grad(), all_ranks().together():
+    everyone = Ranks() if is_sharded(chosen) else all_ranks()
+    with torch.no_grad(), all_ranks().raise_on_all_ranks():
         need = sum(stat.nbytes for stat in stats.values())
         budget = budget_of(calibration, chosen, settings.device)
         if need > budget:
@@ -99,6 +99,6 @@ def fisher(
                 f"the Fisher matrix takes {need:,} bytes, and the memory for it is {budget:,}; "
                 "take fewer layers, a smaller block_size or fewer gradients"
             )
-    with torch.no_grad(), all_ranks().together():
+    with torch.no_grad(), all_ranks().raise_on_all_ranks():
         measure_gradients(model, by_rows, calibration, everyone=everyone)
     return Fisher(stats)

@@ -14,7 +14,7 @@ BAD_SHARE = 0.05  # of gradients that may be NaN or infinite
 ABSENT, GOOD, UNREACHED, BAD = 0.0, 1.0, 2.0, 3.0  # what became of a sample; sent as numbers
 
 
-class Tally:
+class GradientChecks:
     """Counts the gradients that are NaN or infinite, which are left out."""
 
     def __init__(self, layers: Sequence[Layer], expected: int) -> None:

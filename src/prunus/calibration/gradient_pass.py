@@ -17,11 +17,11 @@ from prunus.calibration.example_gradients import (
     is_sharded,
     micro_batch_gradients,
 )
-from prunus.calibration.gradient_checks import ABSENT, BAD, GOOD, UNREACHED, Tally
+from prunus.calibration.gradient_checks import ABSENT, BAD, GOOD, UNREACHED, GradientChecks
 from prunus.calibration.memory_plan import Rows
 from prunus.core.layers import Layer
 from prunus.core.progress import track
-from prunus.core.ranks import Shards, all_ranks, alone, in_step
+from prunus.core.ranks import Ranks, all_ranks, lockstep, no_error_sync
 from prunus.stats import GradientStatistic, Sampling
 
 log = logging.getLogger("prunus")
@@ -48,7 +48,7 @@ def _packets(
 ) -> Iterator[Packet]:
     batches = calibration.stretch(begin) if quota else iter(())
     if is_sharded(layers):  # a forward pass gathers weights from all ranks
-        batches = in_step(batches, all_ranks(), all_needed=True)
+        batches = lockstep(batches, all_ranks(), all_needed=True)
     examples = ExampleGradients(model, layers, calibration, at_once)
     taken = 0
     for used, (number, batch) in enumerate(batches, 1):
@@ -90,13 +90,13 @@ def _max_over_ranks(flags: Tensor) -> Tensor:
 class _Exchange:
     """Hands each rank, of the gradients of all ranks, the rows that it works on."""
 
-    def __init__(self, mine: Sequence[Rows], everyone: Shards, at_once: int) -> None:
-        self.mine, self.everyone, self.at_once = mine, everyone, at_once
-        self.sharded = is_sharded([rows.layer for rows in mine])
+    def __init__(self, local_rows: Sequence[Rows], everyone: Ranks, at_once: int) -> None:
+        self.local_rows, self.everyone, self.at_once = local_rows, everyone, at_once
+        self.sharded = is_sharded([rows.layer for rows in local_rows])
         if everyone.group is None:
             return
-        table = torch.zeros(everyone.world_size, len(mine), 2, dtype=torch.int64)
-        table[everyone.rank] = torch.tensor([[rows.begin, rows.end] for rows in mine])
+        table = torch.zeros(everyone.world_size, len(local_rows), 2, dtype=torch.int64)
+        table[everyone.rank] = torch.tensor([[rows.begin, rows.end] for rows in local_rows])
         self.cuts = everyone.all_reduce(table).tolist()
 
     def __call__(self, packet: Packet | None) -> Iterator[tuple[list[Tensor], Tensor, str]]:
@@ -110,14 +110,14 @@ class _Exchange:
             yield self._whole(packet.grads, flags.shape[1]), flags, f"batch {packet.batch}"
             return
         for rank, got in enumerate(self.everyone.all_to_all(self._messages(packet))):
-            count = len(self.mine) * self.at_once
-            flags = got[-count - 1 : -1].view(len(self.mine), self.at_once).cpu()
+            count = len(self.local_rows) * self.at_once
+            flags = got[-count - 1 : -1].view(len(self.local_rows), self.at_once).cpu()
             yield self._unpacked(got), flags, f"batch {int(got[-1])} of rank {rank}"
 
     def _whole(self, grads: Grads, size: int) -> list[Tensor]:
         """This rank's rows; zeros where there is no gradient."""
         parts = []
-        for rows, g in zip(self.mine, grads, strict=True):
+        for rows, g in zip(self.local_rows, grads, strict=True):
             if g is None:
                 cols = rows.layer.matrix_shape()[1]
                 parts.append(rows.layer.local.new_zeros(size, len(rows), cols))
@@ -129,7 +129,7 @@ class _Exchange:
 
     def _messages(self, packet: Packet | None) -> list[Tensor]:
         """To each rank: its rows of every layer, the flags, the number of the batch."""
-        layers = [rows.layer for rows in self.mine]
+        layers = [rows.layer for rows in self.local_rows]
         device = layers[0].local.device
         exact = any(layer.weight.dtype == torch.float64 for layer in layers)
         dtype = torch.float64 if exact else torch.float32
@@ -155,7 +155,7 @@ class _Exchange:
 
     def _unpacked(self, got: Tensor) -> list[Tensor]:
         parts, at = [], 0
-        for rows in self.mine:
+        for rows in self.local_rows:
             shape = self.at_once, len(rows), rows.layer.matrix_shape()[1]
             size = shape[0] * shape[1] * shape[2]
             parts.append(got[at : at + size].view(shape))
@@ -189,7 +189,7 @@ def measure_gradients(
     stats: Mapping[Rows, GradientStatistic],
     calibration: Calibration,
     begin: int = 0,
-    everyone: Shards | None = None,
+    everyone: Ranks | None = None,
     title: str = "gradients",
 ) -> int:
     """Fill the statistics from gradients; returns how many batches that took.
@@ -201,28 +201,28 @@ def measure_gradients(
     Raises ValueError for empty data, for a layer that no loss depends on, and if more than 5 % of
     a layer's gradients are NaN or infinite.
     """
-    everyone = everyone or Shards()
+    everyone = everyone or Ranks()
     layers = [rows.layer for rows in stats]
     (sampling,) = {stat.sampling for stat in stats.values()}
-    ranks = Shards() if is_sharded(layers) else all_ranks()
+    ranks = Ranks() if is_sharded(layers) else all_ranks()
     quota = (sampling.num_grads + ranks.rank) // ranks.world_size
     if everyone.group is None:
         quota = max(1, quota)
     several = AT_ONCE if everyone.group is None else AT_ONCE // 4  # they travel with all rows
     at_once = 1 if sampling.samples == "micro_batch" else several
     alive = [_alive(rows) for rows in stats]
-    tally = Tally(layers, sampling.num_grads if everyone.group else quota)
+    tally = GradientChecks(layers, sampling.num_grads if everyone.group else quota)
     exchange = _Exchange(list(stats), everyone, at_once)
     ranked = exchange.sharded or everyone.group is not None  # there are collectives in each round
     last = 0
     with undisturbed(model, calibration), gradients_on(model, layers):
         packets = _packets(model, layers, calibration, sampling, begin, quota, at_once)
         rounds = track(
-            in_step(packets, everyone, all_needed=False), title, total=-(-quota // at_once)
+            lockstep(packets, everyone, all_needed=False), title, total=-(-quota // at_once)
         )
         for packet in rounds:
             last = last if packet is None else packet.used
-            with alone(when=ranked):
+            with no_error_sync(when=ranked):
                 for grads, flags, where in exchange(packet):
                     tally.add(flags, where)
                     with torch.autocast(layers[0].local.device.type, enabled=False):

@@ -16,7 +16,7 @@ from prunus.core.ranks import all_ranks
 from prunus.stats import Statistic
 
 
-class _Apart(Exception):  # noqa: N818
+class _InputsDiverged(Exception):  # noqa: N818
     """Layers that had the same input at first have different ones now."""
 
 
@@ -37,8 +37,8 @@ class _Inputs:
     """Feeds the layers' inputs to their statistics; layers with the same input share one.
 
     Those are layers called one after the other with one and the same tensor, not written to in
-    between, as projections to queries, keys and values are. `take` and `check` raise _Apart if that
-    turns out not to be always so.
+    between, as projections to queries, keys and values are. `take` and `check` raise
+    _InputsDiverged if that turns out not to be always so.
     """
 
     def __init__(self, stats: Mapping[Layer, Statistic], share: bool) -> None:
@@ -57,7 +57,7 @@ class _Inputs:
         if first:
             self.leaders[layer] = leader if self.share else layer
         elif self.leaders[layer] is not layer and self.leaders[layer] is not leader:
-            raise _Apart
+            raise _InputsDiverged
         self.last = layer, x, version
         self.calls[layer] += 1
         if self.leaders[layer] is layer:
@@ -66,7 +66,7 @@ class _Inputs:
     def check(self) -> None:
         """At the end: each layer was called as often as the one with which it shares."""
         if any(self.calls[layer] != self.calls[first] for layer, first in self.leaders.items()):
-            raise _Apart
+            raise _InputsDiverged
 
     def _without_padding(self, x: Tensor) -> Tensor:
         real = self.real
@@ -98,7 +98,7 @@ def measure_inputs(
     """
     shared: dict[Layer, Statistic] = {}
     inputs = _Inputs(stats, share=True)
-    with all_ranks().together(), contextlib.suppress(_Apart):
+    with all_ranks().raise_on_all_ranks(), contextlib.suppress(_InputsDiverged):
         shared = _pass(model, inputs, calibration)
     if _on_all_ranks(inputs.leaders if shared else {}, stats) and shared:
         return shared
@@ -111,8 +111,8 @@ def measure_inputs(
 def _on_all_ranks(leaders: Mapping[Layer, Layer], stats: Mapping[Layer, Statistic]) -> bool:
     """Whether the same layers share on all ranks, where routing may depend on the data."""
     places = {layer: i for i, layer in enumerate(stats)}
-    mine = torch.tensor([places[leaders[x]] if x in leaders else -1 for x in stats])
-    total, squares = all_ranks().all_reduce(torch.stack([mine, mine.square()]))
+    places_here = torch.tensor([places[leaders[x]] if x in leaders else -1 for x in stats])
+    total, squares = all_ranks().all_reduce(torch.stack([places_here, places_here.square()]))
     return bool((squares * all_ranks().world_size == total.square()).all())
 
 

@@ -14,7 +14,7 @@ from prunus.calibration.gradient_pass import measure_gradients
 from prunus.calibration.input_pass import measure_inputs
 from prunus.calibration.memory_plan import Need, Rows, free_bytes, parse_bytes, plan
 from prunus.core.layers import Layer
-from prunus.core.ranks import Shards, all_ranks, row_cuts
+from prunus.core.ranks import Ranks, all_ranks, row_cuts
 from prunus.core.sharding import cut_along_inputs, ranks_of
 from prunus.solvers import selection
 from prunus.stats import GradientStatistic, RowStatistic, Statistic
@@ -57,7 +57,7 @@ class Measurements:
     """of all the rows of each layer, empty: what will be measured"""
     shares: list[Rows]
     groups: list[list[Rows]]
-    everyone: Shards
+    everyone: Ranks
     """the ranks among which shares are dealt out; a single one where all have all rows"""
     begin: int = 0
     """calibration batches that were used up before"""
@@ -94,7 +94,7 @@ class Measurements:
             return {}
         assert self.calibration is not None
         stats = {rows: self._empty(rows) for rows in group}
-        with all_ranks().together():
+        with all_ranks().raise_on_all_ranks():
             gradient = {r: s for r, s in stats.items() if isinstance(s, GradientStatistic)}
             if gradient:
                 self.used = self._gradients(gradient)
@@ -140,16 +140,16 @@ def measurements(
     needed = {layer: statistic(layer) for layer in layers}
     stats = {layer: stat for layer, stat in needed.items() if stat is not None}
     shared_out = any(stat.by_rows for stat in stats.values()) and not is_sharded(layers)
-    everyone = all_ranks() if shared_out else Shards()
-    mine, most = {}, {}
+    everyone = all_ranks() if shared_out else Ranks()
+    local_shares, most = {}, {}
     for layer in layers:
         rows = layer.matrix_shape(tuple(layer.local.shape))[0]
         cuts = row_cuts(rows, everyone.world_size, unit)
-        mine[layer] = Rows(layer, *cuts[everyone.rank])
+        local_shares[layer] = Rows(layer, *cuts[everyone.rank])
         most[layer] = max(end - start for start, end in cuts)
         if is_sharded(layers):  # the first rank has the most
             most[layer] = -(-layer.matrix_shape()[0] // ranks_of(layer.weight).world_size)
-    shares = list(mine.values())
+    shares = list(local_shares.values())
     if not stats:
         return Measurements(model, calibration, statistic, stats, shares, [shares], everyone, begin)
     device = next((d for s in stats.values() if (d := getattr(s, "device", None))), None)
@@ -159,7 +159,7 @@ def measurements(
         budgets[all_ranks().rank] = budget
         budget = int(all_ranks().all_reduce(budgets).min())
     groups = [
-        [_within(rows, mine[rows.layer]) for rows in group]
+        [_within(rows, local_shares[rows.layer]) for rows in group]
         for group in plan(needs_of(stats, most), budget)
     ]
     return Measurements(model, calibration, statistic, stats, shares, groups, everyone, begin)

@@ -42,8 +42,8 @@ def listing() -> Iterator[RenderableType]:
         for name in registry:
             table.add_row(kind, name, _description(registry[name]).split("\n")[0])
         table.add_section()
-    for pattern, said in PATTERNS.items():
-        table.add_row("pattern", pattern, said)
+    for pattern, message in PATTERNS.items():
+        table.add_row("pattern", pattern, message)
     yield table
     yield f"curves of schedules: {', '.join([*CURVES, 'steps', 'cyclic'])}"
 

@@ -28,9 +28,9 @@ def third_of(layer: Layer, letter: str, parents: dict[str, nn.Module]) -> Layer:
 
     Raises ValueError for a layer that does not hold them one after the other.
     """
-    if said := _no_thirds(layer, parents):
-        raise ValueError(f"{layer.name}[{letter}]: {said}")
-    return replace(layer, name=f"{layer.name}[{letter}]", third=THIRDS.index(letter))
+    if message := _no_thirds(layer, parents):
+        raise ValueError(f"{layer.name}[{letter}]: {message}")
+    return replace(layer, name=f"{layer.name}[{letter}]", qkv_part=THIRDS.index(letter))
 
 
 def _no_thirds(layer: Layer, parents: dict[str, nn.Module]) -> str:
@@ -52,9 +52,9 @@ def _no_thirds(layer: Layer, parents: dict[str, nn.Module]) -> str:
 
 def without(layer: Layer, gone: Sequence[Layer], parents: dict[str, nn.Module]) -> list[Layer]:
     """What is left of a layer: itself, nothing, or the thirds that are not gone."""
-    thirds = {g.third for g in gone if g.weight is layer.weight}
-    if not thirds or (layer.third is not None and not thirds & {None, layer.third}):
+    thirds = {g.qkv_part for g in gone if g.weight is layer.weight}
+    if not thirds or (layer.qkv_part is not None and not thirds & {None, layer.qkv_part}):
         return [layer]
-    if layer.third is not None or None in thirds:
+    if layer.qkv_part is not None or None in thirds:
         return []
     return [third_of(layer, x, parents) for i, x in enumerate(THIRDS) if i not in thirds]

@@ -64,7 +64,7 @@ class Layer:
     ``name`` is the clean module name (for attention's own weights the parameter's name),
     ``parameter_name`` the clean name in ``named_parameters()``. With ``channels_inner`` the matrix
     runs over kernel positions first and input channels last, so that groups of columns are groups
-    of input channels; without, columns are in the order of ``weight.flatten(1)``. With ``third``
+    of input channels; without, columns are in the order of ``weight.flatten(1)``. With ``qkv_part``
     only that third of the rows is meant: 0, 1, 2 for q, k, v in a fused weight.
     """
 
@@ -73,7 +73,7 @@ class Layer:
     module: nn.Module
     weight: nn.Parameter
     channels_inner: bool = False
-    third: int | None = None
+    qkv_part: int | None = None
 
     @property
     def kind(self) -> str:
@@ -83,7 +83,7 @@ class Layer:
     def shape(self) -> tuple[int, ...]:
         """Shape of the whole weight (or third), on however many ranks it lies."""
         shape = list(self.weight.shape)
-        if self.third is not None:
+        if self.qkv_part is not None:
             shape[self.rows_dim] //= 3
         return tuple(shape)
 
@@ -94,10 +94,10 @@ class Layer:
 
     def part(self, t: Tensor) -> Tensor:
         """The layer's third of a tensor of its parameter's local shape; a view."""
-        if self.third is None:
+        if self.qkv_part is None:
             return t
         size = t.shape[self.rows_dim] // 3
-        return t.narrow(self.rows_dim, self.third * size, size)
+        return t.narrow(self.rows_dim, self.qkv_part * size, size)
 
     @property
     def _inputs_first(self) -> bool:
@@ -162,15 +162,15 @@ class Layer:
         if isinstance(self.module, nn.Conv1d | nn.Conv2d):
             y = y.flatten(2).transpose(1, 2)
         y = y.reshape(-1, y.shape[-1])
-        return y if self.third is None else y.chunk(3, 1)[self.third]
+        return y if self.qkv_part is None else y.chunk(3, 1)[self.qkv_part]
 
     def input_matrix(self, x: Tensor) -> Tensor:
         """The layer's input as (samples, columns), columns as in the matrix of the weight.
 
         Raises ValueError for layers whose inputs have no such form yet.
         """
-        if said := self.no_input_matrix():
-            raise ValueError(f"{said}; exclude it, or use a pruner that needs no inputs")
+        if message := self.no_input_matrix():
+            raise ValueError(f"{message}; exclude it, or use a pruner that needs no inputs")
         if isinstance(self.module, nn.Linear) or _is_conv1d(self.module):
             return x.detach().reshape(-1, x.shape[-1])
         conv: Any = self.module

@@ -25,7 +25,7 @@ class Masking(Protocol):
 
     name: ClassVar[str]
 
-    def hide(self, weights: list[Tensor], masks: list[Tensor], beta: float = 0.0) -> None:
+    def apply(self, weights: list[Tensor], masks: list[Tensor], beta: float = 0.0) -> None:
         """After a step, in place: what the next forward pass sees."""
         ...
 
@@ -36,7 +36,7 @@ class Hard:
 
     name: ClassVar[str] = "hard"
 
-    def hide(self, weights: list[Tensor], masks: list[Tensor], beta: float = 0.0) -> None:
+    def apply(self, weights: list[Tensor], masks: list[Tensor], beta: float = 0.0) -> None:
         if weights:
             # the same bytes as integers, because casting from booleans is not vectorized on CPUs
             torch._foreach_mul_(weights, [mask.view(torch.uint8) for mask in masks])
@@ -152,5 +152,5 @@ def zero_momentum(
     state: dict[str, Any] = optimizer.state.get(weight, {})
     for value in state.values():
         if isinstance(value, Tensor) and value.shape == weight.shape:
-            mine = part(local(value))
-            mine.mul_(mask.to(mine.device))
+            state_part = part(local(value))
+            state_part.mul_(mask.to(state_part.device))

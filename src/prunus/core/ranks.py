@@ -17,7 +17,7 @@ _ALONE = "failed_between_collectives"
 
 
 @contextmanager
-def alone(when: bool = True) -> Iterator[None]:
+def no_error_sync(when: bool = True) -> Iterator[None]:
     """For a stretch with collectives in it: what fails there is raised without asking the others.
 
     They are waiting in the next collective and would take the question for a part of that. The
@@ -32,7 +32,7 @@ def alone(when: bool = True) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Shards:
+class Ranks:
     """The ranks among which the rows of the layers are cut; a single one where they are not."""
 
     group: Any = None
@@ -71,11 +71,11 @@ class Shards:
         return selection.keep_all_but_lowest(scores, k)
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def raise_on_all_ranks(self) -> Iterator[None]:
         """What fails on one rank fails on all; the others would wait for it for ever.
 
-        Raises RuntimeError on the ranks that did not fail themselves. What has failed in `alone` is
-        raised on its own rank only.
+        Raises RuntimeError on the ranks that did not fail themselves. What has failed in
+        `no_error_sync` is raised on its own rank only.
         """
         error: Exception | None = None
         try:
@@ -85,11 +85,11 @@ class Shards:
                 raise
             error = caught
         if self.group is not None:
-            said: list[Any] = [None] * self.world_size
-            mine = error and f"{type(error).__name__}: {error}"
-            dist.all_gather_object(said, mine, group=self.group)
-            if error is None and any(said):
-                rank, message = next((r, text) for r, text in enumerate(said) if text)
+            messages: list[Any] = [None] * self.world_size
+            message = error and f"{type(error).__name__}: {error}"
+            dist.all_gather_object(messages, message, group=self.group)
+            if error is None and any(messages):
+                rank, message = next((r, text) for r, text in enumerate(messages) if text)
                 raise RuntimeError(f"rank {rank} failed with {message}")
         if error is not None:
             raise error
@@ -102,7 +102,7 @@ def row_cuts(rows: int, world_size: int, unit: int = 1) -> list[tuple[int, int]]
     return list(zip([0, *ends], ends, strict=False))
 
 
-def in_step(items: Iterator[Any], shards: Shards, all_needed: bool) -> Iterator[Any]:
+def lockstep(items: Iterator[Any], shards: Ranks, all_needed: bool) -> Iterator[Any]:
     """The items, as long as any rank has one (None where it has run out), or as long as all have.
 
     What fails on one rank fails on all.
@@ -117,7 +117,7 @@ def in_step(items: Iterator[Any], shards: Shards, all_needed: bool) -> Iterator[
             torch.tensor([int(item is not None), int(error is not None)])
         ).tolist()
         if failed:
-            with shards.together():
+            with shards.raise_on_all_ranks():
                 if error is not None:
                     raise error
         if have == 0 or (all_needed and have < shards.world_size):
@@ -126,8 +126,8 @@ def in_step(items: Iterator[Any], shards: Shards, all_needed: bool) -> Iterator[
     yield from items
 
 
-def all_ranks() -> Shards:
+def all_ranks() -> Ranks:
     """Every rank there is, each with data of its own."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return Shards(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
-    return Shards()
+        return Ranks(dist.group.WORLD, dist.get_rank(), dist.get_world_size())
+    return Ranks()

@@ -104,7 +104,7 @@ def _match(
             part = third_of(layer, letter, modules)
             chosen += [] if part.name in {c.name for c in chosen} else [part]
     places = {id(layer.weight): i for i, layer in enumerate(layers)}
-    return sorted(chosen, key=lambda layer: (places[id(layer.weight)], layer.third or 0))
+    return sorted(chosen, key=lambda layer: (places[id(layer.weight)], layer.qkv_part or 0))
 
 
 def _check(layer: Layer) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from prunus.core.layers import Layer
 from prunus.core.masks import Masks
 from prunus.core.patterns import Pattern
-from prunus.core.ranks import Shards
+from prunus.core.ranks import Ranks
 
 
 def _cuts(weight: Tensor) -> list[tuple[int, int]]:
@@ -21,13 +21,13 @@ def _cuts(weight: Tensor) -> list[tuple[int, int]]:
     return [(i, p.dim) for i, p in enumerate(placements) if p.is_shard()]
 
 
-def ranks_of(weight: Tensor) -> Shards:
+def ranks_of(weight: Tensor) -> Ranks:
     """The ranks that hold the parts of one weight."""
     cuts = _cuts(weight)
     if not cuts:
-        return Shards()
+        return Ranks()
     group = getattr(weight, "device_mesh").get_group(cuts[0][0])  # noqa: B009 (a DTensor's)
-    return Shards(group, dist.get_rank(group), dist.get_world_size(group))
+    return Ranks(group, dist.get_rank(group), dist.get_world_size(group))
 
 
 def cut_along_inputs(layer: Layer) -> bool:
@@ -35,14 +35,14 @@ def cut_along_inputs(layer: Layer) -> bool:
     return any(dim != layer.rows_dim for _, dim in _cuts(layer.weight))
 
 
-def shards_of(layers: Sequence[Layer], pattern: Pattern) -> Shards:
+def shards_of(layers: Sequence[Layer], pattern: Pattern) -> Ranks:
     """Where the layers lie.
 
     Raises ValueError, on every rank, for weights cut in a way a pattern cannot be counted on.
     """
     cuts = {layer: _cuts(layer.weight) for layer in layers}
     if not any(cuts.values()):
-        return Shards()
+        return Ranks()
     meshes = set()
     for layer, cut in cuts.items():
         if len(cut) != 1:
@@ -80,8 +80,8 @@ def whole_sparsity(masks: Masks) -> float:
     """Share of the masked weights that are pruned, over all ranks; every rank must call this."""
     counts = torch.zeros(2, dtype=torch.int64)
     for name, mask in masks.items():
-        mine = torch.tensor([mask.numel(), int(mask.count_nonzero())])
-        counts += ranks_of(masks.weight(name)).all_reduce(mine)
+        count = torch.tensor([mask.numel(), int(mask.count_nonzero())])
+        counts += ranks_of(masks.weight(name)).all_reduce(count)
     size, kept = counts.tolist()
     return float((size - kept) / max(1, size))
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from prunus.allocators import Problem, Unit
 from prunus.calibration.memory_plan import Rows
 from prunus.core.patterns import Pattern
-from prunus.core.ranks import Shards
-from prunus.engine.method import Candidate, Choice, LayerRow, Method
+from prunus.core.ranks import Ranks
+from prunus.engine.method import LayerMask, LayerResult, LayerScores, Method
 from prunus.solvers import selection
 
 Lowest = Callable[[int], list[int]]
@@ -22,7 +22,7 @@ def allocate(
     rows: Sequence[Rows],
     counts: Sequence[tuple[int, int]],
     target: float | None,
-    shards: Shards,
+    shards: Ranks,
     lowest: Lowest,
 ) -> list[int]:
     """Units to be gone in each whole layer, from this rank's (units, dead units) of each."""
@@ -31,11 +31,11 @@ def allocate(
         Unit(part.layer.name, part.layer.shape, *size)
         for part, size in zip(rows, sizes, strict=True)
     ]
-    return list(method.allocator.allocate(Problem(units, target, lowest, method.looks)).drop)
+    return list(method.allocator.allocate(Problem(units, target, lowest, method.signals)).drop)
 
 
 def _local_drops(
-    method: Method, candidates: Sequence[Candidate], target: float | None, shards: Shards
+    method: Method, candidates: Sequence[LayerScores], target: float | None, shards: Ranks
 ) -> list[int]:
     """Units to drop in this rank's part of each layer."""
     scores = [c.scores for c in candidates]
@@ -60,23 +60,23 @@ def _local_drops(
     return [lowest([s], d)[0][0] for s, d in zip(scores, drop, strict=True)]
 
 
-def drops_of_rows(drop: Sequence[int], rows: Sequence[int], shards: Shards) -> list[int]:
+def drops_of_rows(drop: Sequence[int], rows: Sequence[int], shards: Ranks) -> list[int]:
     """What falls to this rank's rows, where the first rows of the layer lose one more."""
     table = torch.zeros(shards.world_size, len(rows), dtype=torch.int64)
     table[shards.rank] = torch.tensor(rows)
     table = shards.all_reduce(table)
     all_rows, before = table.sum(0).tolist(), table[: shards.rank].sum(0).tolist()
     shares = []
-    for units, mine, whole, above in zip(drop, rows, all_rows, before, strict=True):
+    for units, local_rows, whole, above in zip(drop, rows, all_rows, before, strict=True):
         each, more = divmod(units, whole)
-        shares.append(each * mine + min(max(more - above, 0), mine))
+        shares.append(each * local_rows + min(max(more - above, 0), local_rows))
     return shares
 
 
 @torch.no_grad()
-def choose(
-    method: Method, candidates: Sequence[Candidate], target: float | None, shards: Shards
-) -> list[Choice]:
+def select_masks(
+    method: Method, candidates: Sequence[LayerScores], target: float | None, shards: Ranks
+) -> list[LayerMask]:
     """Masks that meet the target exactly (ignored where the pattern fixes the sparsity)."""
     pattern = method.pattern
     drop = [0] * len(candidates)
@@ -93,7 +93,7 @@ def choose(
         counts.append([mask.numel(), zeros, candidate.total, kept])
     whole = shards.all_reduce(torch.tensor(counts, dtype=torch.float64)).tolist()
     return [
-        Choice(c.rows, mask, layer_row(c.rows, pattern, *numbers))
+        LayerMask(c.rows, mask, layer_row(c.rows, pattern, *numbers))
         for c, mask, numbers in zip(candidates, masks, whole, strict=True)
     ]
 
@@ -105,8 +105,8 @@ def layer_row(
     zeros: float,
     before: float | None = None,
     after: float = 0.0,
-) -> LayerRow:
+) -> LayerResult:
     lost = None if before is None else max(0.0, 1 - after / before) if before else 0.0
     layer = rows.layer
     counts = int(size), int(zeros), layer.weight.element_size()
-    return LayerRow(layer.name, layer.kind, layer.shape, str(pattern), *counts, lost)
+    return LayerResult(layer.name, layer.kind, layer.shape, str(pattern), *counts, lost)

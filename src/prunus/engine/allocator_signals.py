@@ -1,4 +1,4 @@
-"""What an allocator sees when it looks at the layers before it decides."""
+"""The signals that an allocator measures in the layers before it decides."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from prunus.allocators import Allocator, LookingAllocator
+from prunus.allocators import Allocator, SignalAllocator
 from prunus.calibration.calibration import Calibration
 from prunus.calibration.input_pass import measure_inputs
 from prunus.calibration.measurements import check_measurable
@@ -22,24 +22,24 @@ from prunus.stats import Statistic
 from prunus.stats.base import all_reduce_statistics
 
 
-def looked_for(allocator: Allocator, layers: Sequence[Layer]) -> dict[Layer, Statistic]:
+def signal_statistics(allocator: Allocator, layers: Sequence[Layer]) -> dict[Layer, Statistic]:
     """The empty statistics that the allocator wants of the layers."""
-    if not isinstance(allocator, LookingAllocator):
+    if not isinstance(allocator, SignalAllocator):
         return {}
     stats = {layer: allocator.statistic(layer) for layer in layers}
     return {layer: stat for layer, stat in stats.items() if stat is not None}
 
 
 @torch.no_grad()
-def look(
-    allocator: LookingAllocator, block: Sequence[Layer], stats: Mapping[Layer, Statistic]
+def signal(
+    allocator: SignalAllocator, block: Sequence[Layer], stats: Mapping[Layer, Statistic]
 ) -> dict[str, float]:
     """What the allocator sees in one block, by layer name."""
     parts = [
         (layer.matrix(gather(layer.local, layer.weight.detach())), stats.get(layer))
         for layer in block
     ]
-    seen = allocator.look(parts)
+    seen = allocator.signal(parts)
     if not math.isfinite(seen):
         raise ValueError(
             f"allocator {allocator.name!r} sees {seen} in {block[0].name}: are there NaN in its "
@@ -48,21 +48,21 @@ def look(
     return {layer.name: seen for layer in block}
 
 
-def looked(
+def with_signals(
     method: Method, layers: Sequence[Layer], model: nn.Module, calibration: Calibration | None
 ) -> Method:
     """The method with all that its allocator wants to see, measured on the model as it is now."""
     allocator = method.allocator
-    if not isinstance(allocator, LookingAllocator) or method.looks:
+    if not isinstance(allocator, SignalAllocator) or method.signals:
         return method
-    stats = looked_for(allocator, layers)
+    stats = signal_statistics(allocator, layers)
     check_measurable(stats, f"allocator {allocator.name!r}", calibration)
     if stats:
         assert calibration is not None
-        with all_ranks().together():
+        with all_ranks().raise_on_all_ranks():
             stats = measure_inputs(model, stats, calibration)
         all_reduce_statistics(stats.values())
-    looks: dict[str, float] = {}
+    signals: dict[str, float] = {}
     for block in by_block(find_blocks(model), layers):
-        looks |= look(allocator, block, stats)
-    return replace(method, looks=looks)
+        signals |= signal(allocator, block, stats)
+    return replace(method, signals=signals)

@@ -17,11 +17,11 @@ from prunus.calibration.memory_plan import Rows
 from prunus.core.layers import Layer
 from prunus.core.patterns import Block
 from prunus.core.progress import track
-from prunus.core.ranks import Shards
+from prunus.core.ranks import Ranks
 from prunus.core.sharding import shards_of
 from prunus.engine.allocation import allocate, drops_of_rows, layer_row
-from prunus.engine.method import Candidate, Change, Choice, LayerRow, Method
-from prunus.pruners import RefiningPruner, ScorePruner, SweepPruner
+from prunus.engine.method import LayerMask, LayerResult, LayerScores, LayerUpdate, Method
+from prunus.pruners import JointPruner, RefiningPruner, ScorePruner
 from prunus.solvers import selection
 from prunus.solvers.least_squares import layer_error
 from prunus.stats import InputGram, Statistic
@@ -52,13 +52,13 @@ def plan_measurements(
     return measurements(method.pruner.statistic, layers, model, calibration, unit, begin)
 
 
-def ready(
+def measure(
     method: Method,
     layers: Sequence[Layer],
     model: nn.Module,
     calibration: Calibration | None,
     begin: int = 0,
-) -> tuple[Measurements, Shards]:
+) -> tuple[Measurements, Ranks]:
     """The measurements, and the ranks among which the rows lie or are dealt out.
 
     Raises ValueError, before anything long begins, for what cannot be measured or pruned.
@@ -80,7 +80,7 @@ def ready(
     return measured, shards
 
 
-def _refuse(bad: Sequence[int], names: Sequence[str], shards: Shards, what: str) -> None:
+def _refuse(bad: Sequence[int], names: Sequence[str], shards: Ranks, what: str) -> None:
     # every rank must raise, or the others would wait for it for ever
     counts = shards.all_reduce(torch.tensor(bad)).tolist()
     for name, count in zip(names, counts, strict=True):
@@ -92,25 +92,25 @@ def _assembled(measured: Measurements, parts: Mapping[Rows, Tensor]) -> list[Ten
     """For each share the rows that were computed in pieces."""
     whole = []
     for share in measured.shares:
-        mine = [part for rows, part in parts.items() if rows.layer is share.layer]
-        whole.append(mine[0] if len(mine) == 1 else torch.cat(mine))
+        local_parts = [part for rows, part in parts.items() if rows.layer is share.layer]
+        whole.append(local_parts[0] if len(local_parts) == 1 else torch.cat(local_parts))
     return whole
 
 
-def _candidate(method: Method, rows: Rows, scores: Tensor) -> Candidate:
+def _candidate(method: Method, rows: Rows, scores: Tensor) -> LayerScores:
     w = rows.matrix()
     if int(w.count_nonzero()) == w.numel():
         units = method.pattern.pool(scores)
-        return Candidate(rows, units, 0, selection.total(units))
+        return LayerScores(rows, units, 0, selection.total(units))
     alive = w != 0
     units = method.pattern.pool(torch.where(alive, scores, 0))  # a copy: scores may be w itself
     total = selection.total(units)
     dead = method.pattern.pool(alive).logical_not_()
     units.masked_fill_(dead, -math.inf)
-    return Candidate(rows, units, int(dead.count_nonzero()), total)
+    return LayerScores(rows, units, int(dead.count_nonzero()), total)
 
 
-def _scores(method: Method, rows: Rows, stat: Statistic | None, shards: Shards) -> Tensor:
+def _scores(method: Method, rows: Rows, stat: Statistic | None, shards: Ranks) -> Tensor:
     assert isinstance(method.pruner, ScorePruner)
     w = rows.matrix()
     scores = method.pruner.scores(w, stat, method.pattern, shards)
@@ -123,7 +123,7 @@ def _scores(method: Method, rows: Rows, stat: Statistic | None, shards: Shards) 
 
 
 @torch.no_grad()
-def propose(method: Method, measured: Measurements, shards: Shards) -> list[Candidate]:
+def score(method: Method, measured: Measurements, shards: Ranks) -> list[LayerScores]:
     """Scores for every layer, computed from the present weights.
 
     Raises ValueError for scores that are NaN or infinite.
@@ -131,7 +131,7 @@ def propose(method: Method, measured: Measurements, shards: Shards) -> list[Cand
     parts: dict[Rows, Tensor] = {}
     for i, group in enumerate(measured.groups):
         stats = measured[i]
-        with shards.together(), no_autocast(measured.shares):
+        with shards.raise_on_all_ranks(), no_autocast(measured.shares):
             for rows in track(group, f"{method.pruner.name}: scores"):
                 parts[rows] = _scores(method, rows, stats.get(rows), shards)
         del stats  # or the next group would be measured beside this one
@@ -152,18 +152,20 @@ def propose(method: Method, measured: Measurements, shards: Shards) -> list[Cand
     return candidates
 
 
-def _change(rows: Rows, new: Tensor, mask: Tensor, measured: Measurements, row: LayerRow) -> Change:
+def _change(
+    rows: Rows, new: Tensor, mask: Tensor, measured: Measurements, row: LayerResult
+) -> LayerUpdate:
     """A change of all rows that the weight has on this rank."""
     layer, shape = rows.layer, tuple(rows.layer.local.shape)
     new = torch.where(mask, new, 0).to(layer.local.dtype)
     if measured.everyone.group is not None:
         new, mask = measured.gathered(rows, new), measured.gathered(rows, mask)
-    return Change(layer, layer.unmatrix(new, shape), layer.unmatrix(mask, shape), row)
+    return LayerUpdate(layer, layer.unmatrix(new, shape), layer.unmatrix(mask, shape), row)
 
 
 def _with_error(
-    row: LayerRow, w: Tensor, new: Tensor, mask: Tensor, stat: Statistic | None, shards: Shards
-) -> LayerRow:
+    row: LayerResult, w: Tensor, new: Tensor, mask: Tensor, stat: Statistic | None, shards: Ranks
+) -> LayerResult:
     """The row with the error of the layer's outputs, where the statistic can tell it."""
     if not isinstance(stat, InputGram):
         return row
@@ -178,7 +180,7 @@ def _with_error(
 
 
 def _rebuilt(
-    method: Method, rows: Rows, stat: Statistic | None, choice: Choice, shards: Shards
+    method: Method, rows: Rows, stat: Statistic | None, choice: LayerMask, shards: Ranks
 ) -> Tensor:
     """The new weights of some rows; the choice's mask may get better on the way."""
     pruner, w, begin = method.pruner, rows.matrix(), choice.rows.begin
@@ -193,8 +195,8 @@ def _rebuilt(
 
 @torch.no_grad()
 def rebuild(
-    method: Method, measured: Measurements, choices: Sequence[Choice], shards: Shards
-) -> list[Change]:
+    method: Method, measured: Measurements, choices: Sequence[LayerMask], shards: Ranks
+) -> list[LayerUpdate]:
     """The new weights, in the shape of the old.
 
     Goes through the groups of statistics backwards, because the last one is still there. Raises
@@ -205,7 +207,7 @@ def rebuild(
     parts: dict[Rows, Tensor] = {}
     for i in reversed(range(len(measured.groups))):
         stats = measured[i]
-        with shards.together(), no_autocast(measured.shares):
+        with shards.raise_on_all_ranks(), no_autocast(measured.shares):
             for rows in track(measured.groups[i], f"{method.pruner.name}: weights"):
                 parts[rows] = _rebuilt(method, rows, stats.get(rows), masks[rows.layer], shards)
         del stats  # or the next group would be measured beside this one
@@ -217,7 +219,7 @@ def rebuild(
     return _checked(method, changes, shards)
 
 
-def _checked(method: Method, changes: list[Change], shards: Shards) -> list[Change]:
+def _checked(method: Method, changes: list[LayerUpdate], shards: Ranks) -> list[LayerUpdate]:
     names = [change.layer.parameter_name for change in changes]
     bad = [selection.count_non_finite(change.weight) for change in changes]
     _refuse(bad, names, shards, f"new weights from {method.pruner.name}")
@@ -231,12 +233,12 @@ def _largest_first(group: Sequence[Rows], stats: Mapping[Rows, Statistic]) -> li
 
 
 @torch.no_grad()
-def swept(
-    method: Method, measured: Measurements, target: float | None, shards: Shards
-) -> list[Change]:
+def solve_jointly(
+    method: Method, measured: Measurements, target: float | None, shards: Ranks
+) -> list[LayerUpdate]:
     """The new weights of a method that chooses its masks while it solves."""
     pruner, pattern = method.pruner, method.pattern
-    assert isinstance(pruner, SweepPruner)
+    assert isinstance(pruner, JointPruner)
     weights = [rows.matrix() for rows in measured.shares]
     drop = [0] * len(weights)
     if pattern.fixed is None:
@@ -245,16 +247,16 @@ def swept(
     if pattern.kind == "row" and shards.group is not None:
         drop = drops_of_rows(drop, [len(w) for w in weights], shards)
     drops = dict(zip((rows.layer for rows in measured.shares), drop, strict=True))
-    changes: dict[Layer, Change] = {}
+    changes: dict[Layer, LayerUpdate] = {}
     for i, group in enumerate(measured.groups):
         stats = measured[i]
-        with shards.together(), no_autocast(measured.shares):
+        with shards.raise_on_all_ranks(), no_autocast(measured.shares):
             order = _largest_first(group, stats)
             for rows, following in zip(
                 track(order, f"{pruner.name}: weights"), [*order[1:], None], strict=True
             ):
                 stat, k = stats.get(rows), drops[rows.layer]
-                new, mask = pruner.sweep(rows.matrix(), stat, pattern, k, shards)
+                new, mask = pruner.solve(rows.matrix(), stat, pattern, k, shards)
                 counted = torch.tensor([mask.numel(), mask.numel() - int(mask.count_nonzero())])
                 row = layer_row(rows, pattern, *shards.all_reduce(counted).tolist())
                 row = _with_error(row, rows.matrix(), new, mask, stat, shards)

@@ -21,8 +21,8 @@ class Method:
     pruner: Pruner
     pattern: Pattern
     allocator: Allocator
-    looks: Mapping[str, float] = field(default_factory=dict)
-    """what the allocator has seen in each layer, where it looks first"""
+    signals: Mapping[str, float] = field(default_factory=dict)
+    """what the allocator measured in each layer, where it asks for signals"""
 
     def fit(self, layers: Sequence[Layer]) -> list[Layer]:
         """The layers as this method wants to see them.
@@ -40,7 +40,7 @@ class Method:
 
 
 def _check_shapes(layers: Sequence[Layer], pattern: Pattern) -> None:
-    misfits = {layer.name: said for layer in layers if (said := _misfit(layer, pattern))}
+    misfits = {layer.name: message for layer in layers if (message := _misfit(layer, pattern))}
     if misfits:
         first, *others = misfits
         more = f"; nor does it fit {', '.join(others)}" if others else ""
@@ -56,7 +56,7 @@ def _misfit(layer: Layer, pattern: Pattern) -> str:
 
 
 @dataclass(frozen=True)
-class LayerRow:
+class LayerResult:
     """What became of one layer, counted over all ranks."""
 
     name: str
@@ -85,17 +85,17 @@ class LayerRow:
 
 
 @dataclass
-class Change:
+class LayerUpdate:
     """A new weight, not yet written; after `commit`, the old one."""
 
     layer: Layer
     weight: Tensor
     mask: Tensor
-    row: LayerRow
+    row: LayerResult
 
 
 @dataclass
-class Candidate:
+class LayerScores:
     """This rank's rows of a layer, with the scores of their units, dead ones at minus infinity."""
 
     rows: Rows
@@ -105,9 +105,9 @@ class Candidate:
 
 
 @dataclass
-class Choice:
+class LayerMask:
     """This rank's rows of a layer, with their keep-mask."""
 
     rows: Rows
     mask: Tensor
-    row: LayerRow
+    row: LayerResult

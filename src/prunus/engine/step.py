@@ -18,13 +18,13 @@ from prunus.calibration.calibration import Calibration
 from prunus.calibration.measurements import Measurements
 from prunus.core.layers import Layer, reshard
 from prunus.core.patterns import NM, Pattern
-from prunus.core.ranks import Shards
+from prunus.core.ranks import Ranks
 from prunus.core.sharding import shards_of
-from prunus.engine.allocation import choose
-from prunus.engine.allocator_signals import looked
-from prunus.engine.layer_solve import check_loaded, propose, ready, rebuild, swept
-from prunus.engine.method import Change, Method
-from prunus.pruners import ScorePruner, SecondOrder, SweepPruner, stages_of_groups
+from prunus.engine.allocation import select_masks
+from prunus.engine.allocator_signals import with_signals
+from prunus.engine.layer_solve import check_loaded, measure, rebuild, score, solve_jointly
+from prunus.engine.method import LayerUpdate, Method
+from prunus.pruners import JointPruner, ScorePruner, SecondOrder, stages_of_groups
 from prunus.solvers import selection
 
 log = logging.getLogger("prunus")
@@ -55,7 +55,7 @@ def check_reachable(layers: Sequence[Layer], pattern: Pattern, target: float) ->
         )
 
 
-def _pieces(change: Change) -> Iterator[tuple[Tensor, Tensor]]:
+def _pieces(change: LayerUpdate) -> Iterator[tuple[Tensor, Tensor]]:
     """The weight in the model beside the one in the change, a few rows at a time."""
     w = change.layer.local
     rows = max(1, selection.CHUNK * len(w) // max(1, w.numel()))
@@ -63,7 +63,7 @@ def _pieces(change: Change) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 @torch.no_grad()
-def commit(changes: Sequence[Change]) -> None:
+def commit(changes: Sequence[LayerUpdate]) -> None:
     """Write the new weights; each change then holds the old one, so a second commit undoes it.
 
     All or nothing: an interrupt in the middle puts back what was written. Swaps piece by piece, so
@@ -114,9 +114,9 @@ def stages_of(method: Method, layers: Sequence[Layer], target: float | None) -> 
     return [(method, goal) for goal in pruner.stages(min(present, target), target)]
 
 
-def solutions(
+def prepare_sweep(
     method: Method, layers: Sequence[Layer], model: nn.Module, calibration: Calibration | None
-) -> Callable[[float], list[Change]]:
+) -> Callable[[float], list[LayerUpdate]]:
     """A function of the sparsity that prunes the model as it is then, committed.
 
     Statistics and scores are computed here, once, from the weights as they are now; only a pruner
@@ -124,17 +124,17 @@ def solutions(
     """
     if getattr(method.pruner, "num_recomputations", 1) > 1:
         return lambda target: prune_step(method, layers, target, model, calibration)
-    method = looked(method, layers, model, calibration)
-    measured, shards = ready(method, layers, model, calibration)
+    method = with_signals(method, layers, model, calibration)
+    measured, shards = measure(method, layers, model, calibration)
     scored = isinstance(method.pruner, ScorePruner)
-    candidates = propose(method, measured, shards) if scored else []
+    candidates = score(method, measured, shards) if scored else []
 
-    def committed(target: float) -> list[Change]:
+    def committed(target: float) -> list[LayerUpdate]:
         if scored:
-            choices = choose(method, candidates, target, shards)
+            choices = select_masks(method, candidates, target, shards)
             changes = rebuild(method, measured, choices, shards)
         else:
-            changes = swept(method, measured, target, shards)
+            changes = solve_jointly(method, measured, target, shards)
         reshard(model)
         commit(changes)
         return changes
@@ -148,20 +148,20 @@ def prune_step(
     target: float | None,
     model: nn.Module,
     calibration: Calibration | None,
-    measured_before: tuple[Measurements, Shards] | None = None,
-) -> list[Change]:
+    measured_before: tuple[Measurements, Ranks] | None = None,
+) -> list[LayerUpdate]:
     """One whole step, committed. ``layers`` come from `Method.fit`.
 
     ``measured_before`` serves the first stage, where it has been measured already. A failure in a
     later stage takes back the earlier ones.
     """
-    method = looked(method, layers, model, calibration)
-    first: list[Change] = []
-    changes: list[Change] = []
+    method = with_signals(method, layers, model, calibration)
+    first: list[LayerUpdate] = []
+    changes: list[LayerUpdate] = []
     begin = 0
     try:
         for stage, goal in stages_of(method, layers, target):
-            measured, shards = measured_before or ready(stage, layers, model, calibration, begin)
+            measured, shards = measured_before or measure(stage, layers, model, calibration, begin)
             measured_before = None
             changes = _solve(stage, measured, goal, shards)
             begin += measured.used
@@ -177,11 +177,11 @@ def prune_step(
 
 
 def _solve(
-    method: Method, measured: Measurements, target: float | None, shards: Shards
-) -> list[Change]:
-    if isinstance(method.pruner, SweepPruner):
-        return swept(method, measured, target, shards)
-    candidates = propose(method, measured, shards)
-    choices = choose(method, candidates, target, shards)
+    method: Method, measured: Measurements, target: float | None, shards: Ranks
+) -> list[LayerUpdate]:
+    if isinstance(method.pruner, JointPruner):
+        return solve_jointly(method, measured, target, shards)
+    candidates = score(method, measured, shards)
+    choices = select_masks(method, candidates, target, shards)
     del candidates  # the scores are as large as the weights
     return rebuild(method, measured, choices, shards)

@@ -86,6 +86,6 @@ class ACDCRun(PruningRun):
 
     def plan(self) -> list[tuple[int, str]]:
         return [
-            (step, "dense" if self.dense(tick) else said)
-            for tick, (step, said) in enumerate(super().plan())
+            (step, "dense" if self.dense(tick) else message)
+            for tick, (step, message) in enumerate(super().plan())
         ]

@@ -44,7 +44,7 @@ class Context:
     def take(self, layer: Layer, run: object) -> None:
         """From now on the run keeps the layer's mask; whoever kept more keeps the other thirds."""
         whole, parts = _family(layer)
-        if layer.third is None:
+        if layer.qkv_part is None:
             for part in parts:
                 self.owners.pop(part, None)
         elif whole in self.owners:
@@ -57,22 +57,22 @@ class Context:
         for layer in layers:
             if self.owners.get(layer.name) is run:
                 mine.append(layer)
-            elif layer.third is None:
+            elif layer.qkv_part is None:
                 parts = enumerate(_family(layer)[1])
                 held = [(i, name) for i, name in parts if self.owners.get(name) is run]
-                mine += [replace(layer, name=name, third=i) for i, name in held]
+                mine += [replace(layer, name=name, qkv_part=i) for i, name in held]
         return mine
 
     def hide(self, run: object, layers: Iterable[Layer]) -> None:
         """Zero what is pruned in the layers whose masks the run keeps."""
         owned = self.owned(run, layers)
         masks = [layer.part(self.masks[layer.parameter_name]) for layer in owned]
-        Hard().hide([layer.local for layer in owned], masks)
+        Hard().apply([layer.local for layer in owned], masks)
 
     def masked(self, layer: Layer) -> bool:
         """Whether runs keep the masks of all of the layer."""
         whole, parts = _family(layer)
-        parts = parts if layer.third is None else [layer.name]
+        parts = parts if layer.qkv_part is None else [layer.name]
         return whole in self.owners or self.owners.keys() >= set(parts)
 
     def in_force(self, layer: Layer) -> Tensor | None:
@@ -83,14 +83,14 @@ class Context:
 
 def _family(layer: Layer) -> tuple[str, list[str]]:
     """The names of the whole layer and of its thirds."""
-    whole = layer.name if layer.third is None else layer.name[: -len("[q]")]
+    whole = layer.name if layer.qkv_part is None else layer.name[: -len("[q]")]
     return whole, [f"{whole}[{x}]" for x in THIRDS]
 
 
 class Run:
     """A modifier at work. A step count is the number of optimizer steps done."""
 
-    def prepare(self) -> None:
+    def on_attach(self) -> None:
         """At the end of attaching, once all runs are bound: what the first forward pass must see.
 
         A resumed run loads its state afterwards.
@@ -111,16 +111,16 @@ class Run:
     def before_update(self, step: int) -> None:
         """In that step, once gradients are there: a closure computes them (LBFGS, Lightning)."""
 
-    def settle(self, step: int) -> None:
-        """After optimizer step number ``step``, in all runs before `after_step`: put masks on.
+    def apply_masks(self, step: int) -> None:
+        """After optimizer step number ``step``, in all runs before `prune`: put masks on.
 
-        Windows that have masked until now end here, so that others may begin in `enter`.
+        Windows that have masked until now end here, so that others may begin in `begin_window`.
         """
 
-    def after_step(self, step: int) -> None:
+    def prune(self, step: int) -> None:
         """After optimizer step number ``step``."""
 
-    def enter(self, step: int) -> None:
+    def begin_window(self, step: int) -> None:
         """After optimizer step number ``step``, in all runs last: masks that begin to act."""
 
     def skipped(self, step: int) -> None:
@@ -138,7 +138,7 @@ class Run:
     def finish(self, step: int) -> None:
         """Once, when training is over: do what is still due."""
 
-    def release(self) -> None:
+    def detach(self) -> None:
         """Once, at the very end, errors included: put back what is not meant to last."""
 
     def plan(self) -> list[tuple[int, str]]:

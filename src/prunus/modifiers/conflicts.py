@@ -15,11 +15,13 @@ from prunus.modifiers.semi_sparse import AccelerateRun
 def in_both(some: Iterable[Run], others: Iterable[Run]) -> str:
     """The first layer, or third of one, that runs of both sides mask; empty if there is none."""
     theirs = [layer for run in others for layer in _layers(run)]
-    for mine in (layer for run in some for layer in _layers(run)):
+    for layer in (layer for run in some for layer in _layers(run)):
         for other in theirs:
-            same = mine.parameter_name == other.parameter_name
-            if same and (None in (mine.third, other.third) or mine.third == other.third):
-                return mine.name
+            same = layer.parameter_name == other.parameter_name
+            if same and (
+                None in (layer.qkv_part, other.qkv_part) or layer.qkv_part == other.qkv_part
+            ):
+                return layer.name
     return ""
 
 

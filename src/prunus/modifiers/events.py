@@ -10,19 +10,19 @@ from torch import Tensor
 
 from prunus.core.layers import Layer
 from prunus.core.sharding import ranks_of
-from prunus.engine.method import LayerRow
+from prunus.engine.method import LayerResult
 
 
-def counted(layer: Layer, pattern: str, entries: Tensor) -> LayerRow:
+def counted(layer: Layer, pattern: str, entries: Tensor) -> LayerResult:
     """The layer's row, with the zeros of its weight or mask counted over all ranks that hold it."""
     counts = torch.tensor([entries.numel(), entries.numel() - int(entries.count_nonzero())])
     size, zeros = ranks_of(layer.weight).all_reduce(counts).tolist()
     itemsize = layer.weight.element_size()
-    return LayerRow(layer.name, layer.kind, layer.shape, pattern, size, zeros, itemsize, None)
+    return LayerResult(layer.name, layer.kind, layer.shape, pattern, size, zeros, itemsize, None)
 
 
 def layers_event(
-    pruner: str, pattern: str, rows: Sequence[LayerRow], step: int, target: float | None
+    pruner: str, pattern: str, rows: Sequence[LayerResult], step: int, target: float | None
 ) -> dict[str, Any]:
     """What records and reports know of layers at one step; ``pruner`` and ``pattern`` say why."""
     zeros, size = sum(row.zeros for row in rows), sum(row.size for row in rows)

@@ -101,7 +101,7 @@ class KeepRun(Run):
         """The layers, or thirds of them, whose masks this run keeps."""
         return self.context.owned(self, self.layers)
 
-    def settle(self, step: int) -> None:
+    def apply_masks(self, step: int) -> None:
         self.context.hide(self, self.layers)
         if self.end is not None and step >= self.end:
             for layer in self.owned:
@@ -109,8 +109,8 @@ class KeepRun(Run):
                 del self.context.owners[layer.name]
 
     def plan(self) -> list[tuple[int, str]]:
-        said = [(self.begin, f"keep the zeros of {len(self.layers)} layers")]
-        return said if self.end is None else [*said, (self.end, "let the zeros train")]
+        message = [(self.begin, f"keep the zeros of {len(self.layers)} layers")]
+        return message if self.end is None else [*message, (self.end, "let the zeros train")]
 
     def state_dict(self) -> dict[str, Any]:
         return {"begun": self.begun, "owned": [layer.name for layer in self.owned]}

@@ -11,8 +11,8 @@ from torch import Tensor
 from prunus.core.layers import Layer
 from prunus.core.masks import local
 from prunus.core.sharding import gather, scatter
-from prunus.engine.layer_solve import ready
-from prunus.engine.sequential.walk import Walked
+from prunus.engine.layer_solve import measure
+from prunus.engine.sequential.walk import SequentialResult
 from prunus.engine.step import prune_step
 from prunus.modifiers.base import MODIFIERS, Context
 from prunus.modifiers.prune import PruningModifier
@@ -84,8 +84,8 @@ class MovementRun(PruningRun):
             self.moved[layer.name] = torch.zeros_like(layer.local, dtype=dtype)
         return self.moved[layer.name]
 
-    def _prune(self, target: float | None) -> Walked:
-        measured, shards = ready(self.method, self.layers, self.context.model, None)
+    def _prune(self, target: float | None) -> SequentialResult:
+        measured, shards = measure(self.method, self.layers, self.context.model, None)
         scores: dict[Any, Any] = {}
         for rows in measured.shares:
             moved = rows.layer.matrix(self._moved(rows.layer))
@@ -95,7 +95,7 @@ class MovementRun(PruningRun):
         changes = prune_step(*what, (measured, shards))
         if self.next == len(self.ticks):
             self.moved = {}
-        return Walked(changes=changes, rows=[change.row for change in changes])
+        return SequentialResult(changes=changes, rows=[change.row for change in changes])
 
     def state_dict(self) -> dict[str, Any]:
         weights = {layer.name: layer.weight for layer in self.layers}

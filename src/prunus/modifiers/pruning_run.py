@@ -13,18 +13,18 @@ from prunus.core.layers import Layer
 from prunus.core.masks import local, zero_momentum
 from prunus.core.selection import select
 from prunus.core.sharding import shards_of
-from prunus.engine.allocator_signals import looked_for
+from prunus.engine.allocator_signals import signal_statistics
 from prunus.engine.layer_solve import plan_measurements
-from prunus.engine.method import LayerRow
+from prunus.engine.method import LayerResult
 from prunus.engine.permute.folds import Plan
 from prunus.engine.permute.step import permute_layers, plan_folds
 from prunus.engine.sequential.prune import NO_INPUTS, blocks_for, check_sequential, prune_blocks
-from prunus.engine.sequential.walk import Walked
+from prunus.engine.sequential.walk import SequentialResult
 from prunus.engine.step import check_reachable, prune_step, stage_count
 from prunus.modifiers.base import Context, Run, log
 from prunus.modifiers.events import layers_event
 from prunus.modifiers.timing import Window
-from prunus.pruners import SweepPruner
+from prunus.pruners import JointPruner
 
 if TYPE_CHECKING:
     from prunus.modifiers.prune import PruningModifier
@@ -58,7 +58,7 @@ class PruningRun(Run):
                 total,
             )
         self.next = 0
-        self.did = Walked()
+        self.result = SequentialResult()
 
     def _folds(self) -> Plan:
         permute = self.modifier.permute
@@ -83,8 +83,8 @@ class PruningRun(Run):
             raise ValueError(NO_INPUTS)
         measured = plan_measurements(method, self.layers, context.model, None)
         check_measurable(measured.stats, f"pruner {method.pruner.name!r}", None)
-        looks = looked_for(method.allocator, self.layers)
-        check_measurable(looks, f"allocator {method.allocator.name!r}", None)
+        signals = signal_statistics(method.allocator, self.layers)
+        check_measurable(signals, f"allocator {method.allocator.name!r}", None)
 
     def start(self) -> None:
         schedule, pattern = self.modifier.schedule, self.method.pattern
@@ -106,10 +106,10 @@ class PruningRun(Run):
         """The layers, or thirds of them, whose masks this run keeps."""
         return self.context.owned(self, self.layers)
 
-    def settle(self, step: int) -> None:
+    def apply_masks(self, step: int) -> None:
         self.context.hide(self, self.layers)
 
-    def after_step(self, step: int) -> None:
+    def prune(self, step: int) -> None:
         if self.next < len(self.ticks) and step >= self.ticks[self.next]:
             while self.next < len(self.ticks) and step >= self.ticks[self.next]:
                 self.next += 1  # of several that are due, the last says it all
@@ -134,21 +134,21 @@ class PruningRun(Run):
 
     def _tick(self, tick: int, step: int) -> None:
         context, target = self.context, self.target(tick)
-        self.did = self._prune(target)
-        changes = self.did.changes
+        self.result = self._prune(target)
+        changes = self.result.changes
         for change in changes:
             put_mask(context, self, change.layer, change.mask)
         if not context.one_shot:
-            self.did.changes = []
+            self.result.changes = []
         context.record(pruning_event(self.modifier, self.rows, step, target))
 
-    def _prune(self, target: float | None) -> Walked:
+    def _prune(self, target: float | None) -> SequentialResult:
         context, modifier = self.context, self.modifier
         what = self.method, self.layers, target, context.model, context.calibration
         walk, permute = modifier.walk(context), modifier.permute
         if walk is not None:
             return prune_blocks(*what, walk, permute, self.folds.folds)
-        done = Walked()
+        done = SequentialResult()
         try:
             measured = None
             if permute is not None:
@@ -163,9 +163,9 @@ class PruningRun(Run):
         return done
 
     @property
-    def rows(self) -> list[LayerRow]:
+    def rows(self) -> list[LayerResult]:
         """What became of the layers in the last pruning step."""
-        return self.did.rows
+        return self.result.rows
 
     def plan(self) -> list[tuple[int, str]]:
         fixed = self.method.pattern.fixed
@@ -173,9 +173,9 @@ class PruningRun(Run):
             (step, fixed if fixed is not None else self.target(i))
             for i, step in enumerate(self.ticks)
         ]
-        said = f"{self.method.pruner.name} to {self.modifier.pattern}"
+        method = f"{self.method.pruner.name} to {self.modifier.pattern}"
         return [
-            (s, f"{said}, sparsity {'by table' if t is None else f'{t:.4f}'}") for s, t in targets
+            (s, f"{method}, sparsity {'by table' if t is None else f'{t:.4f}'}") for s, t in targets
         ]
 
     def measurements(self) -> Measurements:
@@ -189,7 +189,7 @@ class PruningRun(Run):
         All groups of statistics are measured for the scores, and but the last again to rebuild.
         """
         groups = len(self.measurements().groups)
-        once = groups if isinstance(self.method.pruner, SweepPruner) else 2 * groups - 1
+        once = groups if isinstance(self.method.pruner, JointPruner) else 2 * groups - 1
         return once * stage_count(self.method)
 
     def memory(self) -> dict[str, int]:
@@ -226,7 +226,7 @@ class PruningRun(Run):
 
 def put_mask(context: Context, run: Run, layer: Layer, mask: Tensor) -> None:
     """A layer's mask, from now on kept by the run; the momentum of what it prunes is zeroed."""
-    part = None if layer.third is None else layer.part
+    part = None if layer.qkv_part is None else layer.part
     context.masks.put(layer.parameter_name, layer.weight, mask, part)
     context.take(layer, run)
     if context.optimizer is not None:
@@ -240,7 +240,7 @@ def mask_bytes(layers: list[Layer]) -> int:
 
 
 def pruning_event(
-    modifier: PruningModifier, rows: list[LayerRow], step: int, target: float | None
+    modifier: PruningModifier, rows: list[LayerResult], step: int, target: float | None
 ) -> dict[str, Any]:
     """What records and reports know of one pruning step."""
     return layers_event(modifier.pruner.name, modifier.pattern, rows, step, target)

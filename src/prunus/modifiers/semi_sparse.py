@@ -93,7 +93,7 @@ class AccelerateRun(Run):
         if self.modifier.layers is None:
             chosen = [layer for layer in chosen if isinstance(layer.module, nn.Linear)]
         for layer in chosen:
-            if not isinstance(layer.module, nn.Linear) or layer.third is not None:
+            if not isinstance(layer.module, nn.Linear) or layer.qkv_part is not None:
                 raise ValueError(
                     f"layers: {layer.name} is a {layer.kind}; only whole Linear layers "
                     "can be accelerated; name those alone, or exclude this one"
@@ -121,7 +121,7 @@ class AccelerateRun(Run):
             if isinstance(layer.module, SemiSparseLinear) and layer.module.tile_mask is not None
         ]
 
-    def prepare(self) -> None:
+    def on_attach(self) -> None:
         if self.begin == 0:
             self._swap(0)
 
@@ -139,16 +139,16 @@ class AccelerateRun(Run):
             if layer.weight.grad is not None:
                 layer.weight.grad.add_(torch.where(mask, 0, layer.weight), alpha=decay)
 
-    def settle(self, step: int) -> None:
+    def apply_masks(self, step: int) -> None:
         self.context.hide(self, self.layers)
         if self.active and self.end is not None and step >= self.end:
             self._end(step)
 
-    def after_step(self, step: int) -> None:
+    def prune(self, step: int) -> None:
         if self.active:
             self._refresh(step)
 
-    def enter(self, step: int) -> None:
+    def begin_window(self, step: int) -> None:
         if not self.active and self.begin <= step and (self.end is None or step < self.end):
             self._swap(step)
 
@@ -167,22 +167,22 @@ class AccelerateRun(Run):
         held = [(x.local, self.context.in_force(x)) for x in self.layers]
         for weight, pruned in held:
             if pruned is not None:  # another entry may not have put it on again yet
-                Hard().hide([weight], [pruned])
+                Hard().apply([weight], [pruned])
         self._refresh(step)
         if self.modifier.keep:
             for layer, module, mask in self._sparse():
                 pruned = self.context.in_force(layer)
                 mask = mask if pruned is None else mask & pruned
                 put_mask(self.context, self, layer, mask)
-                Hard().hide([module.weight.detach()], [mask])
-        self.release()
+                Hard().apply([module.weight.detach()], [mask])
+        self.detach()
 
     @torch.no_grad()
     def finish(self, step: int) -> None:
         if self.active:
             self._end(step)
 
-    def release(self) -> None:
+    def detach(self) -> None:
         if self.active:
             to_dense(self._named())
         self.active = False
@@ -212,7 +212,7 @@ class AccelerateRun(Run):
         if state["active"] and not self.active:
             self._swap(int(state["last"]))
         elif not state["active"]:
-            self.release()
+            self.detach()
         self.last, self.recorded = int(state["last"]), int(state["recorded"])
         for layer, module, _ in self._sparse():
             packed = state["masks"][layer.name]

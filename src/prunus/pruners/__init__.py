@@ -1,14 +1,14 @@
 """The methods, one file each."""
 
+from prunus.core.ranks import Ranks
 from prunus.pruners._second_order import SecondOrder, stages_of_groups
 from prunus.pruners.alps import ALPS
 from prunus.pruners.base import (
     PRUNERS,
+    JointPruner,
     Pruner,
-    Ranks,
     RefiningPruner,
     ScorePruner,
-    SweepPruner,
     list_pruners,
     register_pruner,
     supports,
@@ -29,6 +29,7 @@ __all__ = [
     "RI",
     "RIA",
     "FastCAP",
+    "JointPruner",
     "Magnitude",
     "Pruner",
     "Ranks",
@@ -36,7 +37,6 @@ __all__ = [
     "ScorePruner",
     "SecondOrder",
     "SparseGPT",
-    "SweepPruner",
     "Wanda",
     "list_pruners",
     "register_pruner",

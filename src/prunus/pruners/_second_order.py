@@ -46,8 +46,8 @@ class SecondOrder:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; at least 1 is needed")
         for name, known in (("samples", SAMPLES), ("ramp", RAMPS), ("dtype", DTYPES)):
-            if (given := getattr(self, name)) not in known:
-                raise ValueError(f"unknown {name} {given!r}{did_you_mean(given, known)}")
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"unknown {name} {value!r}{did_you_mean(value, known)}")
         if not (0 < self.damp < math.inf):
             raise ValueError(f"damp={self.damp}; a number above 0 is needed, such as 1e-7")
 

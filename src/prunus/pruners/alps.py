@@ -17,8 +17,9 @@ from torch import Tensor
 
 from prunus.core.layers import Layer, working_precision
 from prunus.core.patterns import Pattern
+from prunus.core.ranks import Ranks
 from prunus.pruners._layerwise import gram_of
-from prunus.pruners.base import Ranks, register_pruner
+from prunus.pruners.base import register_pruner
 from prunus.solvers.admm import solve
 from prunus.stats import InputGram
 
@@ -52,7 +53,7 @@ class ALPS:
     def statistic(self, layer: Layer) -> InputGram:
         return gram_of(layer, self.device)
 
-    def sweep(
+    def solve(
         self, w: Tensor, stat: InputGram, pattern: Pattern, drop: int, ranks: Ranks
     ) -> tuple[Tensor, Tensor]:
         dense, alive = working_precision(w), w != 0

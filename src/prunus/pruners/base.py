@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from prunus.core.layers import Layer
 from prunus.core.names import Registry
 from prunus.core.patterns import Pattern
+from prunus.core.ranks import Ranks
 from prunus.stats import Statistic
 
 
@@ -54,10 +56,10 @@ class RefiningPruner(ScorePruner, Protocol):
 
 
 @runtime_checkable
-class SweepPruner(Pruner, Protocol):
+class JointPruner(Pruner, Protocol):
     """Chooses the mask while it solves, so a layer's share must be known before."""
 
-    def sweep(
+    def solve(
         self, w: Tensor, stat: Any, pattern: Pattern, drop: int, ranks: Ranks
     ) -> tuple[Tensor, Tensor]:
         """New weight and keep-mask, with `drop` weights gone in all, zeros of before included.
@@ -65,16 +67,6 @@ class SweepPruner(Pruner, Protocol):
         `drop` counts the whole layer, of which `ranks` may hold other rows; for pattern `row` it
         counts the rows of `w`.
         """
-        ...
-
-
-class Ranks(Protocol):
-    """The ranks among which the rows of a layer are cut."""
-
-    def all_reduce(self, t: Tensor) -> Tensor: ...
-
-    def keep_all_but_lowest(self, scores: Tensor, k: int) -> Tensor:
-        """This rank's part of the keep-mask that drops the k lowest scores of all ranks."""
         ...
 
 
@@ -92,7 +84,10 @@ def register_pruner(cls: _P) -> _P:
     params = getattr(cls, "__dataclass_params__", None)
     if not dataclasses.is_dataclass(cls) or params is None or not params.frozen:
         raise ValueError(f"{cls.__name__} must be a frozen dataclass: @dataclass(frozen=True)")
-    solving = ("sweep",) if hasattr(cls, "sweep") else ("scores", "rebuild")
+    if hasattr(cls, "sweep") and not hasattr(cls, "solve"):
+        warnings.warn(f"{cls.__name__}.sweep is now called solve", FutureWarning, stacklevel=2)
+        cls.solve = cls.sweep
+    solving = ("solve",) if hasattr(cls, "solve") else ("scores", "rebuild")
     parts = ("name", "patterns", "allocator", "statistic", *solving)
     if missing := [part for part in parts if not hasattr(cls, part)]:
         raise ValueError(f"pruner {cls.__name__} lacks {', '.join(missing)}")

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from prunus.core.names import did_you_mean
 from prunus.core.patterns import NM, Pattern
+from prunus.core.ranks import Ranks
 from prunus.pruners._second_order import SecondOrder
-from prunus.pruners.base import Ranks, register_pruner
+from prunus.pruners.base import register_pruner
 from prunus.solvers.obs import greedy_losses, greedy_losses_of_groups, group_solve, increases
 from prunus.stats.block_fisher import BlockFisher
 

@@ -18,9 +18,10 @@ from torch import Tensor
 from prunus.core.layers import Layer
 from prunus.core.names import did_you_mean
 from prunus.core.patterns import NM, Pattern
+from prunus.core.ranks import Ranks
 from prunus.pruners._stripes import choice, stripe_counts
-from prunus.pruners.base import Ranks, register_pruner
-from prunus.solvers.column_sweep import sweep, upper_factor
+from prunus.pruners.base import register_pruner
+from prunus.solvers.column_sweep import sweep_columns, upper_factor
 from prunus.stats.block_fisher import SAMPLES, Samples, Sampling
 from prunus.stats.shared_fisher import SharedFisher
 
@@ -78,7 +79,7 @@ class FastCAP:
             dtype=torch.float64 if exact else torch.float32,
         )
 
-    def sweep(
+    def solve(
         self, w: Tensor, stat: SharedFisher, pattern: Pattern, drop: int, ranks: Ranks
     ) -> tuple[Tensor, Tensor]:
         d, whole = stat.block_size, stat.cols // stat.block_size * stat.block_size
@@ -108,4 +109,4 @@ class FastCAP:
         silent = f.diagonal() == 0  # no gradient ever: the first to go
         f.diagonal().add_(self.damp * f.diagonal().mean()).masked_fill_(silent, 1)
         choose, every = choice(pattern, w != 0, silent, drop, ranks.keep_all_but_lowest)
-        return sweep(w, upper_factor(f).to(w.dtype), choose, every)
+        return sweep_columns(w, upper_factor(f).to(w.dtype), choose, every)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from prunus.core.layers import Layer
 from prunus.core.patterns import Pattern
-from prunus.pruners.base import Ranks, register_pruner
+from prunus.core.ranks import Ranks
+from prunus.pruners.base import register_pruner
 from prunus.stats import Statistic
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prunus.core.layers import Layer
 from prunus.core.patterns import Pattern
-from prunus.pruners.base import Ranks
+from prunus.core.ranks import Ranks
 from prunus.stats import Statistic
 
 

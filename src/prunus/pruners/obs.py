@@ -16,8 +16,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from prunus.core.patterns import Block, Pattern
+from prunus.core.ranks import Ranks
 from prunus.pruners._second_order import SecondOrder
-from prunus.pruners.base import Ranks, register_pruner
+from prunus.pruners.base import register_pruner
 from prunus.solvers.obs import first_order_step, saliency
 from prunus.stats.block_fisher import BlockFisher
 

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from prunus.core.layers import Layer, working_precision
 from prunus.core.patterns import Pattern
+from prunus.core.ranks import Ranks
 from prunus.pruners._layerwise import InputStatistic, Layerwise
-from prunus.pruners.base import Ranks, register_pruner
+from prunus.pruners.base import register_pruner
 
 
 def relative_importance(w: Tensor, ranks: Ranks) -> Tensor:

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from prunus.core.layers import Layer, working_precision
 from prunus.core.patterns import Pattern
+from prunus.core.ranks import Ranks
 from prunus.pruners._layerwise import gram_of
 from prunus.pruners._stripes import choice, row_counts, stripe_counts
-from prunus.pruners.base import Ranks, register_pruner
-from prunus.solvers.column_sweep import sweep
+from prunus.pruners.base import register_pruner
+from prunus.solvers.column_sweep import sweep_columns
 from prunus.solvers.least_squares import refit
 from prunus.stats import InputGram
 
@@ -53,7 +54,7 @@ class SparseGPT:
     def statistic(self, layer: Layer) -> InputGram:
         return gram_of(layer, self.device)
 
-    def sweep(
+    def solve(
         self, w: Tensor, stat: InputGram, pattern: Pattern, drop: int, ranks: Ranks
     ) -> tuple[Tensor, Tensor]:
         dense, gram = working_precision(w), stat.matrix(w.device)
@@ -64,7 +65,9 @@ class SparseGPT:
         elif pattern.fixed is None:
             counts = stripe_counts([w], drop, ranks.all_reduce)[0]
         choose, every = choice(pattern, w != 0, dead, counts, ranks.keep_all_but_lowest)
-        new, mask = sweep(dense, stat.factor(self.damp, w.device).to(dense.dtype), choose, every)
+        new, mask = sweep_columns(
+            dense, stat.factor(self.damp, w.device).to(dense.dtype), choose, every
+        )
         if self.refit:
             new = refit(dense, new, gram.to(dense.dtype), mask)
         return new, mask

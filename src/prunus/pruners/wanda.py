@@ -16,8 +16,9 @@ from torch import Tensor
 
 from prunus.core.layers import working_precision
 from prunus.core.patterns import Pattern
+from prunus.core.ranks import Ranks
 from prunus.pruners._layerwise import InputStatistic, Layerwise
-from prunus.pruners.base import Ranks, register_pruner
+from prunus.pruners.base import register_pruner
 
 
 @register_pruner

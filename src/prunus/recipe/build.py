@@ -86,13 +86,13 @@ def _keys(cls: type) -> list[str]:
 def _value(hint: Any, value: Any, source: Source, path: Path) -> Any:
     if isinstance(value, bool) and bool not in members(hint):
         raise source.error(path, f"{str(value).lower()} is no value for this")
-    given = isinstance(value, Mapping)
+    is_mapping = isinstance(value, Mapping)
     for member in members(hint):
         if member is Allocator and isinstance(value, Mapping) and "name" not in value:
             value = {"name": Table.name, "sparsities": value}
         if member in REGISTRIES:
             return build_named(REGISTRIES[member], value, source, path)
-        if isinstance(member, type) and dataclasses.is_dataclass(member) and given:
+        if isinstance(member, type) and dataclasses.is_dataclass(member) and is_mapping:
             return build(member, value, source, path)
         if typing.get_origin(member) is tuple and isinstance(value, str):
             return (value,)
@@ -101,13 +101,13 @@ def _value(hint: Any, value: Any, source: Source, path: Path) -> Any:
 
 def build_named(registry: Registry[Any], data: Any, source: Source, path: Path) -> Any:
     """``cap`` or ``{name: cap, damp: 1e-8}`` to an instance of the registered class."""
-    given = {"name": data} if isinstance(data, str) else data
-    if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
+    settings = {"name": data} if isinstance(data, str) else data
+    if not isinstance(settings, Mapping) or not isinstance(settings.get("name"), str):
         hint = f"expected a name ({', '.join(registry)}) or a mapping with a name"
         raise source.error(path, hint)
-    arguments = {key: value for key, value in given.items() if key != "name"}
+    arguments = {key: value for key, value in settings.items() if key != "name"}
     try:
-        cls = registry[given["name"]]
+        cls = registry[settings["name"]]
     except ValueError as error:
         raise source.error(path if isinstance(data, str) else (*path, "name"), str(error)) from None
     return build(cls, arguments, source, path)

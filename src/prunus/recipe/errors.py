@@ -41,11 +41,11 @@ class Source:
                 return self.lines[path[:end]]
         return None
 
-    def said(self, path: Path, message: str) -> str:
+    def message(self, path: Path, message: str) -> str:
         """The message behind file, line and path."""
         line = self.line(path)
         where = [self.name + (f":{line}" if line else ""), dotted(path)]
         return ": ".join([part for part in where if part] + [message])
 
     def error(self, path: Path, message: str) -> RecipeError:
-        return RecipeError(self.said(path, message))
+        return RecipeError(self.message(path, message))

@@ -49,8 +49,8 @@ def _in_words(schema: Any) -> Any:
         result["properties"] = {key_of(k): v for k, v in result["properties"].items()}
         result["additionalProperties"] = False
     if result.get("type") == "array" and result.get("items") == {"type": "string"}:
-        said = {key: result.pop(key) for key in ("description", "title") if key in result}
-        return {"anyOf": [result, {"type": "string"}], **said}
+        message = {key: result.pop(key) for key in ("description", "title") if key in result}
+        return {"anyOf": [result, {"type": "string"}], **message}
     return result
 
 
@@ -66,8 +66,8 @@ def _or_variable(schema: Any) -> Any:
     for holder, key in slots:
         value = holder.get(key)
         if isinstance(value, dict) and "const" not in value:
-            said = {word: value.pop(word) for word in ("title", "description") if word in value}
-            holder[key] = {"anyOf": [value, {"$ref": "#/$defs/Variable"}], **said}
+            message = {word: value.pop(word) for word in ("title", "description") if word in value}
+            holder[key] = {"anyOf": [value, {"$ref": "#/$defs/Variable"}], **message}
     return result
 
 

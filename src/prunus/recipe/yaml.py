@@ -81,8 +81,8 @@ def read_yaml(text: str, name: str) -> tuple[Any, Source]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{name}:{mark.line + 1}" if mark else name
-        said = ", ".join(filter(None, (error.context, error.problem)))
-        raise RecipeError(f"{where}: not YAML: {said}") from None
+        message = ", ".join(filter(None, (error.context, error.problem)))
+        raise RecipeError(f"{where}: not YAML: {message}") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{name}: not YAML: {error}") from None
     except RecursionError:

@@ -55,7 +55,7 @@ def support(
     """The last weights d within the pattern, and their mask, once it stands still."""
     h, scale = _unit_diagonal(gram, damp)
     b, rho = dense * scale, FIRST_PENALTY
-    d, keep, looked = b * first, first, first
+    d, keep, previous = b * first, first, first
     v, inverse = torch.zeros_like(b), _shifted_inverse(h, rho)
     for i in range(1, iterations + 1):
         w = torch.addmm(b, (d - b).mul_(rho).sub_(v), inverse)
@@ -64,15 +64,15 @@ def support(
         d.mul_(keep)
         v.add_(w.sub_(d), alpha=rho)
         if i % EVERY == 0:
-            if torch.equal(keep, looked):
+            if torch.equal(keep, previous):
                 break
-            rho *= _growth(keep, looked)
-            inverse, looked = _shifted_inverse(h, rho), keep
+            rho *= _growth(keep, previous)
+            inverse, previous = _shifted_inverse(h, rho), keep
     return d / scale, keep
 
 
-def _growth(keep: Tensor, looked: Tensor) -> float:
-    changed = int((keep ^ looked).count_nonzero()) / max(1, int(keep.count_nonzero()))
+def _growth(keep: Tensor, previous: Tensor) -> float:
+    changed = int((keep ^ previous).count_nonzero()) / max(1, int(keep.count_nonzero()))
     return next(factor for least, factor in GROWTH if changed > least)
 
 

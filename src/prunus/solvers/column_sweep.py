@@ -58,7 +58,9 @@ def errors_by_solving(wt: Tensor, u: Tensor, drop: Tensor, errors: Tensor) -> No
     wt.addmm_(u.T, errors, alpha=-1)
 
 
-def sweep(w: Tensor, u: Tensor, choose: Choose, every: int = STRIPE) -> tuple[Tensor, Tensor]:
+def sweep_columns(
+    w: Tensor, u: Tensor, choose: Choose, every: int = STRIPE
+) -> tuple[Tensor, Tensor]:
     """New weights and keep-mask. ``w`` is (rows, cols), ``u`` from `upper_factor`, of one dtype.
 
     ``choose(scores, begin, end)`` gives the (rows, end - begin) keep-mask of each `every` columns

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-CANDIDATES = 32  # of each side, of which all pairs are looked at
+CANDIDATES = 32  # of each side, of which all pairs are examined
 AT_ONCE = 16  # swaps among these before others are sought among all columns, which costs more
 CHUNK = 1 << 20  # weights whose rows swap at once: bounds the copies
 STRIPE = 128  # columns of groups after which the rest of the matrix learns of the swaps

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 20  # scores looked at in one go: few enough for the cache, many enough to share
+CHUNK = 1 << 20  # scores examined in one go: few enough for the cache, many enough to share
 FEW = 1 << 16  # up to here, histograms of 65,536 counts cost more than a partial sort
 
 FEW_OF_GROUP = 8  # so many of a larger group are found faster by insertion
@@ -110,9 +110,9 @@ def count_lowest(
     if k == 0:
         return [0] * len(scores), [0] * len(scores)
     threshold = kth_lowest(scores, k, all_reduce)
-    mine = torch.tensor([_below_and_equal(tensor, threshold) for tensor in scores])
+    counts = torch.tensor([_below_and_equal(tensor, threshold) for tensor in scores])
     everyone = torch.zeros(world_size, len(scores), 2, dtype=torch.int64)
-    everyone[rank] = mine
+    everyone[rank] = counts
     if all_reduce is not None:
         everyone = all_reduce(everyone)
     ties = everyone[:, :, 1].T.reshape(-1)  # tensor by tensor, rank by rank

@@ -30,7 +30,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Blocks:
+class FisherBlocks:
     """Some of the blocks of a `BlockFisher`: sums (n, d, d) or, where fewer, samples (n, m, d)."""
 
     data: Tensor
@@ -159,7 +159,7 @@ class BlockFisher:
             for part, more in zip(torch.split(sums, step), torch.split(blocks, step), strict=True):
                 part += torch.bmm(more.mT, more).to(part)  # computed where the gradients are
 
-    def _chunks(self, place: torch.device) -> Iterator[tuple[slice, slice, Blocks]]:
+    def _chunks(self, place: torch.device) -> Iterator[tuple[slice, slice, FisherBlocks]]:
         """(rows, columns, blocks) small enough to work on at once, on the device `place`."""
         self._flush()
         assert self._sums, "no gradient has been taken in"
@@ -174,14 +174,14 @@ class BlockFisher:
                     data = data.reshape(len(data), -1, d).transpose(0, 1)
                 else:
                     data = self._sums[i][rows.start * each : rows.stop * each]
-                yield rows, cut, Blocks(data.to(place), self.count, self.damp, self.dual)
+                yield rows, cut, FisherBlocks(data.to(place), self.count, self.damp, self.dual)
 
     def per_block(self, function: PerBlock, *matrices: Tensor) -> Tensor:
         """(rows, cols) of ``function(blocks, *parts)``, chunk by chunk.
 
-        ``function`` gets `Blocks` of n blocks and the (n, d) parts of the (rows, cols) matrices in
-        them, and returns (n, d). Computed on the matrices' device; the result has the dtype of the
-        first of them, but at least single precision.
+        ``function`` gets `FisherBlocks` of n blocks and the (n, d) parts of the (rows, cols)
+        matrices in them, and returns (n, d). Computed on the matrices' device; the result has the
+        dtype of the first of them, but at least single precision.
         """
         place, dtype = matrices[0].device, matrices[0].dtype
         dtype = torch.promote_types(dtype, torch.float32)
@@ -225,5 +225,5 @@ class BlockFisher:
                 else:
                     at = row * ((cut.stop - cut.start) // d) + (begin - cut.start) // d
                     data = sums[at : at + 1]
-                return Blocks(data, self.count, self.damp, self.dual).inverse()[0]
+                return FisherBlocks(data, self.count, self.damp, self.dual).inverse()[0]
         raise AssertionError("every block lies in some cut")

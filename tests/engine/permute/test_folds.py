@@ -18,7 +18,7 @@ from timm.models.resnet import BasicBlock
 
 from prunus.core.layers import all_layers
 from prunus.engine.permute.attention import FUSED
-from prunus.engine.permute.folds import Taken, moved
+from prunus.engine.permute.folds import AppliedFold, moved
 from prunus.engine.permute.patterns import RULES, find_folds
 
 from tests.helpers.permute_models import (
@@ -398,7 +398,7 @@ def test_a_fold_taken_back_at_any_point_leaves_every_bit(seed, at, late):
     model = linears(nn.BatchNorm1d(8), nn.ReLU())
     (fold,), state = plan_of(model).folds, state_of(model)
     perms = random_perms(fold)
-    taken, real = Taken(fold, perms), torch.Tensor.copy_
+    taken, real = AppliedFold(fold, perms), torch.Tensor.copy_
 
     def interrupted(tensor, other):
         nonlocal at

@@ -116,11 +116,11 @@ def test_permuting_alone_leaves_the_function_and_pruning_nothing_leaves_the_weig
     expected = model(**batches[0]).logits
     seen = {}
 
-    def looked(*args):
+    def recorded(*args):
         seen["logits"] = model(**batches[0]).logits
         raise RuntimeError("stop")
 
-    monkeypatch.setattr(prunus.modifiers.pruning_run, "prune_step", looked)
+    monkeypatch.setattr(prunus.modifiers.pruning_run, "prune_step", recorded)
     before = state(model)
     for shared in ("leave", "residual", "gather"):
         with pytest.raises(RuntimeError, match="stop"):
@@ -308,7 +308,7 @@ def interrupted_run(shared, at, late, patch):
 
         patch.setattr(owner, name, call)
 
-    apply = folds.Taken.apply
+    apply = folds.AppliedFold.apply
 
     def watched(taken):
         inside.append(1)
@@ -319,7 +319,7 @@ def interrupted_run(shared, at, late, patch):
 
     watch(torch.Tensor, "copy_")
     watch(gather, "_set")
-    patch.setattr(folds.Taken, "apply", watched)
+    patch.setattr(folds.AppliedFold, "apply", watched)
     data = prunus.Calibration(tokens(1))
     permute = prunus.Permute(shared=shared)
     try:

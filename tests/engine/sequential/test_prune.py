@@ -13,7 +13,7 @@ from prunus.allocators import OWL, Problem, Unit
 from prunus.core.blocks import find_blocks
 from prunus.core.layers import all_layers
 from prunus.engine import step as engine
-from prunus.engine.allocator_signals import looked
+from prunus.engine.allocator_signals import with_signals
 from prunus.engine.sequential import walk as block_walk
 
 # transformers' progress bars
@@ -263,7 +263,7 @@ def test_owl_looks_at_the_dense_model(pruner):
             m.layers[1].up.weight[:2] *= 20
     layers = [layer for layer in all_layers(dense) if layer.name.startswith("layers")]
     method = prunus.PruningModifier(Wanda(), 0.5, allocator=OWL()).method
-    seen = looked(method, layers, dense, calibration).looks
+    seen = with_signals(method, layers, dense, calibration).signals
     whole = [Unit(layer.name, layer.shape, layer.weight.numel(), 0) for layer in layers]
     plan = OWL().allocate(Problem(whole, 0.5, lambda k: [], seen))
     result = walk(model, pruner, calibration=calibration, allocator="owl")

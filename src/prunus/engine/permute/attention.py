@@ -66,7 +66,7 @@ def _value_slots(net: Network, parent: str, writer: str, positions: Tensor) -> l
 
 
 def _further_slots(
-    net: Network, parent: str, between: Mapping[str, str], mine: Tensor, values: Tensor
+    net: Network, parent: str, between: Mapping[str, str], order: Tensor, values: Tensor
 ) -> list[Slot]:
     """What stands beside the projections: a bias of its own, a norm over all heads, a gate."""
     slots, module = [], net.modules[parent]
@@ -74,9 +74,9 @@ def _further_slots(
         slots.append(net.slot(module, "v_bias", 0, values, values.numel()))
     for child, name in between.items():
         if child == "gate" and isinstance(net.modules[name], nn.Linear):
-            slots += net.writes(name, mine, mine.numel())
+            slots += net.writes(name, order, order.numel())
         elif child not in ASIDE:
-            slots += passes(net, name, mine, mine.numel())
+            slots += passes(net, name, order, order.numel())
     return slots
 
 
@@ -91,8 +91,8 @@ def attention(
         raise FoldError(
             f"{rows} rows of {join(parent, writer)} and {channels} inputs are no heads of {width}"
         )
-    mine = straight(rows // width, channels // rows, width)
+    order = straight(rows // width, channels // rows, width)
     values = straight(rows // width, 1, width)
-    slots = [net.reads(layer, mine), *_value_slots(net, parent, writer, values + offset)]
-    slots += _further_slots(net, parent, between, mine, values)
-    return net.fold(f"{layer.name} <- {writer}", "attention", (layer,), mine, slots)
+    slots = [net.reads(layer, order), *_value_slots(net, parent, writer, values + offset)]
+    slots += _further_slots(net, parent, between, order, values)
+    return net.fold(f"{layer.name} <- {writer}", "attention", (layer,), order, slots)

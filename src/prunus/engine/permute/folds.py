@@ -127,7 +127,7 @@ class Fold:
         Gradients and optimizer states are left as they are: do this before training starts.
         Raises ValueError if ``perms`` holds no permutations of this shape.
         """
-        taken = Taken(self, self.checked(perms))
+        taken = AppliedFold(self, self.checked(perms))
         try:
             taken.apply()
         except BaseException:
@@ -159,7 +159,7 @@ class Fold:
 
 
 @dataclass
-class Taken:
+class AppliedFold:
     """A fold on its way into the weights, which can be taken back whatever has interrupted it."""
 
     fold: Fold

@@ -181,8 +181,8 @@ def with_whole_groups(plan: Plan, m: int) -> Plan:
     for fold in plan.folds:
         width = fold.positions.shape[2]
         if width % m or bool((fold.positions[..., 0] % m).any()):
-            said = f"groups of {m} do not divide its parts of {width} channels"
-            refused |= {reader.name: said for reader in fold.readers}
+            message = f"groups of {m} do not divide its parts of {width} channels"
+            refused |= {reader.name: message for reader in fold.readers}
         else:
             folds.append(fold)
     return Plan(tuple(folds), refused)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from prunus.solvers.selection import count_non_finite, largest
 
-# entries of a lane looked at in one go
+# entries of a lane examined in one go
 IN_CACHE = 1 << 19
 ON_GPU = 1 << 22
 
@@ -134,7 +134,7 @@ SEARCHES: dict[str, Search] = {"reallocate": reallocate, "lsa": assign}
 
 
 def _rows(scores: Tensor, m: int) -> int:
-    """How many rows are looked at in one go."""
+    """How many rows are examined in one go."""
     piece = IN_CACHE if scores.device.type == "cpu" else ON_GPU
     return max(1, piece * m // scores.shape[1])
 

@@ -17,10 +17,10 @@ from prunus.core.layers import Layer, unwrap, working_precision
 from prunus.core.names import did_you_mean
 from prunus.core.patterns import NM, Unstructured
 from prunus.core.progress import track
-from prunus.core.ranks import Shards, all_ranks
-from prunus.engine.layer_solve import no_autocast, ready
+from prunus.core.ranks import Ranks, all_ranks
+from prunus.engine.layer_solve import measure, no_autocast
 from prunus.engine.method import Method
-from prunus.engine.permute.folds import Fold, Plan, Taken
+from prunus.engine.permute.folds import AppliedFold, Fold, Plan
 from prunus.engine.permute.patterns import find_folds, with_whole_groups
 from prunus.engine.permute.search import SEARCHES, kept_shares
 from prunus.engine.permute.statistics import columns_of, follow, share_of_zeros
@@ -72,13 +72,13 @@ class FoldRow:
 
 
 @dataclass
-class Folded:
+class PermutationResult:
     """The permutations that a network has taken, and the statistics that have followed them."""
 
     rows: list[FoldRow] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
-    done: list[Taken] = field(default_factory=list)
-    measured: tuple[Measurements, Shards] | None = None
+    done: list[AppliedFold] = field(default_factory=list)
+    measured: tuple[Measurements, Ranks] | None = None
 
     def undo(self) -> None:
         while self.done:
@@ -96,7 +96,7 @@ def plan_folds(method: Method, layers: Sequence[Layer], model: nn.Module, permut
         raise ValueError(
             f"permute is for N:M patterns; pattern '{pattern}' has no order of columns"
         )
-    if parts := [layer.name for layer in layers if layer.third is not None]:
+    if parts := [layer.name for layer in layers if layer.qkv_part is not None]:
         raise ValueError(f"permute moves whole layers, not {parts[0]}; name the whole layer")
     plan = with_whole_groups(find_folds(model, layers, permute.shared), pattern.m)
     _warn_of_zeros(plan.folds)
@@ -120,7 +120,7 @@ def permute_layers(
     calibration: Calibration | None,
     folds: Sequence[Fold],
     permute: Permute,
-) -> Folded:
+) -> PermutationResult:
     """Search and apply the folds whose readers are all among the layers.
 
     The statistics that were measured for it follow, and serve the pruning step after it. A fold
@@ -128,7 +128,7 @@ def permute_layers(
     """
     names = {layer.name for layer in layers}
     folds = [fold for fold in folds if {reader.name for reader in fold.readers} <= names]
-    folded = Folded()
+    folded = PermutationResult()
     if not folds:
         return folded
     if calibration is None:
@@ -136,10 +136,10 @@ def permute_layers(
             "permute runs the model to see that its function stays the same; pass "
             "calibration=prunus.Calibration(batches)"
         )
-    measured, shards = ready(method, layers, model, calibration)
+    measured, shards = measure(method, layers, model, calibration)
     try:
         found = _search(method, measured, shards, folds, permute)
-        with all_ranks().together():
+        with all_ranks().raise_on_all_ranks():
             inputs = _scope_inputs(unwrap(model), calibration, folds)
         for fold, (perms, row) in zip(folds, found, strict=True):
             _apply(fold, perms, row, inputs, measured, folded)
@@ -150,7 +150,7 @@ def permute_layers(
     return folded
 
 
-def _importance(method: Method, rows: Rows, stat: Statistic | None, shards: Shards) -> Tensor:
+def _importance(method: Method, rows: Rows, stat: Statistic | None, shards: Ranks) -> Tensor:
     """The pruner's scores; for those that choose while they solve, magnitudes times inputs."""
     w = rows.matrix()
     if isinstance(method.pruner, ScorePruner):  # of single weights, whatever group they will be in
@@ -161,14 +161,14 @@ def _importance(method: Method, rows: Rows, stat: Statistic | None, shards: Shar
 
 
 def _search(
-    method: Method, measured: Measurements, shards: Shards, folds: Sequence[Fold], permute: Permute
+    method: Method, measured: Measurements, shards: Ranks, folds: Sequence[Fold], permute: Permute
 ) -> list[tuple[Tensor, FoldRow]]:
     """For each fold its permutations, and what they keep, from scores of one group at a time."""
     wanted = {reader.name for fold in folds for reader in fold.readers}
     scores: dict[str, list[Tensor]] = {}
     for i, group in enumerate(measured.groups):
         stats = measured[i]
-        with shards.together(), no_autocast(measured.shares):
+        with shards.raise_on_all_ranks(), no_autocast(measured.shares):
             for rows in group:
                 if rows.layer.name in wanted:
                     part = _importance(method, rows, stats.get(rows), shards)
@@ -190,19 +190,24 @@ def _whole(part: Tensor, name: str, measured: Measurements) -> Tensor:
     """The scores of all rows of a layer, which ranks may have dealt out among them."""
     if measured.everyone.group is None:
         return part
-    (mine,) = (rows for rows in measured.shares if rows.layer.name == name)
-    return measured.gathered(mine, part)
+    (local_rows,) = (rows for rows in measured.shares if rows.layer.name == name)
+    return measured.gathered(local_rows, part)
 
 
 def _apply(
-    fold: Fold, perms: Tensor, row: FoldRow, inputs: Inputs, measured: Measurements, folded: Folded
+    fold: Fold,
+    perms: Tensor,
+    row: FoldRow,
+    inputs: Inputs,
+    measured: Measurements,
+    folded: PermutationResult,
 ) -> None:
     everyone = all_ranks()
     # a list that is only iterated over has no inputs of its own
     scope = fold.scope if fold.scope in inputs else unwrap(measured.model)
-    taken = Taken(replace(fold, scope=scope), fold.checked(perms))
+    taken = AppliedFold(replace(fold, scope=scope), fold.checked(perms))
     folded.done.append(taken)  # before it begins, so that no interrupt can come between
-    with everyone.together():
+    with everyone.raise_on_all_ranks():
         reason = _tried(taken, row, inputs)
     if refusals := int(everyone.all_reduce(torch.tensor(int(bool(reason))))):
         taken.undo()
@@ -216,7 +221,7 @@ def _apply(
     _follow(fold, perms, measured)
 
 
-def _tried(taken: Taken, row: FoldRow, inputs: Inputs) -> str:
+def _tried(taken: AppliedFold, row: FoldRow, inputs: Inputs) -> str:
     """Why this rank would not take the fold, and then it is undone; else empty."""
     if row.after <= row.before:
         return "no other order keeps more of the score"
@@ -245,6 +250,6 @@ def _follow(fold: Fold, perms: Tensor, measured: Measurements) -> None:
     if measured.held is None:
         return
     stats, readers = measured.held[1], {reader.name for reader in fold.readers}
-    mine = [rows for rows in stats if rows.layer.name in readers]
-    if not follow(stats, {rows: columns_of(fold, perms, rows.layer) for rows in mine}):
+    local_rows = [rows for rows in stats if rows.layer.name in readers]
+    if not follow(stats, {rows: columns_of(fold, perms, rows.layer) for rows in local_rows}):
         measured.held = None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from prunus.core.layers import Layer
-from prunus.engine.permute.folds import Fold, Slot, Taken
+from prunus.engine.permute.folds import AppliedFold, Fold, Slot
 
 # of the largest output: what another order of summation may differ by; in float64 too transformers
 # has norms that compute in float32
@@ -104,11 +104,11 @@ def _norms_differ(name: str, before: list[Tensor], after: list[Tensor]) -> str:
 
 
 def _compare(before: Outputs, after: Outputs) -> str:
-    (a, mine), (b, theirs) = before, after
+    (a, norms_before), (b, norms_after) = before, after
     if not a or len(a) != len(b):
         return "there is no output to compare"
     reasons = [*map(_largest_differ, a, b)]
-    reasons += [_norms_differ(name, mine[name], theirs[name]) for name in mine]
+    reasons += [_norms_differ(name, norms_before[name], norms_after[name]) for name in norms_before]
     return next(filter(None, reasons), "")
 
 
@@ -159,7 +159,7 @@ def _writes(slot: Slot, reader: Layer) -> bool:
     return slot.module is reader.module and slot.dim == reader.rows_dim
 
 
-def take(taken: Taken, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> str:
+def take(taken: AppliedFold, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> str:
     """`verify`, for who holds on to what is taken in order to take it back."""
     fold = taken.fold
     changes = taken.apply, taken.undo
@@ -175,7 +175,7 @@ def verify(
     ``args`` and ``kwargs`` are inputs of ``fold.scope``, ``perms`` is (groups, width). Returns an
     empty text if the fold is applied. Raises ValueError if ``perms`` does not fit the fold.
     """
-    return take(Taken(fold, fold.checked(perms)), args, kwargs)
+    return take(AppliedFold(fold, fold.checked(perms)), args, kwargs)
 
 
 @contextlib.contextmanager

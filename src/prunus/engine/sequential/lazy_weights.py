@@ -121,7 +121,7 @@ def _replace(t: Tensor, value: Tensor) -> None:
 def move(module: nn.Module, device: torch.device | str) -> None:
     """As `Module.to`, but buffers stay the same objects, as parameters do.
 
-    Whoever knows a buffer by itself, as a fold or `release` do, then still has the module's.
+    Whoever knows a buffer by itself, as a fold or `detach` do, then still has the module's.
     """
     buffers = [(m, key, t) for m in module.modules() for key, t in m._buffers.items()]
     module.to(device)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from prunus.allocators import Allocation, LookingAllocator, Problem
+from prunus.allocators import Allocation, Problem, SignalAllocator
 from prunus.calibration.calibration import Calibration
 from prunus.calibration.example_gradients import is_sharded
 from prunus.calibration.input_pass import measure_inputs
@@ -18,9 +18,9 @@ from prunus.calibration.memory_plan import Rows
 from prunus.core.blocks import Blocks, find_blocks
 from prunus.core.layers import Layer, unwrap
 from prunus.core.patterns import Pattern
-from prunus.core.ranks import Shards, all_ranks
+from prunus.core.ranks import Ranks, all_ranks
 from prunus.engine.allocation import allocate
-from prunus.engine.allocator_signals import look, looked_for
+from prunus.engine.allocator_signals import signal, signal_statistics
 from prunus.engine.layer_solve import no_scores
 from prunus.engine.method import Method
 from prunus.engine.permute.folds import Fold
@@ -28,7 +28,7 @@ from prunus.engine.permute.step import Permute
 from prunus.engine.sequential.lazy_weights import Weights, materialize, release
 from prunus.engine.sequential.replay import as_calibration, carry_on
 from prunus.engine.sequential.resume import check_folder
-from prunus.engine.sequential.walk import BlockPruning, Sequential, Walk, Walked
+from prunus.engine.sequential.walk import BlockPruning, Sequential, SequentialResult, Walk
 from prunus.stats import GradientStatistic
 from prunus.stats.base import all_reduce_statistics
 
@@ -87,11 +87,11 @@ def prune_blocks(
     how: Sequential,
     permute: Permute | None = None,
     folds: Sequence[Fold] = (),
-) -> Walked:
+) -> SequentialResult:
     """Prune the blocks in order, committed; ``layers`` come from `Method.fit`.
 
     Each block sees the inputs that the pruned blocks before it put out, and runs twice: to measure,
-    and for the next one's inputs (once more before, where the allocator looks at inputs first). On
+    and for the next one's inputs (once more before, where the allocator measures inputs first). On
     failure all is taken back. A model read from disk has no changes to take back or to return.
     """
     if calibration is None:
@@ -120,7 +120,7 @@ def _check_places(
             "use shared: leave, or no folder and prunus.save"
         )
     if how.folder is not None:
-        with all_ranks().together():
+        with all_ranks().raise_on_all_ranks():
             check_folder(how.folder, how.weights)
     absent = [name for name, p in unwrap(model).named_parameters() if p.is_meta]
     if absent and how.weights is None:
@@ -150,13 +150,13 @@ def _rest(walk: Walk) -> Iterator[None]:
 def _decided(method: Method, layers: Sequence[Layer], target: float | None, walk: Walk) -> Method:
     """The method with each layer's share decided, from the model as it is before."""
     allocator = method.allocator
-    if isinstance(allocator, LookingAllocator):
-        method = replace(method, looks=_looks(allocator, walk))
+    if isinstance(allocator, SignalAllocator):
+        method = replace(method, signals=_signals(allocator, walk))
     rows = [Rows(layer, 0, layer.matrix_shape()[0]) for layer in layers]
     counts = [_units(layer, method.pattern) for layer in layers]
-    drop = allocate(method, rows, counts, target, Shards(), no_scores)
-    given = {layer.name: k for layer, k in zip(layers, drop, strict=True)}
-    return replace(method, allocator=_Given(given), looks={})
+    drop = allocate(method, rows, counts, target, Ranks(), no_scores)
+    fixed_drops = {layer.name: k for layer, k in zip(layers, drop, strict=True)}
+    return replace(method, allocator=_Given(fixed_drops), signals={})
 
 
 def _units(layer: Layer, pattern: Pattern) -> tuple[int, int]:
@@ -166,15 +166,15 @@ def _units(layer: Layer, pattern: Pattern) -> tuple[int, int]:
     return alive.numel(), alive.numel() - kept
 
 
-def _looks(allocator: LookingAllocator, walk: Walk) -> dict[str, float]:
+def _signals(allocator: SignalAllocator, walk: Walk) -> dict[str, float]:
     """What the allocator sees, block by block, on the inputs of the model as it is."""
-    looks: dict[str, float] = {}
+    signals: dict[str, float] = {}
     everything = [layer for group in walk.layers.values() for layer in group]
-    items = walk.items() if looked_for(allocator, everything) else []
+    items = walk.items() if signal_statistics(allocator, everything) else []
     for number in range(len(walk.blocks)):
         with walk.block(number) as block:
             layers = walk.layers.get(number, [])
-            stats = looked_for(allocator, layers)
+            stats = signal_statistics(allocator, layers)
             if items:
                 outputs: dict[int, Any] = {}
                 data = as_calibration(items, number, None, outputs)
@@ -182,5 +182,5 @@ def _looks(allocator: LookingAllocator, walk: Walk) -> dict[str, float]:
                 carry_on(items, number, outputs)
             all_reduce_statistics(stats.values())
             if layers:
-                looks |= look(allocator, layers, stats)
-    return looks
+                signals |= signal(allocator, layers, stats)
+    return signals

@@ -17,23 +17,25 @@ from prunus.core.progress import track
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-class _Enough(Exception):  # noqa: N818
+class _RecordingComplete(Exception):  # noqa: N818
     """All that the blocks are called with is known."""
 
 
 class BlockError(ValueError):
     """Why the blocks cannot be run one by one."""
 
-    def __init__(self, said: str) -> None:
-        super().__init__(f"sequential: {said}; prune all at once, or name another list of blocks")
+    def __init__(self, message: str) -> None:
+        super().__init__(
+            f"sequential: {message}; prune all at once, or name another list of blocks"
+        )
 
 
 @dataclass
-class Item:
+class BlockInput:
     """One calibration batch on its way: the stream's state, and what else each block is given."""
 
     stream: Tensor
-    given: list[Arguments]
+    arguments: list[Arguments]
     """arguments of each block; the stream's place is held by None"""
     batch: Any = field(repr=False)
     """for what it says about padding"""
@@ -61,8 +63,8 @@ def _without(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Arg
     return kwargs[str(place)], (args, {**kwargs, **caches, str(place): None})
 
 
-def with_stream(stream: Tensor, given: Arguments) -> Arguments:
-    args, kwargs = given
+def with_stream(stream: Tensor, arguments: Arguments) -> Arguments:
+    args, kwargs = arguments
     if args and args[0] is None:
         return (stream, *args[1:]), kwargs
     return args, {**kwargs, "hidden_states": stream}
@@ -125,19 +127,19 @@ class _Recorder:
     def begin(self) -> None:
         self.stream: Tensor | None = None
         self.passed: list[Tensor] = []
-        self.given: list[Arguments] = []
+        self.arguments: list[Arguments] = []
         self.autocast: torch.dtype | None = None
 
     @property
     def complete(self) -> bool:
-        return len(self.given) == len(self.blocks)
+        return len(self.arguments) == len(self.blocks)
 
     def standin(self, number: int) -> Callable[..., Any]:
         real = self.blocks.modules[number].forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            stream, given = _without(args, kwargs)
-            self._check(number, stream, given)
+            stream, arguments = _without(args, kwargs)
+            self._check(number, stream, arguments)
             if number == 0:
                 self.stream, kind = stream, stream.device.type
                 on = torch.is_autocast_enabled(kind)
@@ -145,22 +147,22 @@ class _Recorder:
                 if self.output is None or _others(self.output):
                     self.output = real(*args, **kwargs)
                     stream_of(self.output)
-            self.given.append(given)
+            self.arguments.append(arguments)
             if self.complete and self.single:
-                raise _Enough
+                raise _RecordingComplete
             self.passed.append(stream.view_as(stream))  # another object for each block
             return _like(self.output, self.passed[-1])
 
         return forward
 
-    def _check(self, number: int, stream: Tensor, given: Arguments) -> None:
+    def _check(self, number: int, stream: Tensor, arguments: Arguments) -> None:
         name = self.blocks.name_of(number)
-        if number < len(self.given):
+        if number < len(self.arguments):
             raise BlockError(f"{name} is called more than once in a forward pass")
-        if number > len(self.given) or (number and stream is not self.passed[-1]):
+        if number > len(self.arguments) or (number and stream is not self.passed[-1]):
             before = self.blocks.name_of(number - 1)
             raise BlockError(f"something is computed between {before} and {name}")
-        args, kwargs = given
+        args, kwargs = arguments
         if any(x is y for x in (*args, *kwargs.values()) for y in self.passed):
             raise BlockError(f"{name} is given what an earlier block puts out, too")
 
@@ -178,7 +180,7 @@ def _forward(module: nn.Module, standin: Callable[..., Any]) -> Iterator[None]:
             module.forward = own
 
 
-def record(model: nn.Module, blocks: Blocks, calibration: Calibration) -> list[Item]:
+def record(model: nn.Module, blocks: Blocks, calibration: Calibration) -> list[BlockInput]:
     """What each block is given for each calibration batch, kept where the model is.
 
     The first block must be where the rest of the model is. Raises ValueError for empty data, and
@@ -198,7 +200,7 @@ def record(model: nn.Module, blocks: Blocks, calibration: Calibration) -> list[I
             recorder.single = True
             assert recorder.stream is not None
             others, stream = beside(recorder.output), recorder.stream
-            items.append(Item(stream, recorder.given, batch, others, recorder.autocast))
+            items.append(BlockInput(stream, recorder.arguments, batch, others, recorder.autocast))
     if not items:
         raise ValueError("the calibration data is empty; nothing was pruned")
     return items

@@ -10,11 +10,11 @@ from torch import nn
 
 from prunus.calibration.calibration import Calibration, to_device, undisturbed
 from prunus.core.progress import track
-from prunus.engine.sequential.record import Item, beside, eager, stream_of, with_stream
+from prunus.engine.sequential.record import BlockInput, beside, eager, stream_of, with_stream
 
 
 def as_calibration(
-    items: list[Item],
+    items: list[BlockInput],
     number: int,
     memory: str | int | None,
     outputs: dict[int, Any] | None = None,
@@ -33,28 +33,28 @@ def as_calibration(
     return Calibration([_Batch(item, number) for item in items], forward=forward, memory=memory)
 
 
-def carry_on(items: list[Item], number: int, outputs: dict[int, Any]) -> None:
+def carry_on(items: list[BlockInput], number: int, outputs: dict[int, Any]) -> None:
     """The outputs of a block become what the next one is given."""
     for item in items:
         _carry(item, number, outputs[id(item)])
 
 
-def _carry(item: Item, number: int, output: Any) -> None:
+def _carry(item: BlockInput, number: int, output: Any) -> None:
     """The stream, and what the next block is given of the tensors returned beside it."""
     place = item.stream.device
-    item.stream, item.given[number] = stream_of(output).to(place), ((), {})
+    item.stream, item.arguments[number] = stream_of(output).to(place), ((), {})
     pairs = zip(item.beside, beside(output), strict=False)
     fresh = {id(a): b.to(place) for a, b in pairs if a is not None and b is not None}
-    if fresh and number + 1 < len(item.given):
-        args, kwargs = item.given[number + 1]
+    if fresh and number + 1 < len(item.arguments):
+        args, kwargs = item.arguments[number + 1]
         kwargs = {key: fresh.get(id(x), x) for key, x in kwargs.items()}
-        item.given[number + 1] = tuple(fresh.get(id(x), x) for x in args), kwargs
+        item.arguments[number + 1] = tuple(fresh.get(id(x), x) for x in args), kwargs
 
 
 class _Batch(Mapping[str, Any]):
     """A batch as the block sees it: says what the user's batch says about padding."""
 
-    def __init__(self, item: Item, number: int) -> None:
+    def __init__(self, item: BlockInput, number: int) -> None:
         self.item, self.number = item, number
 
     def __getitem__(self, key: str) -> Any:
@@ -72,14 +72,16 @@ class _Batch(Mapping[str, Any]):
 def _run(block: nn.Module, batch: _Batch) -> Any:
     item, first = batch.item, next(block.parameters(), None)
     device = item.stream.device if first is None else first.device
-    args, kwargs = with_stream(item.stream.to(device), to_device(item.given[batch.number], device))
+    args, kwargs = with_stream(
+        item.stream.to(device), to_device(item.arguments[batch.number], device)
+    )
     on = item.autocast is not None
     with eager(block), torch.autocast(device.type, item.autocast, enabled=on):
         return block(*args, **kwargs)
 
 
 @torch.no_grad()
-def advance(block: nn.Module, items: list[Item], number: int) -> None:
+def advance(block: nn.Module, items: list[BlockInput], number: int) -> None:
     """Carry the items on to the next block, one after the other."""
     calibration = as_calibration(items, number, None)
     with undisturbed(block, calibration):

@@ -16,8 +16,8 @@ from prunus.core.blocks import Blocks
 from prunus.core.files import atomic_write
 from prunus.core.layers import Layer, clean_name
 from prunus.core.ranks import all_ranks
-from prunus.engine.method import LayerRow
-from prunus.engine.permute.step import Folded, FoldRow
+from prunus.engine.method import LayerResult
+from prunus.engine.permute.step import FoldRow, PermutationResult
 from prunus.engine.sequential.lazy_weights import INDEX, Weights, write_atomically, write_index
 
 PROGRESS = "progress.json"
@@ -77,13 +77,13 @@ def check_folder(folder: str, weights: str | None) -> None:
         )
 
 
-def _said_by_first(text: str) -> str:
+def _message_of_first(text: str) -> str:
     """The text of rank 0, on all ranks."""
     ranks = all_ranks()
-    said = torch.tensor(list(text.encode()) if ranks.rank == 0 else [], dtype=torch.uint8)
-    length = int(ranks.all_reduce(torch.tensor([len(said)])))
+    message = torch.tensor(list(text.encode()) if ranks.rank == 0 else [], dtype=torch.uint8)
+    length = int(ranks.all_reduce(torch.tensor([len(message)])))
     whole = torch.zeros(length, dtype=torch.uint8)
-    whole[: len(said)] = said
+    whole[: len(message)] = message
     return bytes(ranks.all_reduce(whole).tolist()).decode()
 
 
@@ -93,24 +93,24 @@ class Record:
 
     dense: Sums
     """of its layers, before"""
-    rows: list[LayerRow] = field(default_factory=list)
+    rows: list[LayerResult] = field(default_factory=list)
     permuted: list[FoldRow] = field(default_factory=list)
     not_permuted: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, dense: Sums, rows: list[LayerRow], folded: Folded) -> Record:
+    def of(cls, dense: Sums, rows: list[LayerResult], folded: PermutationResult) -> Record:
         return cls(dense, rows, list(folded.rows), dict(folded.refused))
 
     @classmethod
     def read(cls, state: dict[str, Any]) -> Record:
-        rows = [LayerRow(**{**row, "shape": tuple(row["shape"])}) for row in state["rows"]]
+        rows = [LayerResult(**{**row, "shape": tuple(row["shape"])}) for row in state["rows"]]
         permuted = [FoldRow(**row) for row in state["permuted"]]
         return cls(state["dense"], rows, permuted, state["not_permuted"])
 
     @property
-    def folded(self) -> Folded:
+    def folded(self) -> PermutationResult:
         """What has been permuted, with nothing left to undo: it came with the weights."""
-        return Folded(list(self.permuted), dict(self.not_permuted))
+        return PermutationResult(list(self.permuted), dict(self.not_permuted))
 
 
 class FinishedBlocks:
@@ -125,14 +125,14 @@ class FinishedBlocks:
         self.folder, self.identity = Path(folder), identity
         self.first = all_ranks().rank == 0
         self.records: list[Record] = []
-        said = "{}"
-        with all_ranks().together():
+        message = "{}"
+        with all_ranks().raise_on_all_ranks():
             if self.first:
-                said = self._open()
-        said = json.loads(_said_by_first(said))
-        if said["refused"]:
-            raise ValueError(said["refused"])
-        self.records = [Record.read(state) for state in said["blocks"]]
+                message = self._open()
+        message = json.loads(_message_of_first(message))
+        if message["refused"]:
+            raise ValueError(message["refused"])
+        self.records = [Record.read(state) for state in message["blocks"]]
 
     def _open(self) -> str:
         """The finished blocks, or why there are none to go on from."""
@@ -158,7 +158,7 @@ class FinishedBlocks:
         """Write the block of this number; the ones before it must be there."""
         assert number == len(self.records)
         self.records.append(record)
-        with all_ranks().together():
+        with all_ranks().raise_on_all_ranks():
             if self.first:
                 write_atomically(self.folder / _file(number), tensors_of(block, f"{name}."))
                 self._write_progress()
@@ -174,7 +174,7 @@ class FinishedBlocks:
         Raises ValueError if it was another model's.
         """
         record = self.records[number]
-        with all_ranks().together():
+        with all_ranks().raise_on_all_ranks():
             weights = Weights(self.folder / _file(number))
             wanted = tensors_of(block, f"{name}.").keys()
             if not _alike(record.dense, dense) or wanted != weights.files.keys():
@@ -185,7 +185,7 @@ class FinishedBlocks:
 
     def close(self, model: nn.Module, blocks: Blocks) -> None:
         """Write all that is in no block, and the index by which loaders find each tensor."""
-        with all_ranks().together():
+        with all_ranks().raise_on_all_ranks():
             if not self.first:
                 return
             state = tensors_of(model)

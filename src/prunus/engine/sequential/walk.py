@@ -14,11 +14,11 @@ from prunus.core.blocks import Blocks
 from prunus.core.layers import Layer, unwrap
 from prunus.core.progress import Bar
 from prunus.core.ranks import all_ranks
-from prunus.engine.method import Change, LayerRow, Method
+from prunus.engine.method import LayerResult, LayerUpdate, Method
 from prunus.engine.permute.folds import Fold
-from prunus.engine.permute.step import Folded, Permute, permute_layers
+from prunus.engine.permute.step import PermutationResult, Permute, permute_layers
 from prunus.engine.sequential.lazy_weights import Weights, materialize, move, release
-from prunus.engine.sequential.record import Item, record
+from prunus.engine.sequential.record import BlockInput, record
 from prunus.engine.sequential.replay import advance, as_calibration
 from prunus.engine.sequential.resume import (
     FinishedBlocks,
@@ -67,12 +67,12 @@ class Sequential:
 
 
 @dataclass
-class Walked:
+class SequentialResult:
     """What became of the blocks."""
 
-    changes: list[Change] = field(default_factory=list)
-    rows: list[LayerRow] = field(default_factory=list)
-    folded: list[Folded] = field(default_factory=list)
+    changes: list[LayerUpdate] = field(default_factory=list)
+    rows: list[LayerResult] = field(default_factory=list)
+    folded: list[PermutationResult] = field(default_factory=list)
     taken: list[Callable[[], None]] = field(default_factory=list)
     """put back what was loaded from the folder"""
 
@@ -95,8 +95,8 @@ class Walk:
     how: Sequential
     weights: Weights | None
 
-    def items(self) -> list[Item]:
-        with all_ranks().together(), self.block(0, at_home=True):
+    def items(self) -> list[BlockInput]:
+        with all_ranks().raise_on_all_ranks(), self.block(0, at_home=True):
             return record(self.model, self.blocks, self.calibration)
 
     @contextlib.contextmanager
@@ -143,9 +143,9 @@ class BlockPruning:
         folds: Sequence[Fold],
     ) -> None:
         self.walk, self.method, self.target = walk, method, target
-        self.permute, self.folds, self.did = permute, folds, Walked()
+        self.permute, self.folds, self.result = permute, folds, SequentialResult()
 
-    def run(self) -> Walked:
+    def run(self) -> SequentialResult:
         walk, count = self.walk, len(self.walk.blocks)
         bar = Bar(f"block 1 of {count}", count)
         try:
@@ -161,11 +161,11 @@ class BlockPruning:
             if self.finished is not None:
                 self.finished.close(unwrap(walk.model), walk.blocks)
         except BaseException:
-            self.did.undo()
+            self.result.undo()
             raise
         finally:
             bar.close()
-        return self.did
+        return self.result
 
     def _permute_across(self) -> None:
         """Folds that reach over several blocks come first, on the model as it is."""
@@ -184,14 +184,14 @@ class BlockPruning:
         if across:
             layers = [layer for group in walk.layers.values() for layer in group]
             what = self.method, layers, walk.model, walk.calibration
-            self.did.folded.append(permute_layers(*what, across, self.permute))
-            self.did.folded[-1].measured = None  # of the dense model
+            self.result.folded.append(permute_layers(*what, across, self.permute))
+            self.result.folded[-1].measured = None  # of the dense model
 
-    def _identity(self, items: Sequence[Item]) -> dict[str, str]:
+    def _identity(self, items: Sequence[BlockInput]) -> dict[str, str]:
         """What must be the same for a run to go on from the blocks of another one."""
         total = sum(float(item.stream.double().sum()) for item in items)
-        mine = torch.tensor([len(items), total], dtype=torch.float64)
-        count, total = all_ranks().all_reduce(mine).tolist()
+        counted = torch.tensor([len(items), total], dtype=torch.float64)
+        count, total = all_ranks().all_reduce(counted).tolist()
         layers = [layer.name for group in self.walk.layers.values() for layer in group]
         return {
             "settings": f"{self.method}, {self.target}, {self.permute if self.folds else ''}",
@@ -200,9 +200,9 @@ class BlockPruning:
         }
 
     def _said(self) -> str:
-        if not self.did.rows:
+        if not self.result.rows:
             return ""
-        row = self.did.rows[-1]
+        row = self.result.rows[-1]
         error = "" if row.error is None else f", error {row.error:.3g}"
         return f"; {row.name}: sparsity {row.sparsity:.3f}{error}"
 
@@ -223,42 +223,42 @@ class BlockPruning:
 
     def _take(
         self, block: nn.Module, number: int, finished: FinishedBlocks, dense: Sums
-    ) -> list[Change]:
+    ) -> list[LayerUpdate]:
         """Load the block, which was pruned before."""
         in_memory = self.walk.weights is None
         layers = {layer.name: layer for layer in self.walk.layers.get(number, [])}
         if in_memory:
             old = {name: t.detach().clone() for name, t in tensors_of(block).items()}
-            self.did.taken.append(lambda: copy_into(block, old))
+            self.result.taken.append(lambda: copy_into(block, old))
         # whoever undoes a change swaps it with what was loaded, so this is a copy of its own
         before = {name: x.local.clone() for name, x in layers.items() if in_memory}
         record = finished.load(number, self.walk.blocks.name_of(number), block, dense)
-        self.did.rows += record.rows
-        self.did.folded.append(record.folded)
+        self.result.rows += record.rows
+        self.result.folded.append(record.folded)
         rows = record.rows if in_memory else []
         changes = [
-            Change(layers[x.name], before[x.name], layers[x.name].local != 0, x) for x in rows
+            LayerUpdate(layers[x.name], before[x.name], layers[x.name].local != 0, x) for x in rows
         ]
-        self.did.changes += changes
+        self.result.changes += changes
         return changes
 
-    def _prune(self, block: nn.Module, number: int, dense: Sums) -> list[Change]:
+    def _prune(self, block: nn.Module, number: int, dense: Sums) -> list[LayerUpdate]:
         layers, name = self.walk.layers.get(number, []), self.walk.blocks.name_of(number)
-        changes, folded = list[Change](), Folded()
+        changes, folded = list[LayerUpdate](), PermutationResult()
         if layers:
             data = as_calibration(self.items, number, self.walk.calibration.memory)
             folded = permute_layers(self.method, layers, block, data, self.folds, self.permute)
             if self.walk.weights is None:
-                self.did.folded.append(folded)
+                self.result.folded.append(folded)
             step = self.method, layers, self.target, block, data
             changes = prune_step(*step, folded.measured)
             folded.measured = None
         rows = [change.row for change in changes]
-        self.did.rows += rows
+        self.result.rows += rows
         if self.walk.weights is not None:
             changes = []  # the block goes back to what it was read from
-            self.did.folded.append(Folded(folded.rows, folded.refused))
-        self.did.changes += changes
+            self.result.folded.append(PermutationResult(folded.rows, folded.refused))
+        self.result.changes += changes
         if self.finished is not None:
             self.finished.put(number, name, block, Record.of(dense, rows, folded))
         return changes

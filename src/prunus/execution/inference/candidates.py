@@ -14,8 +14,8 @@ def candidates(matrix: Tensor, rows: int) -> tuple[list[Spec], dict[str, str]]:
     Also returns why the other forms are not, by their names.
     """
     if not bool(matrix.isfinite().all()):
-        said = "the weight has NaN or infinities"
-        return [], dict.fromkeys(("csr", "bsr", *semi_structured.NAMES), said)
+        message = "the weight has NaN or infinities"
+        return [], dict.fromkeys(("csr", "bsr", *semi_structured.NAMES), message)
     gpu, gpu_refused = semi_structured.candidates(matrix, rows)
     cpu, cpu_refused = forms.candidates(matrix)
     return [*gpu, *cpu], {**gpu_refused, **cpu_refused}

@@ -55,9 +55,9 @@ class LayerExecution:
         if slow := [name for name in self.measured if name not in self.refused]:
             return f"measured, and not faster by more than the noise: {', '.join(slow)}"
         grouped: dict[str, list[str]] = {}
-        for name, said in self.refused.items():
-            grouped.setdefault(said, []).append(name)
-        return "; ".join(f"{', '.join(names)}: {said}" for said, names in grouped.items())
+        for name, message in self.refused.items():
+            grouped.setdefault(message, []).append(name)
+        return "; ".join(f"{', '.join(names)}: {message}" for message, names in grouped.items())
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ class Chooser:
         whole = layer.matrix(layer.local)
         pattern, sparsity = pattern_of(whole), target.sparsity
         head = layer.name, layer.shape, pattern, sparsity
-        said = target.refused or ("" if rows else "the example does not reach it")
-        if said or not rows:
-            return LayerExecution(*head, 0, DENSE, {}, {DENSE: whole.nbytes}, {"all": said}), None
+        reason = target.refused or ("" if rows else "the example does not reach it")
+        if reason or not rows:
+            return LayerExecution(*head, 0, DENSE, {}, {DENSE: whole.nbytes}, {"all": reason}), None
         matrix, bias = matrix_of(layer.module), layer.module._parameters.get("bias")
         specs, refused = candidates(matrix, rows)
         alike = matrix.shape, matrix.dtype, matrix.device, bias is None, rows
@@ -118,12 +118,12 @@ def measure(matrix: Tensor, bias: Tensor | None, rows: int, specs: list[Spec]) -
         try:
             stored = Stored.of(matrix, spec)
             call = _call(stored.form, x, bias)
-            said = _differs(call(), expected)
+            message = _differs(call(), expected)
         except (Inexact, RuntimeError) as error:
             # which kernels a GPU and a build of torch have, only a trial tells
-            said = str(error).strip().split("\n")[0]
-        if said:
-            refused[spec.name] = said
+            message = str(error).strip().split("\n")[0]
+        if message:
+            refused[spec.name] = message
             continue
         fit[spec.name], calls[spec.name], nbytes[spec.name] = spec, call, stored.nbytes
     times = timings(calls, matrix.device) if fit else {}

@@ -26,8 +26,8 @@ MOST = 2**31 - 1  # entries that int32 can count
 def as_stable() -> Iterator[None]:
     """Without torch's warnings that its sparse tensors are a beta or a prototype."""
     with warnings.catch_warnings():
-        for said in ("Sparse (CSR|BSR|Compressed)", "The PyTorch API of SparseSemiStructured"):
-            warnings.filterwarnings("ignore", message=said)
+        for message in ("Sparse (CSR|BSR|Compressed)", "The PyTorch API of SparseSemiStructured"):
+            warnings.filterwarnings("ignore", message=message)
         yield
 
 
@@ -101,8 +101,8 @@ class Compressed(Form):
 
 def candidates(matrix: Tensor) -> tuple[list[Spec], dict[str, str]]:
     """The compressed forms worth measuring for a matrix, and why the others are not."""
-    if said := _no_kernel(matrix):
-        return [], {"csr": said, "bsr": said}
+    if message := _no_kernel(matrix):
+        return [], {"csr": message, "bsr": message}
     specs, refused = [], {}
     size, density = matrix.element_size(), int(matrix.count_nonzero()) / max(1, matrix.numel())
     break_even = size / (size + 4)

@@ -111,10 +111,10 @@ class Sparse(nn.Module):
         destination[f"{prefix}weight"] = self.weight if keep_vars else self.weight.detach()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(self, *given: Any, **named: Any) -> None:
+    def _load_from_state_dict(self, *values: Any, **named: Any) -> None:
         held = self._held
         become_dense(self)
-        self._load_from_state_dict(*given, **named)  # the dense class's, for such is this now
+        self._load_from_state_dict(*values, **named)  # the dense class's, for such is this now
         matrix = matrix_of(self)
         specs, _ = candidates(matrix, held.rows)
         for spec in specs:

@@ -78,7 +78,7 @@ def candidates(matrix: Tensor, rows: int) -> tuple[list[Spec], dict[str, str]]:
     """The kernels worth measuring for so many input rows, and why the others are not."""
     specs = [Spec(name, partial(SemiStructured, backend=name)) for name in BACKENDS]
     specs.append(Spec(NAMES[2], partial(searched, rows=rows)))
-    refused = {name: said for name in NAMES if (said := _unfit(matrix, name))}
+    refused = {name: message for name in NAMES if (message := _unfit(matrix, name))}
     return [spec for spec in specs if spec.name not in refused], refused
 
 

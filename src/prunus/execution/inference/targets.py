@@ -48,8 +48,8 @@ def targets(model: nn.Module) -> Iterator[Target]:
         part = layer.local
         if zeros := part.numel() - int(part.count_nonzero()):
             parent = modules.get(layer.name.rpartition(".")[0]) if layer.name else None
-            said = _refused(layer, parent) or _tied(layer, owners)
-            yield Target(layer, zeros, said)
+            message = _refused(layer, parent) or _tied(layer, owners)
+            yield Target(layer, zeros, message)
 
 
 def _refused(layer: Layer, parent: nn.Module | None) -> str:

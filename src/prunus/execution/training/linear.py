@@ -90,7 +90,7 @@ class SemiSparseLinear(_SemiSparse):
             self.flips = (before != self.tile_mask).sum() / max(1, before.numel())
         self._seen, self._updates, self._given = self.weight._version, 0, False
 
-    def look(self) -> None:
+    def refresh(self) -> None:
         """Choose the mask anew if the weight has changed and it is time."""
         if self.tile_mask is None:
             return self.choose_mask()
@@ -123,7 +123,7 @@ class SemiSparseLinear(_SemiSparse):
             in_graph: Tensor = tile_mask_in_graph(self.weight.detach(), self.options.rule)
             return in_graph
         if not compiling:
-            self.look()
+            self.refresh()
         assert self.tile_mask is not None, "weights on the meta device have no mask"
         return self.tile_mask
 

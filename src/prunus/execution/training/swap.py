@@ -103,7 +103,7 @@ def refresh_masks(model: nn.Module) -> None:
     """
     for _, layer in sparse_weights(model):
         if layer.options.refresh:
-            layer.look()
+            layer.refresh()
         else:
             layer.choose_mask()
 

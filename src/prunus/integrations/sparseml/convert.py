@@ -33,11 +33,11 @@ def convert(
     reading = read(data, source, dialect, False, overrides)
     if not reading.modifiers and reading.epochs is None:
         raise source.error((), "none of its modifiers has a counterpart; nothing is left")
-    said = [f"from {name}, read as {TITLES[reading.dialect]}'s"]
+    message = [f"from {name}, read as {TITLES[reading.dialect]}'s"]
     for note in reading.notes:
         line = source.line(note.path) if note.path else None
-        said.append(f"line {line}: {note.text}" if line else note.text)
-    return _comment(said) + Recipe(reading.modifiers, reading.epochs).to_yaml()
+        message.append(f"line {line}: {note.text}" if line else note.text)
+    return _comment(message) + Recipe(reading.modifiers, reading.epochs).to_yaml()
 
 
 def _comment(paragraphs: list[str]) -> str:

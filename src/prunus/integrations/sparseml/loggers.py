@@ -15,12 +15,12 @@ class Loggers:
 
     def set(self, loggers: Any) -> None:
         """None, one logger, or an iterable of them. Raises ValueError for what cannot log."""
-        given = [] if loggers is None else loggers if _many(loggers) else [loggers]
-        for logger in given:
+        loggers = [] if loggers is None else loggers if _many(loggers) else [loggers]
+        for logger in loggers:
             if not (callable(logger) or _scalars(logger)):
                 kind = type(logger).__name__
                 raise ValueError(f"{kind} cannot log; give it log_scalar(tag=, value=, step=)")
-        self.all = list(given)
+        self.all = list(loggers)
 
     def __call__(self, event: dict[str, Any]) -> None:
         for logger in self.all:

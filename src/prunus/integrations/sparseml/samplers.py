@@ -26,8 +26,8 @@ class Loader:
     unpack: bool
 
     def __iter__(self) -> Iterator[Any]:
-        given = dict(self.kwargs)
-        loader = self.builder(**given) if self.unpack else self.builder(given)
+        settings = dict(self.kwargs)
+        loader = self.builder(**settings) if self.unpack else self.builder(settings)
         return iter(loader() if callable(loader) else loader)
 
 

@@ -28,8 +28,8 @@ def _nothing() -> None:
     pass
 
 
-class Watch:
-    """Calls ``look(training)`` before each forward pass of a model or of some of its modules.
+class EvalModeHook:
+    """Calls ``on_mode(training)`` before each forward pass of a model or of some of its modules.
 
     A training loop may call any part of the model, so the parts are watched too; but it is the
     model's own mode that counts, because a part kept in evaluation mode (frozen BatchNorm, say)
@@ -37,24 +37,24 @@ class Watch:
     """
 
     def __init__(
-        self, model: nn.Module, parts: Iterable[nn.Module], look: Callable[[bool], None]
+        self, model: nn.Module, parts: Iterable[nn.Module], on_mode: Callable[[bool], None]
     ) -> None:
-        self.root, self.look = unwrap(model), look
+        self.root, self.on_mode = unwrap(model), on_mode
         # a compiled model leaves its graph once, for what was attached; not for each part
         plain: Any = torch.compiler.disable
-        hooks = {module: _Hook(self._look_inside) for module in (self.root, *parts)}
-        hooks[model] = _Hook(plain(self._look))
+        hooks = {module: _Hook(self._check_inside) for module in (self.root, *parts)}
+        hooks[model] = _Hook(plain(self._check))
         # before FSDP2's own hooks, which gather what the weights are by then
         self.handles = [
             module.register_forward_pre_hook(hook, prepend=True) for module, hook in hooks.items()
         ]
 
-    def _look(self) -> None:
-        self.look(self.root.training)
+    def _check(self) -> None:
+        self.on_mode(self.root.training)
 
-    def _look_inside(self) -> None:
+    def _check_inside(self) -> None:
         if not torch.compiler.is_compiling():
-            self._look()
+            self._check()
 
     def close(self) -> None:
         """Remove the hooks; a second call does nothing."""

@@ -10,12 +10,12 @@ from torch import Tensor
 from prunus.core.layers import Layer
 from prunus.core.masks import Hard, Masking, pack, unpack
 from prunus.core.sharding import gather, scatter
-from prunus.engine.method import LayerRow
+from prunus.engine.method import LayerResult
 from prunus.modifiers.events import counted
 from prunus.modifiers.nm.stages import Groups
 
 
-class Trained:
+class NMLayerState:
     """A layer, its patterns in turn, and its dense weight while that is hidden.
 
     Between steps the parameter is the hidden weight that the network computes with, and ``dense``
@@ -39,16 +39,16 @@ class Trained:
         mask = layer.unmatrix(pattern.mask(layer.matrix(scores), 0), tuple(w.shape))
         return mask if self.alive is None else mask & self.alive
 
-    def bury(self) -> None:
+    def zero_pruned(self) -> None:
         """What was pruned before is zero again in the dense weight, which is in the model."""
         if self.alive is not None:
-            Hard().hide([self.layer.local], [self.alive])
+            Hard().apply([self.layer.local], [self.alive])
 
     def mark(self, shown: float) -> None:
         """The parameter is the hidden weight of this beta; from here on `known` watches it."""
         self.shown, self._version = shown, self.layer.local._version
 
-    def known(self, masking: Masking, mask: Tensor, beta: float) -> bool:
+    def is_unmodified(self, masking: Masking, mask: Tensor, beta: float) -> bool:
         """Whether the parameter holds a hidden weight, and not what others wrote.
 
         Writing the same again, as swapping in averaged weights and back does, is no difference,
@@ -60,14 +60,14 @@ class Trained:
         assert self.dense is not None
         for shown in {beta, 0.0}:
             hidden = self.dense.clone()
-            masking.hide([hidden], [mask], shown)
+            masking.apply([hidden], [mask], shown)
             if torch.equal(hidden, self.layer.local):
                 self.mark(shown)
                 return True
         self._foreign = version
         return False
 
-    def row(self, mask: Tensor) -> LayerRow:
+    def row(self, mask: Tensor) -> LayerResult:
         return counted(self.layer, str(self.patterns[-1]), mask)
 
     def state_dict(self) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class Trained:
             self.alive = alive.to(self.layer.local.device)
 
     def _whole(self, t: Tensor) -> Tensor:
-        return gather(t, self.layer.weight) if self.layer.third is None else t
+        return gather(t, self.layer.weight) if self.layer.qkv_part is None else t
 
     def _part(self, t: Tensor) -> Tensor:
-        return scatter(t, self.layer.weight) if self.layer.third is None else t
+        return scatter(t, self.layer.weight) if self.layer.qkv_part is None else t

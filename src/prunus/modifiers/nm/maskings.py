@@ -2,9 +2,9 @@
 
 The optimizer trains a dense weight ``w``; the network computes with ``(m + (1 - m) beta) w``, where
 ``m`` keeps the N highest of every M by magnitude, chosen anew after each step. Both are the same
-tensor at different times, so that nothing is reparametrized: `hide` turns the one into the other
-after a step, and before the next the dense weight is put back and `treat` makes its gradient from
-that of the hidden one.
+tensor at different times, so that nothing is reparametrized: `apply` turns the one into the other
+after a step, and before the next the dense weight is put back and `transform_gradients` makes its
+gradient from that of the hidden one.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class STE:
         """What pruned weights are multiplied by, ``t`` of ``total`` steps into the window."""
         return 0.0
 
-    def hide(self, weights: list[Tensor], masks: list[Tensor], beta: float = 0.0) -> None:
+    def apply(self, weights: list[Tensor], masks: list[Tensor], beta: float = 0.0) -> None:
         scale(weights, masks, beta)
 
-    def treat(
+    def transform_gradients(
         self, grads: list[Tensor], weights: list[Tensor], masks: list[Tensor], beta: float, c: float
     ) -> None:
         """Gradients of the hidden weights to those of the dense ones, in place.
@@ -63,7 +63,7 @@ class SRSTE(STE):
         if not 0 <= self.decay < math.inf:
             raise ValueError(f"decay={self.decay} does not let pruned weights decay; use 0 or more")
 
-    def treat(
+    def transform_gradients(
         self, grads: list[Tensor], weights: list[Tensor], masks: list[Tensor], beta: float, c: float
     ) -> None:
         for g, w, mask in zip(grads, weights, masks, strict=True):
@@ -119,7 +119,7 @@ class MDGF(STE):
             return (1 + math.cos(math.pi * p)) / 2
         return 1 - math.floor(4 * p) / 4
 
-    def treat(
+    def transform_gradients(
         self, grads: list[Tensor], weights: list[Tensor], masks: list[Tensor], beta: float, c: float
     ) -> None:
         if self.gradient == "scaled":
@@ -129,7 +129,7 @@ class MDGF(STE):
 def scale(tensors: list[Tensor], masks: list[Tensor], beta: float) -> None:
     """``t (m + (1 - m) beta)``, in place."""
     if beta == 0:
-        Hard().hide(tensors, masks)
+        Hard().apply(tensors, masks)
         return
     for t, mask in zip(tensors if beta != 1 else [], masks, strict=False):
         t.mul_(mask.view(torch.uint8).to(t.dtype).clamp_(min=beta))

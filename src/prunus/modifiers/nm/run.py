@@ -13,11 +13,11 @@ from prunus.core.masks import Hard
 from prunus.core.selection import select
 from prunus.core.sharding import shards_of
 from prunus.modifiers.base import Context, Run, log
-from prunus.modifiers.nm.eval_hook import Watch
-from prunus.modifiers.nm.layer_state import Trained
+from prunus.modifiers.nm.eval_hook import EvalModeHook
+from prunus.modifiers.nm.layer_state import NMLayerState
 from prunus.modifiers.nm.maskings import MDGF, STE
 from prunus.modifiers.nm.stages import Groups, fitting, stages
-from prunus.modifiers.nm.state import TrainedLayers
+from prunus.modifiers.nm.state import NMState
 from prunus.modifiers.pruning_run import check_held, mask_bytes, pruning_event, put_mask
 from prunus.modifiers.timing import Window
 
@@ -41,13 +41,13 @@ class TrainingRun(Run):
         target: Any = modifier.method.pattern
         shards_of(self.layers, target)  # raises for what cannot be masked
         self.patterns = stages(modifier.structure, target)
-        trained = [Trained(layer, self._patterns_of(layer)) for layer in self.layers]
-        self.trained = TrainedLayers(trained, self.masking, context)
+        trained = [NMLayerState(layer, self._patterns_of(layer)) for layer in self.layers]
+        self.trained = NMState(trained, self.masking, context)
         if context.optimizer is not None:
             check_held(context.optimizer, self.layers)
         self.begin, self.end = (modifier.window or Window()).span(context.timeline)
         self.frozen = False
-        self.watch: Watch | None = None
+        self.watch: EvalModeHook | None = None
 
     def _patterns_of(self, layer: Layer) -> list[Groups]:
         """Those that divide the layer's part on this rank, of named structures."""
@@ -58,7 +58,7 @@ class TrainingRun(Run):
         except ValueError as error:
             raise ValueError(f"{layer.name}: {error}") from None
 
-    def prepare(self) -> None:
+    def on_attach(self) -> None:
         self._watch()
         if self.begin == 0 and not self.layers[0].weight.is_meta:
             self.trained.take()
@@ -67,7 +67,7 @@ class TrainingRun(Run):
     def _watch(self) -> None:
         if self.watch is None and isinstance(self.masking, MDGF) and self.masking.eval == "hard":
             modules = [layer.module for layer in self.layers]
-            self.watch = Watch(self.context.model, modules, self._look)
+            self.watch = EvalModeHook(self.context.model, modules, self._look)
 
     def _unwatch(self) -> None:
         if self.watch is not None:
@@ -79,8 +79,8 @@ class TrainingRun(Run):
         progress = (step - self.begin) / max(1, self.end - self.begin)
         beta = self.masking.beta(step - self.begin, self.end - self.begin)
         for t in self.trained:
-            t.bury()
-            part = None if t.layer.third is None else t.layer.part
+            t.zero_pruned()
+            part = None if t.layer.qkv_part is None else t.layer.part
             mask = t.choose(progress)
             self.context.masks.put(t.layer.parameter_name, t.layer.weight, mask, part)
             self.context.take(t.layer, self)
@@ -103,7 +103,7 @@ class TrainingRun(Run):
                 others,
             )
 
-    def settle(self, step: int) -> None:
+    def apply_masks(self, step: int) -> None:
         if self.frozen:
             self.context.hide(self, self.layers)
         elif self.trained.begun and step >= self.end:
@@ -111,7 +111,7 @@ class TrainingRun(Run):
         elif self.trained.begun:
             self._mask(step)
 
-    def enter(self, step: int) -> None:
+    def begin_window(self, step: int) -> None:
         if self.frozen or self.trained.begun or step < self.begin:
             return
         self.trained.take()
@@ -130,7 +130,7 @@ class TrainingRun(Run):
         for t in self.trained:
             mask = t.choose(1.0)
             put_mask(self.context, self, t.layer, mask)
-            Hard().hide([t.layer.local], [mask])
+            Hard().apply([t.layer.local], [mask])
             rows.append(t.row(mask))
             t.dense = t.alive = t.shown = None
         self.frozen = True
@@ -166,7 +166,7 @@ class TrainingRun(Run):
         return {at for at, _ in self.plan()}
 
     @torch.no_grad()
-    def release(self) -> None:
+    def detach(self) -> None:
         self._unwatch()
         if self.trained.hidden:
             reshard(self.context.model)
@@ -188,11 +188,11 @@ class TrainingRun(Run):
         for t in self.trained:  # which groups divide them may differ
             for i, pattern in enumerate(t.patterns):
                 counts[self.begin + -(-span * i // len(t.patterns)), str(pattern)] += 1
-        said = []
+        message = []
         for (step, name), count in sorted(counts.items(), key=lambda item: item[0][0]):
             some = "" if count == len(self.layers) else f" in {count} of {len(self.layers)} layers"
-            said.append((step, f"{masking}: train {name}{some}"))
-        return [*said, (self.end, f"{masking}: freeze the masks, {self.modifier.pattern}")]
+            message.append((step, f"{masking}: train {name}{some}"))
+        return [*message, (self.end, f"{masking}: freeze the masks, {self.modifier.pattern}")]
 
     def memory(self) -> dict[str, int]:
         """Bytes beyond the model while the window lasts."""

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from prunus.core.masks import local
 from prunus.modifiers.base import Context
-from prunus.modifiers.nm.layer_state import Trained
+from prunus.modifiers.nm.layer_state import NMLayerState
 from prunus.modifiers.nm.maskings import STE
 
 PARTS = ("dense", "alive")
 
 
-class TrainedLayers:
+class NMState:
     """Lists rather than single tensors, so that one fused call serves a whole model.
 
     ``beta`` is that of the last step, ``showing`` that of all parameters by now, None where they
@@ -25,12 +25,12 @@ class TrainedLayers:
     after the dense weights, which then counts for nothing.
     """
 
-    def __init__(self, layers: list[Trained], masking: STE, context: Context) -> None:
+    def __init__(self, layers: list[NMLayerState], masking: STE, context: Context) -> None:
         self.layers, self.masking, self.context = layers, masking, context
         self.beta, self.resumed = 1.0, False
         self.showing: float | None = None
 
-    def __iter__(self) -> Iterator[Trained]:
+    def __iter__(self) -> Iterator[NMLayerState]:
         return iter(self.layers)
 
     @property
@@ -48,10 +48,10 @@ class TrainedLayers:
         for t in self.layers:
             alive = self.context.in_force(t.layer)
             # of a third, because other thirds may be what the mask is for
-            if alive is not None and not (t.layer.third is not None and bool(alive.all())):
+            if alive is not None and not (t.layer.qkv_part is not None and bool(alive.all())):
                 t.alive = alive.clone()
 
-    def masks(self, layers: list[Trained]) -> list[Tensor]:
+    def masks(self, layers: list[NMLayerState]) -> list[Tensor]:
         masks = self.context.masks
         return [t.layer.part(masks[t.layer.parameter_name]) for t in layers]
 
@@ -64,40 +64,40 @@ class TrainedLayers:
         self.beta = beta
         self.hide(beta)
 
-    def hide(self, beta: float, layers: list[Trained] | None = None) -> None:
+    def hide(self, beta: float, layers: list[NMLayerState] | None = None) -> None:
         """The same, where ``dense`` has them already."""
         if layers is None:
             layers, self.showing = self.layers, beta
-        self.masking.hide(_weights(layers), self.masks(layers), beta)
+        self.masking.apply(_weights(layers), self.masks(layers), beta)
         for t in layers:
             t.mark(beta)
 
-    def show(self, beta: float, layers: list[Trained]) -> None:
+    def show(self, beta: float, layers: list[NMLayerState]) -> None:
         """Other hidden weights in place of those in the parameters."""
         torch._foreach_copy_(_weights(layers), _dense(layers))
         self.hide(beta, layers)
         torch.clear_autocast_cache()  # else the rest of an autocast region computes with the old
 
-    def known(self) -> list[bool]:
+    def is_unmodified(self) -> list[bool]:
         """For each layer whether its parameter holds nothing but what was put there."""
         pairs = zip(self.layers, self.masks(self.layers), strict=True)
-        return [t.known(self.masking, mask, self.beta) for t, mask in pairs]
+        return [t.is_unmodified(self.masking, mask, self.beta) for t, mask in pairs]
 
-    def not_showing(self, beta: float) -> list[Trained]:
+    def not_showing(self, beta: float) -> list[NMLayerState]:
         """Layers that are to be shown with this beta and are not.
 
         What others wrote is theirs until the next step, but a resumed model's own state is not.
         """
         if self.showing == beta and not self.resumed:
             return []
-        mine = self.known()
-        self.showing = beta if all(mine) else None
-        pairs = zip(self.layers, mine, strict=True)
+        unmodified = self.is_unmodified()
+        self.showing = beta if all(unmodified) else None
+        pairs = zip(self.layers, unmodified, strict=True)
         return [t for t, known in pairs if (t.shown != beta if known else self.resumed)]
 
     def put_back(self) -> int:
         """The dense weights into the parameters; how many layers keep what others have written."""
-        known = [True] * len(self.layers) if self.resumed else self.known()
+        known = [True] * len(self.layers) if self.resumed else self.is_unmodified()
         kept = list(itertools.compress(self.layers, known))
         self.showing, self.resumed = None, False
         if kept:
@@ -116,7 +116,7 @@ class TrainedLayers:
                 weights.append(t.layer.local)
                 masks.append(mask)
         if grads:
-            self.masking.treat(grads, weights, masks, self.beta, c)
+            self.masking.transform_gradients(grads, weights, masks, self.beta, c)
 
     def state_dict(self) -> dict[str, Any]:
         states = {t.layer.name: t.state_dict() for t in self.layers}
@@ -133,9 +133,9 @@ class TrainedLayers:
             self.resumed = True  # the model's own state may be loaded after this
 
 
-def _weights(layers: list[Trained]) -> list[Tensor]:
+def _weights(layers: list[NMLayerState]) -> list[Tensor]:
     return [t.layer.local for t in layers]
 
 
-def _dense(layers: list[Trained]) -> list[Tensor]:
+def _dense(layers: list[NMLayerState]) -> list[Tensor]:
     return [t.dense for t in layers if t.dense is not None]

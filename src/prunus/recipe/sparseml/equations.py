@@ -109,8 +109,8 @@ class Variables(Mapping[str, Any]):
         except (SyntaxError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
             if error.__class__.__name__ == "RecipeError":
                 raise
-            said = error.msg if isinstance(error, SyntaxError) else error
-            raise self.source.error(path, f"eval({text}): {said}; it takes {GRAMMAR}") from None
+            message = error.msg if isinstance(error, SyntaxError) else error
+            raise self.source.error(path, f"eval({text}): {message}; it takes {GRAMMAR}") from None
         return result
 
     def _node(self, node: ast.expr, path: Path) -> Any:

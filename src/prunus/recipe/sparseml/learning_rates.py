@@ -15,12 +15,12 @@ SCHEDULERS = ("StepLR", "MultiStepLR", "ExponentialLR", "CosineAnnealingWarmRest
 
 def groups(settings: Settings) -> tuple[int, ...] | None:
     """Numbers of parameter groups; none given, or an empty list, are all of them."""
-    given = settings.any("param_groups", None)
-    if given is None:
+    value = settings.any("param_groups", None)
+    if value is None:
         return None
-    if not isinstance(given, list) or any(type(i) is not int for i in given):
-        raise settings.error(f"expected a list of numbers, not {given!r}", "param_groups")
-    return tuple(given) or None
+    if not isinstance(value, list) or any(type(i) is not int for i in value):
+        raise settings.error(f"expected a list of numbers, not {value!r}", "param_groups")
+    return tuple(value) or None
 
 
 def constants(

@@ -130,8 +130,8 @@ def _init(
         return float(settings.number("init_sparsity"))
     begin = window(start) if start > 0 else None
     part.modifiers.append(Keep(names, window=begin, allow_dense=True))
-    said = "what is zero is held, and targets below that change nothing"
-    situation.note(settings, f"init_sparsity {FROM_PARAM} is read as 0: {said}", harmless=True)
+    message = "what is zero is held, and targets below that change nothing"
+    situation.note(settings, f"init_sparsity {FROM_PARAM} is read as 0: {message}", harmless=True)
     return 0.0
 
 
@@ -147,8 +147,8 @@ def _warn_of_falling(settings: Settings, situation: Situation, ramp: Ramp) -> No
 def _fixed(settings: Settings, ramp: Ramp, pattern: NM) -> dict[str, Any]:
     """Arguments for N:M, which is pruned in one step."""
     if abs(ramp.final - pattern.fixed) > TOLERANCE:
-        said = f"{ramp.final:g} is not the sparsity of {pattern} ({pattern.fixed:g})"
-        raise settings.error(f"final_sparsity {said}; write that", "final_sparsity")
+        message = f"{ramp.final:g} is not the sparsity of {pattern} ({pattern.fixed:g})"
+        raise settings.error(f"final_sparsity {message}; write that", "final_sparsity")
     if 0 < ramp.init < pattern.fixed - TOLERANCE:
         raise settings.error(
             f"N:M has one sparsity; set init_sparsity to {pattern.fixed:g} too, or to 0 to prune "

@@ -151,8 +151,8 @@ def _together(parts: Sequence[Part], situation: Situation) -> Iterator[Part]:
 
 def _takes_over(rate: Part, part: Part) -> bool:
     """Whether the rate is in force when the part ends, in all groups of the part."""
-    mine, theirs = _groups(part), _groups(rate)
-    if theirs is not None and (mine is None or not mine <= theirs):
+    ending, going_on = _groups(part), _groups(rate)
+    if going_on is not None and (ending is None or not ending <= going_on):
         return False
     if rate.end < 0:
         return part.start < rate.start <= part.end + 1e-9
@@ -193,4 +193,4 @@ def log_notes(reading: Reading, source: Source) -> None:
     """One line for each: a warning where results depend on it."""
     for note in reading.notes:
         say = log.info if note.harmless else log.warning
-        say("%s", source.said(note.path, note.text))
+        say("%s", source.message(note.path, note.text))

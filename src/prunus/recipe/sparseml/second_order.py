@@ -39,11 +39,11 @@ def _shared(settings: Settings, situation: Situation, pattern: Pattern) -> dict[
 def _sampled(settings: Settings, situation: Situation, pattern: Pattern) -> dict[str, Any]:
     for key, value in settings.mapping("grad_sampler_kwargs").items():
         if situation.sampler.setdefault(key, value) != value:
-            said = f"{key}={situation.sampler[key]!r} of an earlier modifier counts for all"
-            situation.note(settings, f"grad_sampler_kwargs: {said}")
+            message = f"{key}={situation.sampler[key]!r} of an earlier modifier counts for all"
+            situation.note(settings, f"grad_sampler_kwargs: {message}")
         else:
-            said = f"{key}={value!r} is for the manager's sampler; a Calibration brings its own"
-            situation.note(settings, f"grad_sampler_kwargs: {said}", harmless=True)
+            message = f"{key}={value!r} is for the manager's sampler; a Calibration brings its own"
+            situation.note(settings, f"grad_sampler_kwargs: {message}", harmless=True)
     situation.ignore(settings, "traces_backup_dir", "blocks_in_parallel", "block_implementation")
     return {
         "block_size": _block_size(settings, situation, pattern),
@@ -60,7 +60,7 @@ def _block_size(settings: Settings, situation: Situation, pattern: Pattern) -> i
     group = pattern.m if isinstance(pattern, NM) else getattr(pattern, "cols", 1)
     whole = max(group, size // group * group)
     if size > 0 and whole != size:
-        said = f"so that the groups of pattern '{pattern}' stay whole"
-        situation.note(settings, f"fisher_block_size {size} is read as {whole}, {said}", True)
+        message = f"so that the groups of pattern '{pattern}' stay whole"
+        situation.note(settings, f"fisher_block_size {size} is read as {whole}, {message}", True)
         return whole
     return size
