@@ -8,8 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import prunus
-from prunus.core.masks import Hard
-from prunus.modifiers import Accelerate, Keep, LearningRate, PruningModifier
+from prunus.modifiers import (
+    Keep,
+    LearningRate,
+    NMTraining,
+    PruningModifier,
+    SemiSparseTraining,
+)
 
 DOCS = Path(__file__).parent
 RECIPES = DOCS.parent / "recipes"
@@ -82,9 +87,9 @@ FAMILIES = {
 def kind_of(recipe: prunus.Recipe) -> str:
     """One of `KINDS`."""
     pruning = [m for m in recipe.modifiers if isinstance(m, PruningModifier)]
-    if any(isinstance(m, Accelerate) for m in recipe.modifiers):
+    if any(isinstance(m, SemiSparseTraining) for m in recipe.modifiers):
         return "accelerated"
-    if any(not isinstance(m.masking, Hard) for m in pruning):
+    if any(isinstance(m, NMTraining) for m in recipe.modifiers):
         return "N:M training"
     if not pruning:
         return "fine-tune only"
@@ -94,19 +99,21 @@ def kind_of(recipe: prunus.Recipe) -> str:
     return "one-shot + fine-tune" if trained else "one-shot"
 
 
-def method_of(modifier: PruningModifier) -> str:
+def method_of(modifier: PruningModifier | NMTraining) -> str:
     """The pruner, or the masking that trains N:M weights."""
-    return modifier.pruner.name if isinstance(modifier.masking, Hard) else modifier.masking.name
+    how = modifier.masking if isinstance(modifier, NMTraining) else modifier.pruner
+    return how.name
 
 
-def target_of(modifier: PruningModifier) -> str:
-    return modifier.pattern if modifier.schedule is None else f"{modifier.schedule.final:g}"
+def target_of(modifier: PruningModifier | NMTraining) -> str:
+    final = modifier.final_sparsity
+    return modifier.pattern if final is None else f"{final:g}"
 
 
 def row(path: Path) -> tuple[str, str, str, str, str]:
     """Link, method, kind, target and purpose of one recipe."""
     recipe = prunus.Recipe.load(path)
-    pruning = [m for m in recipe.modifiers if isinstance(m, PruningModifier)]
+    pruning = [m for m in recipe.modifiers if isinstance(m, PruningModifier | NMTraining)]
     methods = " + ".join(dict.fromkeys(map(method_of, pruning)))
     targets = " + ".join(dict.fromkeys(map(target_of, pruning)))
     if not pruning and any(isinstance(m, Keep) for m in recipe.modifiers):

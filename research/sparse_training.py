@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import prunus
-from prunus.api.session import innermost
 from prunus.core.ranks import Ranks
 
 from research.common.processes import processes
@@ -66,15 +65,13 @@ class Training:
         self.epoch, self.batch, self.updates = 0, 0, 0
         self.losses = torch.zeros(2, dtype=torch.float64, device=device)
         """sum over the batches of this epoch, and their number"""
-        self.before: dict[str, float] | None = None
+        self.before: dict[str, float] = {}
         self.pruned: dict[str, Any] = {}
         """what the last pruning step did: its step, and metrics before and after"""
         state = checkpoint_of(args, folder, ranks.world_size)
         self.files = RunFolder(folder, args)
-        # first its hook, then the session's, then the other: between them the weights are pruned
-        innermost(self.optimizer).register_step_post_hook(self._before_pruning)
         self.session = self._attach(recipe)
-        innermost(self.optimizer).register_step_post_hook(self._after_pruning)
+        self.session.on_prune(self._before_pruning, self._after_pruning)
         self.loaders.order.epoch = lambda: self.epoch
         self.loaders.calibration_order.epoch = lambda: self.session.step
         if state is not None:
@@ -115,10 +112,6 @@ class Training:
                 begin = time.monotonic()
                 self._train_epoch()
                 self._end_epoch(time.monotonic() - begin)
-            late = self._next_change(self.session.step) is not None
-            before = self._measure() if late else {}
-        if late:  # closing has pruned to the target
-            self._pruned(before, self._measure())
         prunus.save(self.plain, self.files.folder / "model.safetensors", pruning=self.session)
         if self.args.report:
             self.session.report(self.files.folder)
@@ -216,24 +209,12 @@ class Training:
         finally:
             torch._foreach_copy_(weights, trained)
 
-    def _next_change(self, step: int) -> int | None:
-        """The first step from this one on that changes what is pruned."""
-        found = (run.next_change(step) for run in self.session.runs)
-        return min((change for change in found if change is not None), default=None)
-
-    def _before_pruning(self, *_: Any) -> None:
+    def _before_pruning(self) -> None:
         """Each sparsity is measured when it has been trained longest: just before the next one."""
-        step = self.session.step + 1
-        if self._next_change(step) == step:
-            self.before = self._measure()
+        self.before = self._measure()
 
-    def _after_pruning(self, *_: Any) -> None:
-        if self.before is not None:
-            before, self.before = self.before, None
-            self._pruned(before, self._measure())
-
-    def _pruned(self, before: dict[str, float], after: dict[str, float]) -> None:
-        step = self.session.step
+    def _after_pruning(self) -> None:
+        before, after, step = self.before, self._measure(), self.session.step
         self.pruned = {"step": step, "before": before, "after": after}
         self.files.distribution(step // self.upe, self.session, before, after)
         log.info("pruned after step %d: top-1 %.2f %%, sparsity %.4f", step, *_told(after)[1:])

@@ -11,7 +11,6 @@ import prunus
 from prunus.calibration.measurements import needs_of
 from prunus.calibration.memory_plan import plan
 from prunus.core.selection import select
-from prunus.modifiers import Context, PruningRun
 from prunus.pruners import JointPruner, Pruner
 from prunus.stats import InputGram
 
@@ -42,11 +41,8 @@ class Costs:
         self.reads = "" if stat is None else stat.reads
         self.by_block = sequential and self.reads == "inputs"
         modifier = prunus.PruningModifier(pruner, SPARSITY, sequential=self.by_block)
-        self.run = PruningRun(
-            modifier,
-            Context(model, calibration=prunus.Calibration((), memory=1 << 62), one_shot=True),
-        )
-        self.layers, self.stats = self.run.layers, self.run.measurements().stats
+        self.plan = modifier.plan(model, prunus.Calibration((), memory=1 << 62))
+        self.layers, self.stats = self.plan.layers, self.plan.measurements().stats
         self.tokens, self.pruner = tokens, pruner
         self.weights = sum(math.prod(layer.shape) for layer in self.layers)
 
@@ -64,11 +60,11 @@ class Costs:
     def statistics(self, ranks: int = 1) -> int:
         """Bytes on each rank, at most, if all are held together (of one block, block by block)."""
         if self.by_block:
-            return self.run.memory()["statistics"]
+            return self.plan.memory()["statistics"]
         return sum(need.nbytes for need in needs_of(self.stats, self.most_rows(ranks)))
 
     def readings(self, ranks: int, budget: int) -> int:
-        """Of the calibration data in a pruning step, as `PruningRun.passes` counts them."""
+        """Of the calibration data in a pruning step, as `PruningPlan.passes` counts them."""
         if self.by_block or not self.stats:
             return min(1, len(self.stats))
         groups = len(plan(needs_of(self.stats, self.most_rows(ranks)), budget))

@@ -28,7 +28,7 @@ from research.benchmarks.measure import add_options, hardware, print_table, seco
 
 LAYERS = '["blocks.*.attn.qkv", "blocks.*.attn.proj", "blocks.*.mlp.fc*"]'
 RECIPE = (
-    "modifiers: [prune: {{layers: {layers}, pattern: '{pattern}', masking: {masking}, "
+    "modifiers: [nm_training: {{layers: {layers}, pattern: '{pattern}', masking: {masking}, "
     "window: {{from: 0step, to: 1000000step}}}}]\n"
 )
 SESSIONS = {

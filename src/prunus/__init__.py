@@ -2,15 +2,17 @@
 
 from prunus import _moved
 from prunus.api.accelerate import Accelerated, accelerate
+from prunus.api.attach import attach
 from prunus.api.checkpoint import load, save
-from prunus.api.oneshot import prune, sweep
+from prunus.api.oneshot import prune
 from prunus.api.results import sparsity
-from prunus.api.session import Session, attach
+from prunus.api.session import Session
+from prunus.api.sweep import sweep
 from prunus.calibration.calibration import Calibration
 from prunus.calibration.fisher import Fisher, fisher
 from prunus.engine.permute.step import Permute
 from prunus.engine.sequential.walk import Sequential
-from prunus.modifiers import PruningModifier
+from prunus.modifiers import NMTraining, PruningModifier
 from prunus.pruners import (
     ALPS,
     CAP,
@@ -40,6 +42,7 @@ __all__ = [
     "FastCAP",
     "Fisher",
     "Magnitude",
+    "NMTraining",
     "Permute",
     "PruningModifier",
     "Recipe",

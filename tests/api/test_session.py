@@ -478,7 +478,7 @@ def test_two_open_sessions_of_an_optimizer_do_not_prune_the_same_layer():
 def test_n_m_training_shares_no_layer_with_another_entry_at_the_same_time():
     model = small_mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    trained = "prune: {pattern: '2:4', masking: ste, layers: ['2'], window: {to: 8step}}"
+    trained = "nm_training: {pattern: '2:4', masking: ste, layers: ['2'], window: {to: 8step}}"
     recipe = f"modifiers: [{trained}, prune: {{sparsity: 0.75, window: {{from: %s}}}}]"
     with pytest.raises(ValueError, match="two entries mask 2 at the same time"):
         prunus.attach(model, optimizer, recipe % "4step")

@@ -41,9 +41,9 @@ RECIPES = {
     PRUNE + ", sparsity: 0.5}\n" + LEARN: ("magnitude", "one-shot + fine-tune", "0.5"),
     PRUNE + ', pattern: "2:4"}\n': ("magnitude", "one-shot", "2:4"),
     PRUNE + ", sparsity: {from: 0.1, to: 0.75}}\n": ("magnitude", "gradual", "0.75"),
-    PRUNE + ', pattern: "2:4", masking: ste}\n': ("ste", "N:M training", "2:4"),
+    "modifiers:\n  - nm_training: {masking: ste}\n": ("ste", "N:M training", "2:4"),
     "modifiers:\n  - keep: {}\n" + LEARN: ("keep", "fine-tune only", "as loaded"),
-    "modifiers:\n  - accelerate: {}\n" + PRUNE[11:] + ', pattern: "2:4"}\n': (
+    "modifiers:\n  - semi_sparse: {}\n" + PRUNE[11:] + ', pattern: "2:4"}\n': (
         "magnitude",
         "accelerated",
         "2:4",

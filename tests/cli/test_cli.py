@@ -56,7 +56,7 @@ modifiers:
 """
 TRAINED = """
 modifiers:
-  - prune:
+  - nm_training:
       pattern: 1:4
       layers: ["2"]
       masking: mdgf
@@ -107,11 +107,19 @@ def test_list_names_everything_a_recipe_can(run):
     code, screen, _ = run("list")
     assert code == 0
     patterns = ("2:4", "2:4 along outputs", "4x1")
-    for name in ("magnitude", "global", "erk", "learning_rate", "hard", "inverse_cubic", *patterns):
+    for name in (
+        "magnitude",
+        "global",
+        "erk",
+        "learning_rate",
+        "sr_ste",
+        "inverse_cubic",
+        *patterns,
+    ):
         assert name in screen
 
 
-@pytest.mark.parametrize("name", ["magnitude", "table", "prune", "learning_rate", "hard"])
+@pytest.mark.parametrize("name", ["magnitude", "table", "prune", "learning_rate", "sr_ste"])
 def test_show_prints_the_docstring(run, name):
     code, screen, _ = run("show", name)
     assert code == 0

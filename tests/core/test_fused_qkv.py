@@ -105,8 +105,8 @@ def test_all_thirds_with_an_entry_each_equal_three_layers(name):
 GRADUAL = """
 modifiers:
   - prune: {pruner: magnitude, layers: [%s], sparsity: {from: 0.2, to: 0.7}, window: {from: 1step, to: 7step, every: 2step}}
-  - prune: {pattern: 1:4, layers: [%s], masking: {name: mdgf, decay: cosine}, window: {from: 2step, to: 8step}}
-  - prune: {pattern: 2:4 along outputs, layers: [%s], masking: sr_ste, window: {to: 9step}}
+  - nm_training: {pattern: 1:4, layers: [%s], masking: {name: mdgf, decay: cosine}, window: {from: 2step, to: 8step}}
+  - nm_training: {pattern: 2:4 along outputs, layers: [%s], masking: sr_ste, window: {to: 9step}}
 """
 
 
@@ -134,8 +134,8 @@ def test_two_maskings_with_patterns_of_their_own_in_one_weight():
     net, _ = pair()
     recipe = """
 modifiers:
-  - prune: {pattern: 1:4, layers: ["attn.qkv[q]"], masking: mdgf, window: {to: 5step}}
-  - prune: {pattern: 2:4, layers: ["attn.qkv[k]"], masking: sr_ste, window: {to: 5step}}
+  - nm_training: {pattern: 1:4, layers: ["attn.qkv[q]"], masking: mdgf, window: {to: 5step}}
+  - nm_training: {pattern: 2:4, layers: ["attn.qkv[k]"], masking: sr_ste, window: {to: 5step}}
 """
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
     with prunus.attach(net, optimizer, recipe):
@@ -150,11 +150,12 @@ modifiers:
 
 
 @pytest.mark.parametrize(
-    "more", ["sparsity: 0.5", "pattern: 2:4, masking: ste, window: {to: 9step}"]
+    ("entry", "more"),
+    [("prune", "sparsity: 0.5"), ("nm_training", "pattern: 2:4, window: {to: 9step}")],
 )
-def test_the_plan_counts_the_mask_of_the_whole_weight(more):
+def test_the_plan_counts_the_mask_of_the_whole_weight(entry, more):
     net = Net()
-    recipe = f"modifiers: [prune: {{layers: ['attn.qkv[q]', 'attn.qkv[k]', attn.proj], {more}}}]"
+    recipe = f"modifiers: [{entry}: {{layers: ['attn.qkv[q]', 'attn.qkv[k]', attn.proj], {more}}}]"
     optimizer = torch.optim.SGD(net.parameters(), 0.0)
     with prunus.attach(net, optimizer, recipe) as session:
         planned = session.runs[0].memory()["masks"]

@@ -31,7 +31,7 @@ def train(by_recipe: bool) -> dict[str, object]:
     inner = net()
     model = DistributedDataParallel(inner) if world()[1] > 1 else inner
     optimizer = torch.optim.Adam(model.parameters(), 0.05)
-    recipe = f"modifiers: [accelerate: {{layers: ['0'], {ENTRY}}}]"
+    recipe = f"modifiers: [semi_sparse: {{layers: ['0'], {ENTRY}}}]"
     session = prunus.attach(model, optimizer, recipe) if by_recipe else None
     if session is None:
         swap_linear_with_semi_sparse_linear(model, {"0": SemiSparseLinear})

@@ -8,7 +8,7 @@ from tests.distributed.workers import train
 
 RECIPE = """
 modifiers:
-  - prune:
+  - nm_training:
       pattern: {pattern}
       layers: {layers}
       masking: {masking}

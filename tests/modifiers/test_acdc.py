@@ -62,7 +62,7 @@ def test_phases_are_those_of_the_published_program(begin, phases, every):
 
 
 def test_the_plan_says_which_phases_are_dense():
-    said = [what.split(",")[0] for _, what in bound(modifier()).plan()]
+    said = [what.split(",")[0] for _, what in bound(modifier()).timetable()]
     pruned = "magnitude to unstructured"
     assert said == ["dense", pruned, "dense", pruned, pruned]
 
@@ -184,9 +184,9 @@ def test_recipes_may_name_it():
     with pytest.raises(ValueError, match="no sparsity was given"):
         ACDC()
     two_of_four = ACDC(pattern="2:4", layers=("0",), window=Window("0ep", "4ep", "1ep"))
-    assert bound(two_of_four).plan()[1][1] == "magnitude to 2:4, sparsity 0.5000"
+    assert bound(two_of_four).timetable()[1][1] == "magnitude to 2:4, sparsity 0.5000"
 
 
 def test_n_of_m_training_is_another_entry():
-    with pytest.raises(ValueError, match="masks hard; N:M training is an entry 'prune'"):
+    with pytest.raises(ValueError, match="ACDC masks hard; N:M training is NMTraining"):
         ACDC(pattern="2:4", masking=SRSTE())

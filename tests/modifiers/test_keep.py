@@ -182,7 +182,7 @@ def test_layers_that_another_entry_masks_are_left_to_it():
     model = sparse_mlp("2:4")
     recipe = """
 modifiers:
-  - prune: {layers: ["0"], pattern: "2:4", masking: sr_ste, window: {to: 4step}}
+  - nm_training: {layers: ["0"], pattern: "2:4", masking: sr_ste, window: {to: 4step}}
   - keep: {}
 """
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -208,7 +208,7 @@ def test_a_layer_of_which_another_entry_masks_a_third_is_kept_by_its_other_third
     model = fused()
     recipe = f"""
 modifiers:
-  - prune: {{layers: ["blocks.0.attn.qkv[q]"], pattern: "2:4", masking: ste, window: {{to: 4step}}}}
+  - nm_training: {{layers: ["blocks.0.attn.qkv[q]"], pattern: "2:4", masking: ste, window: {{to: 4step}}}}
   - keep: {{layers: [{layers}]}}
 """
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -252,7 +252,7 @@ def test_the_records_and_the_plan_say_what_is_kept():
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     recipe = "modifiers:\n  - keep: {layers: [Conv2d], window: {to: 50%}}\n"
     with prunus.attach(model, optimizer, recipe, steps_per_epoch=2, epochs=2) as session:
-        assert session.runs[0].plan() == [
+        assert session.runs[0].timetable() == [
             (0, "keep the zeros of 3 layers"),
             (2, "let the zeros train"),
         ]
@@ -267,7 +267,7 @@ def test_the_records_and_the_plan_say_what_is_kept():
 def test_keep_needs_training_and_takes_no_period():
     with pytest.raises(ValueError, match="no 'prune' entry"):
         prunus.prune(sparse_mlp(), KEEP)
-    with pytest.raises(ValueError, match="drop the window's 'every'"):
+    with pytest.raises(ValueError, match="window.every: unknown key 'every'"):
         prunus.Recipe.load("modifiers:\n  - keep: {window: {every: 1ep}}\n")
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 import prunus
 from prunus import Recipe
+from prunus.api.arguments import as_allocator
 from prunus.modifiers import Context, MovementPruning
 from prunus.modifiers.schedules import Schedule
 from prunus.modifiers.timing import Window
@@ -57,7 +58,7 @@ def zeros(layer):
 @pytest.mark.parametrize("allocator", ["uniform", "global"])
 def test_training_equals_the_scores_of_the_paper_step_for_step(allocator):
     mine, theirs = net(torch.float64), net(torch.float64)
-    chosen = prunus.api.oneshot.as_allocator(allocator)
+    chosen = as_allocator(allocator)
     optimizer = sgd(mine)
     session = attach(mine, optimizer, modifier(allocator=chosen))
     train(mine, optimizer, 12)
@@ -167,7 +168,7 @@ def test_patterns_are_met(pattern):
     model = net()
     optimizer = sgd(model)
     sparsity = None if pattern == "2:4" else 0.5
-    allocator = None if pattern == "2:4" else prunus.api.oneshot.as_allocator("uniform")
+    allocator = None if pattern == "2:4" else as_allocator("uniform")
     entry = modifier(sparsity=sparsity, pattern=pattern, allocator=allocator, window=Window("1ep"))
     with attach(model, optimizer, entry):
         train(model, optimizer, 6)
@@ -183,5 +184,7 @@ def test_recipes_may_name_it_and_one_shot_runs_may_not():
         modifier(pruner=prunus.Magnitude())
     with pytest.raises(ValueError, match="sequential and permute mean nothing"):
         modifier(sequential=True)
-    run = MovementPruning(sparsity=0.5).bind(Context(net()))
-    assert run.plan() == [(0, "movement to unstructured, sparsity 0.5000")]
+    model = net()
+    context = Context(model, torch.optim.SGD(model.parameters(), 0.1))
+    run = MovementPruning(sparsity=0.5).bind(context)
+    assert run.timetable() == [(0, "movement to unstructured, sparsity 0.5000")]

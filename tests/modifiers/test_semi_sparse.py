@@ -1,4 +1,4 @@
-"""The recipe entry `accelerate`: when layers are 2:4, what is trained, resuming, what is left."""
+"""The recipe entry `semi_sparse`: when layers are 2:4, what is trained, resuming, what is left."""
 
 import itertools
 
@@ -14,7 +14,8 @@ from prunus.execution.training import (
     swap_linear_with_semi_sparse_linear,
     tile_mask,
 )
-from prunus.modifiers import Accelerate
+from prunus.modifiers import SemiSparseTraining
+from prunus.modifiers.timing import Interval
 
 STEPS = 12
 LAYERS = ("0", "2")
@@ -38,7 +39,7 @@ def adam(model):
 def attached(entry, optimizer=adam, model=None, **arguments):
     model = net() if model is None else model
     optimizer = optimizer(model)
-    recipe = f"modifiers: [accelerate: {{{entry}}}]"
+    recipe = f"modifiers: [semi_sparse: {{{entry}}}]"
     arguments = {"steps_per_epoch": 3, "epochs": 4, **arguments}
     return model, optimizer, prunus.attach(model, optimizer, recipe, **arguments)
 
@@ -321,7 +322,7 @@ def test_a_compiled_model_trains_as_an_eager_one(refresh):
 def test_pruning_after_the_window_prunes_what_was_trained():
     recipe = """
 modifiers:
-  - accelerate: {window: {to: 6step}}
+  - semi_sparse: {window: {to: 6step}}
   - prune: {pattern: 2:4, window: {from: 6step}}
 """
     model = net()
@@ -335,14 +336,14 @@ modifiers:
 
 
 def test_a_finished_model_is_pruned_without_it():
-    recipe = "modifiers: [accelerate: {keep: true}, prune: {sparsity: 0.5}]"
+    recipe = "modifiers: [semi_sparse: {keep: true}, prune: {sparsity: 0.5}]"
     assert prunus.prune(net(), recipe).sparsity == pytest.approx(0.5, abs=0.01)
 
 
 def test_the_entry_is_read_and_written():
     text = """
 modifiers:
-- accelerate:
+- semi_sparse:
     rule: greedy
     gradient: sr_ste
     decay: 1.0e-05
@@ -354,13 +355,13 @@ modifiers:
 """
     recipe = prunus.Recipe.load(text)
     (entry,) = recipe.modifiers
-    assert entry == Accelerate(
+    assert entry == SemiSparseTraining(
         rule="greedy",
         gradient="sr_ste",
         decay=1e-5,
         refresh=40,
         layers=("0",),
-        window=prunus.modifiers.semi_sparse.Window(to="83%"),
+        window=Interval(to="83%"),
         keep=True,
     )
     assert prunus.Recipe.load(recipe.to_yaml()) == recipe
@@ -368,7 +369,7 @@ modifiers:
 
 def test_what_will_happen_is_planned():
     plans = [
-        attached(entry)[2].runs[0].plan()
+        attached(entry)[2].runs[0].timetable()
         for entry in ("window: {from: 1ep, to: 3ep}", "keep: true, gradient: masked")
     ]
     assert plans == [
@@ -407,7 +408,7 @@ class Mixed(nn.Module):
         ("layers: [conv, fc]", "layers: conv is a Conv2d; only whole Linear layers"),
         ("layers: [fc, narrow]", r"narrow \(Linear\) has out_features=6, no multiple of 4"),
         ("window: {from: 1ep, to: 3step}, layers: [fc]", "window is empty: .* with step 3"),
-        ("window: {every: 1ep}", "drop the window's every"),
+        ("window: {every: 1ep}", "window.every: unknown key 'every'"),
         ("kind: activation, keep: true", "keep=true is about the masks of weights"),
         ("kind: weights", "expected 'weight' or 'activation', not 'weights'"),
         ("gradient: sr_ste, kind: activation", "activations are none"),

@@ -121,7 +121,7 @@ OPTIMIZERS = {
 
 def recipe(place, rule, structure, begin=BEGIN, end=END, pattern="1:4", more=""):
     return (
-        f"modifiers: [prune: {{pattern: '{pattern}{place.along}', masking: {rule.masking}, "
+        f"modifiers: [nm_training: {{pattern: '{pattern}{place.along}', masking: {rule.masking}, "
         f"layers: ['{place.layers}'], {STRUCTURES[structure][0]} {more} "
         f"window: {{from: {begin}step, to: {end}step}}}}]\n"
     )

@@ -12,7 +12,7 @@ from prunus import Magnitude, PruningModifier, Recipe
 from prunus.allocators import ERK, Table, Uniform
 from prunus.modifiers import Freeze, LearningRate, WeightDecay
 from prunus.modifiers.schedules import Schedule
-from prunus.modifiers.timing import Window
+from prunus.modifiers.timing import Interval, Window
 from prunus.recipe import RecipeError, json_schema
 
 FULL = """\
@@ -47,7 +47,7 @@ def test_a_recipe_becomes_frozen_modifiers():
         PruningModifier(pattern="2:4", exclude=("head",)),
         LearningRate(5e-4, 1e-7, "cosine", cycle="5ep"),
         WeightDecay(to=0.0),
-        Freeze(exclude=("head.*",), window=Window(to="10%")),
+        Freeze(exclude=("head.*",), window=Interval(to="10%")),
     )
 
 
@@ -83,6 +83,9 @@ WINDOWS = st.builds(
     st.sampled_from([None, "16ep", "100%"]),
     st.sampled_from([None, "2ep"]),
 )
+INTERVALS = st.builds(
+    Interval, st.sampled_from(["0ep", "7step", "10%"]), st.sampled_from([None, "16ep", "100%"])
+)
 
 
 @st.composite
@@ -105,7 +108,7 @@ MODIFIERS = st.one_of(
     st.builds(
         LearningRate, NUMBERS, NUMBERS, st.just("linear"), groups=st.sampled_from([None, (0,)])
     ),
-    st.builds(Freeze, st.just(("*",)), st.just(("head.*",)), st.one_of(st.none(), WINDOWS)),
+    st.builds(Freeze, st.just(("*",)), st.just(("head.*",)), st.one_of(st.none(), INTERVALS)),
 )
 
 
@@ -177,7 +180,7 @@ ERRORS = {
         "- prune: {allocator: gobal}",
         "unknown allocator 'gobal'; did you mean 'global'",
     ),
-    "a masking": ("- prune: {masking: soft}", "unknown masking 'soft'"),
+    "a masking": ("- nm_training: {masking: soft}", "unknown masking 'soft'"),
     "a pattern": (
         "- prune: {pattern: unstructred, sparsity: 0.5}",
         "unknown pattern 'unstructred'",
@@ -223,7 +226,10 @@ ERRORS = {
     "N:M and allocator": ("- prune: {pattern: 2:4, allocator: erk}", "drop 'allocator'"),
     "a list": ("prune: {}", "modifiers: expected a list of modifiers"),
     "two in one": ("- {prune: {sparsity: 1}, freeze: {}}", "modifiers[0]: expected one modifier"),
-    "every": ("- learning_rate: {to: 1, window: {every: 1ep}}", "'every' means nothing here"),
+    "every": (
+        "- learning_rate: {to: 1, window: {every: 1ep}}",
+        "window.every: unknown key 'every'",
+    ),
     "zero every": ("- prune: {sparsity: 1, window: {every: 0ep}}", "never moves on"),
     "a constant over a window": (
         "- prune: {sparsity: 0.5, window: {from: 1ep, to: 5ep}}",

@@ -16,6 +16,7 @@ from torch import nn
 import prunus
 from prunus.core.layers import all_layers
 from prunus.modifiers import Context
+from prunus.modifiers.timing import Timeline
 
 from tests.oracles.pruning import ROOT, SINGLE
 
@@ -221,8 +222,9 @@ def test_every_recipe_leaves_dense_in_the_models_of_timm_what_it_should(path, ca
         model = of_timm(name)
         taken = set()
         for modifier in prunus.Recipe.load(path).modifiers:
-            if modifier.name in ("prune", "keep"):
-                run = modifier.bind(Context(model, one_shot=True))
+            if modifier.name in ("prune", "nm_training", "keep"):
+                optimizer = torch.optim.SGD(model.parameters(), 0.1)
+                run = modifier.bind(Context(model, optimizer, Timeline(10, 10)))
                 taken |= {layer.parameter_name for layer in run.layers}
         left = [layer.name for layer in all_layers(model) if layer.parameter_name not in taken]
         assert not [layer for layer in left if not re.fullmatch(dense, layer)], name

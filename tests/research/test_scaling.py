@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 import prunus
-from prunus.modifiers import Context, PruningRun
 
 pytest.importorskip("timm")
 pytest.importorskip("transformers")
@@ -30,10 +29,8 @@ def test_bytes_and_readings_are_those_of_the_plan(name, memory):
         model = nn.Sequential(nn.Linear(24, 20), nn.Tanh(), nn.Linear(20, 24), nn.Linear(24, 4))
     mine = costs.Costs(pruner, model, tokens=4, sequential=False)
     data = prunus.Calibration((), memory=memory)
-    run = PruningRun(
-        prunus.PruningModifier(pruner, 0.5), Context(model, calibration=data, one_shot=True)
-    )
+    plan = prunus.PruningModifier(pruner, 0.5).plan(model, data)
     if memory == 1 << 40:
-        assert mine.statistics() == run.memory()["statistics"]
+        assert mine.statistics() == plan.memory()["statistics"]
     if mine.stats:
-        assert mine.readings(1, memory) == run.passes()
+        assert mine.readings(1, memory) == plan.passes()

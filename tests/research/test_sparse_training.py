@@ -139,7 +139,7 @@ def test_the_best_model_of_each_sparsity_is_kept_with_its_masks(whole):
 
 STAGES = """
 modifiers:
-  - prune:
+  - nm_training:
       pattern: "1:4"
       masking: {name: sr_ste}
       structure: ["2:4", "1:4"]

@@ -1,95 +1,28 @@
-"""Pruning a finished model: `prune` once, `sweep` over sparsities."""
+"""`prune`: a finished model, pruned at once."""
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from prunus.allocators import ALLOCATORS, Allocator, Table
-from prunus.api.results import Evaluate, Result, SweepResult
-from prunus.calibration.batch_norm import put_back
+from prunus.api.arguments import AllocatorLike, as_recipe, norms_data
+from prunus.api.results import Result
 from prunus.calibration.batch_norm import recalibrate as estimate_norms
 from prunus.calibration.calibration import Calibration
-from prunus.core.layers import reshard
-from prunus.core.patterns import parse_pattern
-from prunus.core.progress import track
-from prunus.core.selection import select
-from prunus.engine import step as engine
-from prunus.engine.method import Method
+from prunus.core.mask_registry import Masks
 from prunus.engine.permute.step import Permute
-from prunus.engine.sequential.walk import Sequential
-from prunus.modifiers import Context, PruningModifier, PruningRun, pruning_event
-from prunus.modifiers.base import log
-from prunus.pruners import PRUNERS, Pruner
+from prunus.engine.plan import PruningPlan
+from prunus.engine.sequential.walk import Sequential, SequentialResult
+from prunus.modifiers import MovementPruning, OneShotModifier
+from prunus.modifiers.events import pruning_event
+from prunus.pruners import Pruner
 from prunus.recipe import Recipe
-from prunus.recipe.files import ENDINGS, is_text
-from prunus.report.records import Recorder, number, start_event
+from prunus.report.records import Recorder, start_event
 
-AllocatorLike = str | Mapping[str, float] | Allocator | None
-
-
-def as_pruner(pruner: str | Pruner) -> Pruner:
-    """A pruner by name with its defaults, or itself. Raises ValueError for anything else."""
-    if isinstance(pruner, str):
-        return PRUNERS[pruner]()
-    if isinstance(pruner, type) or not isinstance(pruner, Pruner):
-        raise ValueError(
-            f"{pruner!r} is no pruner; give a name ({', '.join(PRUNERS)}), "
-            "an object such as prunus.Magnitude(), or a recipe"
-        )
-    return pruner
-
-
-def as_allocator(allocator: AllocatorLike) -> Allocator | None:
-    """An allocator by name, a table of names to sparsities, or itself."""
-    if isinstance(allocator, str):
-        return ALLOCATORS[allocator]()
-    if isinstance(allocator, Mapping):
-        return Table(allocator)
-    if isinstance(allocator, type) or not (allocator is None or isinstance(allocator, Allocator)):
-        raise ValueError(f"{allocator!r} is no allocator; one of: {', '.join(ALLOCATORS)}")
-    return allocator
-
-
-def as_recipe(
-    pruner: str | os.PathLike[str] | Pruner | Recipe,
-    sparsity: float | None,
-    pattern: str | None,
-    layers: Sequence[str] | str | None,
-    exclude: Sequence[str] | str,
-    allocator: AllocatorLike,
-    permute: str | Permute | None,
-) -> Recipe:
-    """The recipe that a call of `prune` stands for."""
-    name = os.fspath(pruner) if isinstance(pruner, str | os.PathLike) else ""
-    if isinstance(pruner, Recipe | os.PathLike) or name.endswith(ENDINGS) or is_text(name):
-        settings = {"pattern": pattern, "layers": layers, "exclude": exclude}
-        settings |= {"allocator": allocator, "permute": permute}  # type: ignore[dict-item]
-        if clash := [key for key, value in settings.items() if value]:
-            raise ValueError(f"{', '.join(clash)} belong in the recipe, which was given as well")
-        overrides: dict[str, Any] = {} if sparsity is None else {"sparsity": sparsity}
-        return Recipe.load(cast("str | Recipe", pruner), **overrides)
-    modifier = PruningModifier(
-        pruner=as_pruner(pruner),
-        sparsity=None if sparsity is None else float(sparsity),  # of numpy, maybe
-        layers=_names(layers) if layers is not None else None,
-        exclude=_names(exclude),
-        pattern=pattern or "unstructured",
-        allocator=as_allocator(allocator),
-        permute=Permute(permute) if isinstance(permute, str) else permute,
-    )
-    return Recipe((modifier,))
-
-
-def _names(patterns: Sequence[str] | str | None) -> tuple[str, ...]:
-    names = (patterns,) if isinstance(patterns, str) else tuple(patterns or ())
-    if bad := [name for name in names if not isinstance(name, str)]:
-        raise ValueError(f"layers and exclude take names of layers and classes, not {bad[0]!r}")
-    return names
+log = logging.getLogger("prunus")
 
 
 def prune(
@@ -124,134 +57,77 @@ def prune(
     is after an interrupt, and ``output_dir`` too.
     """
     recipe = as_recipe(pruner, sparsity, pattern, layers, exclude, allocator, permute)
-    modifiers = [m for m in recipe.modifiers if isinstance(m, PruningModifier)]
-    for modifier in recipe.modifiers:
-        if not modifier.one_shot:
-            log.info("%s needs training; left out of a one-shot run", modifier.name)
-    if not modifiers:
-        raise ValueError("the recipe has no 'prune' entry; nothing to do at once")
-    recorder = Recorder()
-    context = Context(
-        model,
-        None,
-        calibration=calibration,
-        one_shot=True,
-        record=recorder,
-        sequential=Sequential.of(sequential),
-    )
-    runs = [cast("PruningRun", modifier.bind(context)) for modifier in modifiers]
-    _check_together(modifiers, context)
-    norms = _norms_data(recalibrate, calibration)
+    modifiers = _one_shot(recipe)
+    walk = Sequential.of(sequential)
+    _check_together(modifiers, walk)
+    plans = [modifier.plan(model, calibration, walk) for modifier in modifiers]
+    for plan in plans:
+        plan.check_data()
+    norms = norms_data(recalibrate, calibration)
+    recorder, masks, done = Recorder(), Masks(), list[SequentialResult]()
     recorder(start_event(model, 0, recipe=recipe.to_yaml()))
     try:
-        for run in runs:
-            run.start()
-            run.finish(0)
+        for modifier, plan in zip(modifiers, plans, strict=True):
+            target = modifier.final_sparsity
+            plan.check_reachable(target)
+            done.append(plan.prune(target))
+            for change in done[-1].changes:
+                masks.put(change.layer, change.mask)
+            method = plan.method.pruner.name, str(plan.method.pattern)
+            recorder(pruning_event(*method, done[-1].rows, 0, target))
         if norms is not None:
             estimate_norms(model, norms)
         if output_dir is not None:
             recorder.save(output_dir)
     except BaseException:
-        for run in reversed(runs):
-            run.result.undo()
+        for result in reversed(done):
+            result.undo()
         raise
-    rows = {row.name: row for run in runs for row in run.rows}
-    left_dense = [name for name in runs[0].left_dense if name not in rows]
-    result = Result(list(rows.values()), dict(context.masks), recipe, left_dense, recorder)
-    for run in runs:
-        for folded in run.result.folded:
+    return _result(recipe, plans, done, masks, recorder)
+
+
+def _one_shot(recipe: Recipe) -> list[OneShotModifier]:
+    """The modifiers that a finished model takes. Raises ValueError if there are none."""
+    modifiers = [m for m in recipe.modifiers if m.one_shot and isinstance(m, OneShotModifier)]
+    for modifier in recipe.modifiers:
+        if modifier not in modifiers:
+            log.info("%s needs training; left out of a one-shot run", modifier.name)
+    if modifiers:
+        return modifiers
+    if any(isinstance(m, MovementPruning) for m in recipe.modifiers):
+        raise ValueError(
+            "movement pruning watches training and has nothing to go by at once; attach the "
+            "recipe to an optimizer, or use another pruner"
+        )
+    raise ValueError("the recipe has no 'prune' entry; nothing to do at once")
+
+
+def _result(
+    recipe: Recipe,
+    plans: Sequence[PruningPlan],
+    done: Sequence[SequentialResult],
+    masks: Masks,
+    recorder: Recorder,
+) -> Result:
+    rows = {row.name: row for each in done for row in each.rows}
+    left_dense = [name for name in plans[0].left_dense if name not in rows]
+    result = Result(list(rows.values()), dict(masks), recipe, left_dense, recorder)
+    for plan, each in zip(plans, done, strict=True):
+        for folded in each.folded:
             result.permuted += folded.rows
             result.not_permuted |= folded.refused
-        result.not_permuted |= run.folds.refused
+        result.not_permuted |= plan.folds.refused
     return result
 
 
-def _check_together(modifiers: Sequence[PruningModifier], context: Context) -> None:
+def _check_together(modifiers: Sequence[OneShotModifier], walk: Sequential | None) -> None:
     """Raises ValueError for entries that no later entry can follow."""
-    if len(modifiers) > 1 and context.sequential is not None and context.sequential.folder:
+    if len(modifiers) > 1 and walk is not None and walk.folder:
         raise ValueError(
             "sequential: a folder holds the blocks of one 'prune' entry, and the recipe has "
             f"{len(modifiers)}; join them, or leave out folder"
         )
-    if any(modifier.permute is not None for modifier in modifiers[1:]):
+    if any(getattr(modifier, "permute", None) is not None for modifier in modifiers[1:]):
         raise ValueError(
             "permute would move weights that are pruned already; let it be in the first 'prune'"
         )
-
-
-def _norms_data(
-    recalibrate: bool | Calibration, calibration: Calibration | None
-) -> Calibration | None:
-    if recalibrate is True and calibration is None:
-        raise ValueError("recalibrate needs data; pass calibration=, or a Calibration of its own")
-    return calibration if recalibrate is True else recalibrate or None
-
-
-@torch.no_grad()
-def _restore(model: nn.Module, saved: Sequence[tuple[Tensor, Tensor]]) -> None:
-    reshard(model)
-    for weight, old in saved:
-        weight.copy_(old)
-
-
-def sweep(
-    model: nn.Module,
-    pruner: str | Pruner,
-    sparsities: Iterable[float],
-    evaluate: Evaluate,
-    *,
-    pattern: str = "unstructured",
-    layers: Sequence[str] | str | None = None,
-    exclude: Sequence[str] | str = (),
-    allocator: AllocatorLike = None,
-    calibration: Calibration | None = None,
-    recalibrate: bool | Calibration = False,
-) -> SweepResult:
-    """Prune to each sparsity, call ``evaluate(model)``, and put the weights back bit for bit.
-
-    Statistics and scores are computed once and serve all sparsities; one copy of the pruned weights
-    is kept meanwhile. ``evaluate`` returns a number, or a mapping of names to numbers. The other
-    arguments are those of `prune`.
-    """
-    sparsities = [float(sparsity) for sparsity in sparsities]
-    if not sparsities:
-        raise ValueError("no sparsities were given; give at least one, such as [0.5, 0.75]")
-    method = Method(
-        as_pruner(pruner),
-        parse_pattern(pattern),
-        as_allocator(allocator) or ALLOCATORS[as_pruner(pruner).allocator](),
-    )
-    if bad := [s for s in sparsities if not 0 <= s <= 1]:
-        raise ValueError(f"sparsity {bad[0]:g} is not between 0 and 1")
-    if method.pattern.fixed is not None:
-        raise ValueError(f"pattern '{pattern}' has one sparsity only; use prune instead of sweep")
-    chosen = select(model, None if layers is None else _names(layers), _names(exclude))
-    fitted = method.fit(chosen.layers)
-    engine.check_reachable(fitted, method.pattern, min(sparsities))
-    prune_to = engine.prepare_sweep(method, fitted, model, calibration)
-    norms = _norms_data(recalibrate, calibration)
-    saved = [(layer.local, layer.local.clone()) for layer in fitted]
-    recorder, values = Recorder(), {}
-    recorder(start_event(model, 0))
-    try:
-        for sparsity in track(sparsities, "sweep"):
-            changes = prune_to(sparsity)
-            modifier = PruningModifier(method.pruner, sparsity, pattern=pattern)
-            rows = [change.row for change in changes]
-            del changes
-            with put_back(model, always=True):
-                if norms is not None:
-                    estimate_norms(model, norms)
-                metrics = _metrics(evaluate(model))
-            values[sparsity] = metrics
-            event = pruning_event(modifier, rows, 0, sparsity)
-            recorder({**event, "event": "sweep", "values": metrics})
-            _restore(model, saved)
-    finally:
-        _restore(model, saved)
-    return SweepResult(values, recorder)
-
-
-def _metrics(value: Any) -> dict[str, float]:
-    metrics = value if isinstance(value, Mapping) else {"value": value}
-    return {str(name): number(metric) for name, metric in metrics.items()}

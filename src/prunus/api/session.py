@@ -1,59 +1,31 @@
-"""Pruning during training: `attach` hooks a recipe onto an optimizer and returns a `Session`."""
+"""A recipe at work on an optimizer: the hooks, the clock, the masks, the state."""
 
 from __future__ import annotations
 
 import logging
 import os
 import weakref
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from prunus.api.session_state import checked_masks
 from prunus.calibration.calibration import Calibration
 from prunus.core.layers import clean_parameters
-from prunus.core.masks import Masks, local, pack, unpack
+from prunus.core.mask_registry import Masks
+from prunus.core.masks import local, packed
 from prunus.core.sharding import gather, scatter, whole_sparsity
-from prunus.modifiers import Context, PruningRun, Run, TrainingRun
-from prunus.modifiers.conflicts import check_turns, in_both
+from prunus.modifiers import Context, Run
+from prunus.modifiers.conflicts import check_conflicts, in_both
+from prunus.modifiers.grad_scaler import step_is_skipped
 from prunus.modifiers.timing import Timeline
 from prunus.recipe import Recipe
-from prunus.report.records import Recorder, Sink, is_main, number, start_event
+from prunus.report.records import Recorder, is_main, number, start_event
 
 log = logging.getLogger("prunus")
-
-
-def attach(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    recipe: str | os.PathLike[str] | Recipe,
-    *,
-    steps_per_epoch: int | None = None,
-    epochs: float | None = None,
-    gradient_accumulation_steps: int = 1,
-    calibration: Calibration | None = None,
-    output_dir: str | os.PathLike[str] | None = None,
-    log: Literal["wandb", "tensorboard"] | Sink | None = None,
-) -> Session:
-    """Hook a recipe onto an optimizer. The training loop stays as it is.
-
-    ``steps_per_epoch`` counts batches and is divided (rounding up) by
-    ``gradient_accumulation_steps``; both it and ``epochs`` (default: the recipe's) are needed only
-    by recipes that count in epochs or shares of training. ``output_dir`` receives
-    ``records.jsonl`` as training goes; ``log`` also passes events to Weights & Biases, TensorBoard
-    or a function.
-
-    Raises ValueError (RecipeError for the recipe's own faults) with the remedy if something does
-    not fit; the model, the optimizer and the loop are then untouched.
-    """
-    if gradient_accumulation_steps < 1:
-        raise ValueError(f"gradient_accumulation_steps={gradient_accumulation_steps}; at least 1")
-    if steps_per_epoch is not None:
-        steps_per_epoch = -(-steps_per_epoch // gradient_accumulation_steps)
-    loaded = Recipe.load(recipe)
-    timeline = Timeline(steps_per_epoch, loaded.epochs if epochs is None else epochs)
-    return Session(model, optimizer, loaded, timeline, calibration, Recorder(output_dir, log))
 
 
 def innermost(optimizer: Any) -> torch.optim.Optimizer:
@@ -69,10 +41,8 @@ def innermost(optimizer: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
-def _was_skipped(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a fused optimizer under GradScaler has been called for a step it must skip."""
-    found_inf = getattr(optimizer, "found_inf", None)
-    return found_inf is not None and bool(found_inf)
+def _nothing() -> None:
+    pass
 
 
 class Session:
@@ -98,6 +68,7 @@ class Session:
         self.closed = False
         self._fresh = True
         self._context = Context(model, self.optimizer, timeline, calibration, Masks(), recorder)
+        self._listeners: list[tuple[Callable[[], Any], Callable[[], Any]]] = []
         self.runs: list[Run] = [modifier.bind(self._context) for modifier in recipe.modifiers]
         for run in self.runs:
             run.check_data()
@@ -118,7 +89,7 @@ class Session:
 
     def _refuse_overlap(self) -> None:
         """Raises ValueError if another open session of the optimizer prunes the same layers."""
-        check_turns(self.runs)
+        check_conflicts(self.runs)
         sessions = self.optimizer.__dict__.setdefault("_prunus_sessions", weakref.WeakSet())
         for other in sessions:
             if not other.closed and (name := in_both(self.runs, other.runs)):
@@ -138,8 +109,8 @@ class Session:
         """Share that is pruned of the weights the recipe prunes by now or later (this rank's)."""
         sizes = {name: mask.numel() for name, mask in self.masks.items()}
         for run in self.runs:
-            if isinstance(run, PruningRun | TrainingRun):
-                sizes |= {x.parameter_name: local(x.weight).numel() for x in run.layers}
+            if run.prunes or run.trains:
+                sizes |= {x.parameter_name: local(x.weight).numel() for x in run.masked_layers}
         pruned = sum(m.numel() - int(m.count_nonzero()) for m in self.masks.values())
         return pruned / sum(sizes.values()) if sizes else 0.0
 
@@ -168,16 +139,45 @@ class Session:
         for run in self.runs:
             run.before_update(self.step)
 
+    @torch.no_grad()
     def _after(self, *_: Any) -> None:
-        skipped = _was_skipped(self.optimizer)
-        self.step += not skipped
-        with torch.no_grad():
+        if step_is_skipped(self.optimizer):
             for run in self.runs:
-                (run.skipped if skipped else run.apply_masks)(self.step)
-            for run in self.runs if not skipped else ():
+                run.skipped(self.step)
+            return
+        self.step += 1
+        with self._around_pruning(self.next_change == self.step):
+            for run in self.runs:
+                run.apply_masks(self.step)
+            for run in self.runs:
                 run.prune(self.step)
-            for run in self.runs if not skipped else ():
+            for run in self.runs:
                 run.begin_window(self.step)
+
+    @contextmanager
+    def _around_pruning(self, changes: bool) -> Iterator[None]:
+        for before, _ in self._listeners if changes else ():
+            before()
+        yield
+        for _, after in self._listeners if changes else ():
+            after()
+
+    @property
+    def next_change(self) -> int | None:
+        """The next step after which other weights are pruned, maybe this one; None: none is."""
+        found = (run.next_change(self.step) for run in self.runs)
+        return min((change for change in found if change is not None), default=None)
+
+    def on_prune(
+        self, before: Callable[[], Any] | None = None, after: Callable[[], Any] | None = None
+    ) -> None:
+        """Call functions around each change of what is pruned, in training and when closing.
+
+        ``before`` runs after the optimizer's step, when weights have been trained longest; those
+        that are pruned already may be off zero then (`project` puts copies right). ``after`` runs
+        when the new masks are on. `step` counts the optimizer's step in both.
+        """
+        self._listeners.append((before or _nothing, after or _nothing))
 
     def _begin(self) -> None:
         if not self._fresh:
@@ -211,10 +211,7 @@ class Session:
         Tensors and plain values only, so ``torch.load(weights_only=True)`` reads it. Where weights
         are sharded, every rank must call this, and gets the whole.
         """
-        masks = {}
-        for name, mask in self.masks.items():
-            whole = gather(mask, self.masks.weight(name))
-            masks[name] = {"shape": list(whole.shape), "bits": pack(whole).cpu()}
+        masks = {n: packed(gather(m, self.masks.weight(n))) for n, m in self.masks.items()}
         return {
             "version": 1,
             "recipe": self.recipe.to_yaml(),
@@ -231,35 +228,16 @@ class Session:
 
         Raises ValueError if the state is of another recipe or model; nothing is then changed.
         """
-        masks, parameters = self._check_state(state), clean_parameters(self.model)
+        parameters = clean_parameters(self.model)
+        masks = checked_masks(state, self.recipe, parameters)
         self.step, self._fresh = int(state["step"]), True
         for name, mask in masks.items():
-            self.masks.put(name, parameters[name], scatter(mask, parameters[name]))
-        self._context.owners.clear()
+            self.masks.load(name, parameters[name], scatter(mask, parameters[name]))
+        self.masks.disown_all()
         for run, part in zip(self.runs, state["runs"], strict=True):
             run.load_state_dict(part)
         self.masks.keep_only(masks)
         self.recorder.rewind(self.step)
-
-    def _check_state(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
-        if missing := {"version", "recipe", "step", "masks", "runs"} - set(state):
-            raise ValueError(f"this is not the state of a session: it lacks {sorted(missing)}")
-        if state["version"] != 1:
-            raise ValueError(f"the state has version {state['version']}; this prunus reads 1")
-        recipe = self.recipe.to_yaml()
-        if state["recipe"] != recipe:
-            raise ValueError(
-                "the state is of another recipe; resume with the recipe it was trained with.\n"
-                f"--- the state's\n{state['recipe']}--- this session's\n{recipe}"
-            )
-        parameters = clean_parameters(self.model)
-        masks = {}
-        for name, packed in state["masks"].items():
-            shape = tuple(packed["shape"])
-            if name not in parameters or tuple(parameters[name].shape) != shape:
-                raise ValueError(f"the state masks {name!r} of shape {shape}; this model has none")
-            masks[name] = unpack(packed["bits"], shape)
-        return masks
 
     def report(self, directory: str | os.PathLike[str]) -> None:
         """Write ``records.jsonl``, ``report.html`` and ``report.png`` there."""
@@ -293,8 +271,9 @@ class Session:
         last = max((run.due for run in self.runs if run.due is not None), default=0)
         if last > self.step:
             log.warning("closed at step %d of %d: pruned to the target at once", self.step, last)
-        for run in sorted(self.runs, key=lambda run: run.due or 0):
-            run.finish(self.step)
+        with self._around_pruning(any(run.due is not None for run in self.runs)):
+            for run in sorted(self.runs, key=lambda run: run.due or 0):
+                run.finish(self.step)
         sparsity = whole_sparsity(self.masks)
         self.recorder({"event": "end", "step": self.step, "sparsity": sparsity})
 

@@ -13,9 +13,9 @@ from rich.text import Text
 
 from prunus.allocators import ALLOCATORS
 from prunus.cli.preview import table_of
-from prunus.core.masks import MASKINGS
 from prunus.core.names import Registry, did_you_mean
 from prunus.modifiers import MODIFIERS
+from prunus.modifiers.nm.maskings import MASKINGS
 from prunus.modifiers.schedules import CURVES
 from prunus.pruners import PRUNERS
 from prunus.recipe.schema import class_schema

@@ -26,10 +26,10 @@ from prunus.cli.arguments import (
 )
 from prunus.cli.bench import bench as bench_table
 from prunus.cli.catalogue import description, listing
-from prunus.cli.preview import preview, table_of
+from prunus.cli.preview import preview, timetable
 from prunus.core.files import atomic_write
 from prunus.integrations.sparseml.convert import convert as convert_recipe
-from prunus.modifiers import Context, PruningRun, TrainingRun
+from prunus.modifiers import Context, OneShotModifier
 from prunus.modifiers.timing import Timeline
 from prunus.recipe import Recipe, json_schema
 
@@ -90,20 +90,19 @@ def check(
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     timed = steps_per_epoch is not None
     data = Calibration((), memory=memory)
-    context = Context(network, optimizer, timeline, data, one_shot=not timed)
     if not timed:
         out.print("no --steps-per-epoch: shown as a one-shot run")
-    modifiers = [m for m in loaded.modifiers if timed or m.one_shot]
-    for i, modifier in enumerate(modifiers):
-        run = modifier.bind(context)
-        if isinstance(run, PruningRun | TrainingRun):
-            out.print(*preview(run, f"modifiers[{i}]"), sep="\n")
-        if timed:
-            plan = table_of("after step", "epoch", "what", title=f"modifiers[{i}] {modifier.name}")
-            for step, what in run.plan():
-                step = max(1, step)  # what is due at 0 happens after the first
-                plan.add_row(str(step), f"{step / (steps_per_epoch or 1):.2f}", what)
-            out.print(plan)
+        for i, modifier in enumerate(m for m in loaded.modifiers if m.one_shot):
+            if isinstance(modifier, OneShotModifier):
+                plan = modifier.plan(network, data)
+                out.print(*preview(plan, f"modifiers[{i}] {modifier.name}"), sep="\n")
+        return
+    context = Context(network, optimizer, timeline, data)
+    for i, modifier in enumerate(loaded.modifiers):
+        run, where = modifier.bind(context), f"modifiers[{i}] {modifier.name}"
+        if run.masked_layers:
+            out.print(*preview(run, where), sep="\n")
+        out.print(timetable(run, where, steps_per_epoch or 1))
 
 
 @app.command()

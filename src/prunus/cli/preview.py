@@ -1,51 +1,65 @@
-"""What `prunus check` shows of a pruning entry: its layers, permutations and memory."""
+"""What `prunus check` shows of an entry that masks: its layers, permutations, memory and times."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 
-from prunus.modifiers import PruningRun, TrainingRun
+from prunus.core.layers import Layer
+from prunus.engine.plan import PruningPlan
+from prunus.modifiers import Run
 
 
 def table_of(*columns: str, title: str = "") -> Table:
     return Table(*columns, title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
 
 
-def preview(run: PruningRun | TrainingRun, where: str) -> Iterator[RenderableType]:
-    """Tables and lines for the entry at this place of the recipe."""
-    yield _layers(run, where)
-    if run.left_dense:
-        yield f"left dense: {', '.join(run.left_dense)}"
-    if isinstance(run, TrainingRun):
-        yield _bytes(run)
-        return
-    if run.modifier.permute is not None:
-        yield _folds(run)
-    yield from _memory(run)
+def preview(entry: Run | PruningPlan, where: str) -> Iterator[RenderableType]:
+    """Tables and lines for a bound entry, or what it would do at once, at this place."""
+    plan = entry if isinstance(entry, PruningPlan) else entry.pruning
+    layers = entry.layers if isinstance(entry, PruningPlan) else entry.masked_layers
+    yield _layers(layers, plan, where)
+    if entry.left_dense:
+        yield f"left dense: {', '.join(entry.left_dense)}"
+    if plan is not None and plan.permute is not None:
+        yield _folds(plan)
+    if memory := entry.memory():
+        lines = [f"{what}: {_size(nbytes)}" for what, nbytes in memory.items()]
+        yield "memory: " + "; ".join(lines)
+    if plan is not None:
+        yield from _passes(plan)
 
 
-def _folds(run: PruningRun) -> Table:
+def timetable(run: Run, where: str, steps_per_epoch: int) -> Table:
+    """What happens when."""
+    table = table_of("after step", "epoch", "what", title=where)
+    for step, what in run.timetable():
+        step = max(1, step)  # what is due at 0 happens after the first
+        table.add_row(str(step), f"{step / steps_per_epoch:.2f}", what)
+    return table
+
+
+def _folds(plan: PruningPlan) -> Table:
     table = table_of("input channels of", "permutation", title="permutations to be folded in")
-    for fold in run.folds.folds:
+    for fold in plan.folds.folds:
         groups, copies, width = fold.positions.shape
         parts = f"{groups} x {width} channels" if groups > 1 else f"{width} channels"
         also = f", {copies} copies" if copies > 1 else ""
         table.add_row(fold.name, f"{fold.kind}: {parts}{also}, {len(fold.slots)} tensors move")
-    for name, reason in run.folds.refused.items():
+    for name, reason in plan.folds.refused.items():
         table.add_row(name, f"none: {reason}")
     return table
 
 
-def _layers(run: PruningRun | TrainingRun, where: str) -> Table:
-    stats = run.measurements().stats if isinstance(run, PruningRun) else {}
+def _layers(layers: Sequence[Layer], plan: PruningPlan | None, where: str) -> Table:
+    stats = {} if plan is None else plan.measurements().stats
     columns = ["layer", "kind", "shape", "weights", *(["statistics"] if stats else [])]
-    table = table_of(*columns, title=f"{where} prune: {len(run.layers)} layers")
-    for layer in run.layers:
+    table = table_of(*columns, title=f"{where}: {len(layers)} layers")
+    for layer in layers:
         shape = "x".join(map(str, layer.shape))
         size = [_size(stats[layer].nbytes)] if layer in stats else []
         table.add_row(layer.name, layer.kind, shape, f"{math.prod(layer.shape):,}", *size)
@@ -61,18 +75,11 @@ def _size(nbytes: float) -> str:
     return f"{nbytes:,.1f} TiB"
 
 
-def _memory(run: PruningRun) -> list[str]:
-    measured = run.measurements()
-    plan = []
-    if len(measured.groups) > 1 and run.modifier.walk(run.context) is None:
+def _passes(plan: PruningPlan) -> Iterator[str]:
+    measured = plan.measurements()
+    if len(measured.groups) > 1 and plan.sequential is None:
         whole = sum(stat.nbytes for stat in measured.stats.values())
-        plan = [
+        yield (
             f"statistics of {_size(whole)} in {len(measured.groups)} groups, one at a time: "
-            f"{run.passes()} passes over the calibration data in each pruning step"
-        ]
-    return [_bytes(run), *plan]
-
-
-def _bytes(run: PruningRun | TrainingRun) -> str:
-    lines = [f"{what}: {_size(nbytes)}" for what, nbytes in run.memory().items()]
-    return "memory: " + "; ".join(lines)
+            f"{plan.passes()} passes over the calibration data in each pruning step"
+        )

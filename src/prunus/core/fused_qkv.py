@@ -33,6 +33,13 @@ def third_of(layer: Layer, letter: str, parents: dict[str, nn.Module]) -> Layer:
     return replace(layer, name=f"{layer.name}[{letter}]", qkv_part=THIRDS.index(letter))
 
 
+def qkv_parts(layer: Layer) -> list[Layer]:
+    """Q, k and v of a fused weight, as layers of their own; nothing if it is one of these."""
+    if layer.qkv_part is not None:
+        return []
+    return [replace(layer, name=f"{layer.name}[{x}]", qkv_part=i) for i, x in enumerate(THIRDS)]
+
+
 def _no_thirds(layer: Layer, parents: dict[str, nn.Module]) -> str:
     parent, _, last = layer.name.rpartition(".")
     if last not in _STACKED:
@@ -50,7 +57,7 @@ def _no_thirds(layer: Layer, parents: dict[str, nn.Module]) -> str:
     return ""
 
 
-def without(layer: Layer, gone: Sequence[Layer], parents: dict[str, nn.Module]) -> list[Layer]:
+def subtract(layer: Layer, gone: Sequence[Layer], parents: dict[str, nn.Module]) -> list[Layer]:
     """What is left of a layer: itself, nothing, or the thirds that are not gone."""
     thirds = {g.qkv_part for g in gone if g.weight is layer.weight}
     if not thirds or (layer.qkv_part is not None and not thirds & {None, layer.qkv_part}):

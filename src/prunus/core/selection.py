@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from prunus.core.default_dense_layers import ends
-from prunus.core.fused_qkv import split_third, third_of, without
+from prunus.core.fused_qkv import split_third, subtract, third_of
 from prunus.core.layers import Layer, all_layers, clean_name, unwrap
 from prunus.core.regex_alternatives import dead_alternatives
 
@@ -148,7 +148,7 @@ def select(
         layers = [layer for layer in candidates if layer.name not in skipped]
     if exclude:
         gone = _match(candidates, exclude, "exclude", modules)
-        layers = [rest for layer in layers for rest in without(layer, gone, modules)]
+        layers = [rest for layer in layers for rest in subtract(layer, gone, modules)]
     if not layers:
         names = ", ".join(layer.name for layer in candidates[:5])
         raise ValueError(f"no layer is left to prune; name some with layers=, such as: {names}")

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from prunus.core.layers import Layer
-from prunus.core.masks import Masks
+from prunus.core.mask_registry import Masks
 from prunus.core.patterns import Pattern
 from prunus.core.ranks import Ranks
 

@@ -12,7 +12,8 @@ try:
 except ModuleNotFoundError:
     import pytorch_lightning as pl
 
-from prunus.api.session import Session, attach, innermost
+from prunus.api.attach import attach
+from prunus.api.session import Session, innermost
 from prunus.calibration.calibration import Calibration
 from prunus.recipe import Recipe
 from prunus.report.records import Sink

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from prunus.api.session import Session, attach
+from prunus.api.attach import attach
+from prunus.api.session import Session
 from prunus.calibration.calibration import Calibration
 from prunus.core.files import atomic_write
 from prunus.recipe import Recipe

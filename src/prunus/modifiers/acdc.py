@@ -12,13 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from prunus.core.layers import Layer
-from prunus.core.masks import Hard, local
+from prunus.core.masks import local
 from prunus.modifiers.base import MODIFIERS, Context
 from prunus.modifiers.prune import PruningModifier
-from prunus.modifiers.pruning_run import PruningRun, put_mask
+from prunus.modifiers.pruning_run import PruningRun
 from prunus.modifiers.schedules import Schedule
 
 MOMENTA = ("momentum_buffer", "exp_avg")
@@ -40,8 +38,6 @@ class ACDC(PruningModifier):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.masking != Hard():
-            raise ValueError("AC/DC masks hard; N:M training is an entry 'prune': drop 'masking'")
         if isinstance(self.sparsity, Schedule):
             raise ValueError("each phase is pruned to the same sparsity; give a number")
 
@@ -71,21 +67,19 @@ class ACDCRun(PruningRun):
             return
         context = self.context
         for layer in self.owned:
-            put_mask(context, self, layer, torch.ones_like(layer.local, dtype=torch.bool))
-            del context.owners[layer.name]
+            context.masks.lift(layer)
             if self.modifier.reset_momentum:
                 self._reset_momentum(layer)
         context.record({"event": "dense", "step": step, "layers": len(self.layers)})
 
     def _reset_momentum(self, layer: Layer) -> None:
-        optimizer = self.context.optimizer
-        state = {} if optimizer is None else optimizer.state.get(layer.weight, {})
+        state = self.context.optimizer.state.get(layer.weight, {})
         for name in MOMENTA:
             if state.get(name) is not None:
                 layer.part(local(state[name])).zero_()
 
-    def plan(self) -> list[tuple[int, str]]:
+    def timetable(self) -> list[tuple[int, str]]:
         return [
             (step, "dense" if self.dense(tick) else message)
-            for tick, (step, message) in enumerate(super().plan())
+            for tick, (step, message) in enumerate(super().timetable())
         ]

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import inf
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from prunus.calibration.calibration import Calibration
-from prunus.core.fused_qkv import THIRDS
 from prunus.core.layers import Layer
-from prunus.core.masks import Hard, Masks
+from prunus.core.mask_registry import Masks
+from prunus.core.masks import local
 from prunus.core.names import Registry
+from prunus.engine.plan import PruningPlan
 from prunus.engine.sequential.walk import Sequential
 from prunus.modifiers.timing import Timeline
 
@@ -30,65 +33,76 @@ class Context:
     """What runs share: the user's objects, the clock, the masks and where events are recorded."""
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer | None = None
+    optimizer: torch.optim.Optimizer
     timeline: Timeline = field(default_factory=Timeline)
     calibration: Calibration | None = None
     masks: Masks = field(default_factory=Masks)
     record: Callable[[dict[str, Any]], None] = _discard
-    owners: dict[str, object] = field(default_factory=dict)
-    """layer, or third of one -> the run that keeps its mask: the one that pruned it last"""
-    one_shot: bool = False
-    sequential: Sequential | None = None
-    """how to go through the blocks, where a recipe does not say it all"""
 
-    def take(self, layer: Layer, run: object) -> None:
-        """From now on the run keeps the layer's mask; whoever kept more keeps the other thirds."""
-        whole, parts = _family(layer)
-        if layer.qkv_part is None:
-            for part in parts:
-                self.owners.pop(part, None)
-        elif whole in self.owners:
-            self.owners.update(dict.fromkeys(parts, self.owners.pop(whole)))
-        self.owners[layer.name] = run
+    def mask(self, run: Run, layer: Layer, mask: Tensor) -> None:
+        """Set a layer's mask, which the run owns from now on; what it prunes loses its momentum."""
+        self.masks.put(layer, mask, run)
+        zero_momentum(self.optimizer, layer, mask)
 
-    def owned(self, run: object, layers: Iterable[Layer]) -> list[Layer]:
-        """The layers, or the thirds of them, whose masks the run keeps."""
-        mine = []
-        for layer in layers:
-            if self.owners.get(layer.name) is run:
-                mine.append(layer)
-            elif layer.qkv_part is None:
-                parts = enumerate(_family(layer)[1])
-                held = [(i, name) for i, name in parts if self.owners.get(name) is run]
-                mine += [replace(layer, name=name, qkv_part=i) for i, name in held]
-        return mine
-
-    def hide(self, run: object, layers: Iterable[Layer]) -> None:
-        """Zero what is pruned in the layers whose masks the run keeps."""
-        owned = self.owned(run, layers)
-        masks = [layer.part(self.masks[layer.parameter_name]) for layer in owned]
-        Hard().apply([layer.local for layer in owned], masks)
-
-    def masked(self, layer: Layer) -> bool:
-        """Whether runs keep the masks of all of the layer."""
-        whole, parts = _family(layer)
-        parts = parts if layer.qkv_part is None else [layer.name]
-        return whole in self.owners or self.owners.keys() >= set(parts)
-
-    def in_force(self, layer: Layer) -> Tensor | None:
-        """The layer's keep-mask as it is now; None if its weight has none."""
-        mask = self.masks.get(layer.parameter_name)
-        return None if mask is None else layer.part(mask)
+    def check_held(self, layers: Sequence[Layer]) -> None:
+        """Raises ValueError unless the optimizer holds every weight that will be masked."""
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        missing = [layer.parameter_name for layer in layers if id(layer.weight) not in held]
+        if not missing:
+            return
+        if any(hasattr(layer.weight, "ds_id") for layer in layers):
+            raise ValueError(
+                "DeepSpeed ZeRO flattens the weights, so masks cannot hold; use DDP or FSDP2"
+            )
+        count = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(
+            f"the optimizer does not hold {', '.join(missing[:3])}{count}; attach the optimizer "
+            "that trains these weights, built after the model was moved or sharded, or exclude them"
+        )
 
 
-def _family(layer: Layer) -> tuple[str, list[str]]:
-    """The names of the whole layer and of its thirds."""
-    whole = layer.name if layer.qkv_part is None else layer.name[: -len("[q]")]
-    return whole, [f"{whole}[{x}]" for x in THIRDS]
+def zero_momentum(optimizer: torch.optim.Optimizer, layer: Layer, mask: Tensor) -> None:
+    """Zero every state tensor of the weight's shape where the layer is pruned."""
+    state: dict[str, Any] = optimizer.state.get(layer.weight, {})
+    for value in state.values():
+        if isinstance(value, Tensor) and value.shape == layer.weight.shape:
+            part = layer.part(local(value))
+            part.mul_(mask.to(part.device))
 
 
 class Run:
-    """A modifier at work. A step count is the number of optimizer steps done."""
+    """A modifier at work. A step count is the number of optimizer steps done.
+
+    A run that sets masks says of which layers and when, so that no other run undoes them.
+    """
+
+    prunes: ClassVar[bool] = False
+    """whether its masks only ever take more, so that another run may mask the layers as well"""
+    trains: ClassVar[bool] = False
+    """whether pruned weights train on behind its masks, so that no other run may mask the layers"""
+    context: Context
+    pruning: PruningPlan | None = None
+    """what it prunes and how, where it does so by a `PruningPlan`"""
+    left_dense: Sequence[str] = ()
+    """layers that its default spares"""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for old, new in _RENAMED.items():
+            if old in vars(cls) and new not in vars(cls):
+                warnings.warn(f"{cls.__name__}.{old} is now {new}", FutureWarning, stacklevel=2)
+                setattr(cls, new, vars(cls)[old])
+
+    @property
+    def masked_layers(self) -> Sequence[Layer]:
+        """The layers whose masks it sets, sooner or later."""
+        layers: Sequence[Layer] = getattr(self, "layers", ())
+        return layers
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """Steps between which it sets masks anew."""
+        return 0, inf
 
     def on_attach(self) -> None:
         """At the end of attaching, once all runs are bound: what the first forward pass must see.
@@ -118,7 +132,7 @@ class Run:
         """
 
     def prune(self, step: int) -> None:
-        """After optimizer step number ``step``."""
+        """After optimizer step number ``step``: what is due by then."""
 
     def begin_window(self, step: int) -> None:
         """After optimizer step number ``step``, in all runs last: masks that begin to act."""
@@ -141,15 +155,30 @@ class Run:
     def detach(self) -> None:
         """Once, at the very end, errors included: put back what is not meant to last."""
 
-    def plan(self) -> list[tuple[int, str]]:
+    def timetable(self) -> list[tuple[int, str]]:
         """(step, what will happen) for `prunus check`."""
         return []
+
+    def memory(self) -> dict[str, int]:
+        """Bytes beyond the model, by what they are for."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         pass
+
+
+_RENAMED = {
+    "settle": "apply_masks",
+    "after_step": "prune",
+    "enter": "begin_window",
+    "prepare": "on_attach",
+    "release": "detach",
+    "plan": "timetable",
+}
+"""methods of runs, as version 0.1 called them"""
 
 
 @runtime_checkable
@@ -161,6 +190,28 @@ class Modifier(Protocol):
 
     def bind(self, context: Context) -> Run:
         """Raises ValueError if it does not fit the model, the optimizer or the timeline."""
+        ...
+
+
+@runtime_checkable
+class OneShotModifier(Modifier, Protocol):
+    """One that a finished model takes too."""
+
+    @property
+    def final_sparsity(self) -> float | None:
+        """Share of the weights removed in the end; None where a pattern or a table says it."""
+        ...
+
+    def plan(
+        self,
+        model: nn.Module,
+        calibration: Calibration | None = None,
+        sequential: Sequential | None = None,
+    ) -> PruningPlan:
+        """What to prune and how; ``sequential`` stands in for the modifier's own.
+
+        Raises ValueError if it does not fit the model.
+        """
         ...
 
 

@@ -21,7 +21,7 @@ def counted(layer: Layer, pattern: str, entries: Tensor) -> LayerResult:
     return LayerResult(layer.name, layer.kind, layer.shape, pattern, size, zeros, itemsize, None)
 
 
-def layers_event(
+def pruning_event(
     pruner: str, pattern: str, rows: Sequence[LayerResult], step: int, target: float | None
 ) -> dict[str, Any]:
     """What records and reports know of layers at one step; ``pruner`` and ``pattern`` say why."""

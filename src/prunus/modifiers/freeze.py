@@ -8,7 +8,7 @@ from typing import ClassVar
 from prunus.core.layers import clean_parameters
 from prunus.core.selection import select_parameters
 from prunus.modifiers.base import MODIFIERS, Context, Run
-from prunus.modifiers.timing import Window
+from prunus.modifiers.timing import Interval
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Freeze:
     """parameter names, globs or `re:` regexes"""
     exclude: tuple[str, ...] = ()
     """parameters to train all the same: `exclude: ["head.*"]` trains only the head"""
-    window: Window | None = None
+    window: Interval | None = None
     """when; default: all of training"""
 
     def bind(self, context: Context) -> Run:
@@ -40,9 +40,7 @@ class FreezeRun(Run):
     def __init__(self, modifier: Freeze, context: Context) -> None:
         parameters = clean_parameters(context.model)
         self.frozen = select_parameters(parameters, modifier.parameters, modifier.exclude)
-        window, timeline = modifier.window or Window(), context.timeline
-        self.begin = window.begin(timeline)
-        self.end = None if window.to is None else window.span(timeline)[1]
+        self.begin, self.end = (modifier.window or Interval()).bounds(context.timeline)
 
     def before_step(self, step: int) -> None:
         if self.begin <= step and (self.end is None or step < self.end):
@@ -52,5 +50,5 @@ class FreezeRun(Run):
     def before_update(self, step: int) -> None:
         self.before_step(step)  # a closure has made new ones
 
-    def plan(self) -> list[tuple[int, str]]:
+    def timetable(self) -> list[tuple[int, str]]:
         return [(self.begin, f"freeze {len(self.frozen)} parameters")]

@@ -10,9 +10,8 @@ import torch
 from prunus.core.layers import Layer
 from prunus.core.selection import select
 from prunus.modifiers.base import MODIFIERS, Context, Run, log
-from prunus.modifiers.events import counted, layers_event
-from prunus.modifiers.pruning_run import check_held, put_mask
-from prunus.modifiers.timing import Window
+from prunus.modifiers.events import counted, pruning_event
+from prunus.modifiers.timing import Interval
 
 
 @dataclass(frozen=True)
@@ -30,16 +29,12 @@ class Keep:
     """names, globs, class names or `re:` regexes; default: all but the stem and the output head"""
     exclude: tuple[str, ...] = ()
     """what to leave out of `layers`"""
-    window: Window | None = None
+    window: Interval | None = None
     """when; the zeros are those at its beginning, and after its end they train again. Default: all
     of training"""
 
     allow_dense: bool = False
     """no error if there is no zero at all: nothing is kept then"""
-
-    def __post_init__(self) -> None:
-        if self.window and self.window.every:
-            raise ValueError("zeros are kept at every step; drop the window's 'every'")
 
     def bind(self, context: Context) -> Run:
         return KeepRun(self, context)
@@ -54,11 +49,8 @@ class KeepRun(Run):
     def __init__(self, modifier: Keep, context: Context) -> None:
         self.context, self.allow_dense = context, modifier.allow_dense
         self.layers: list[Layer] = select(context.model, modifier.layers, modifier.exclude).layers
-        if context.optimizer is not None:
-            check_held(context.optimizer, self.layers)
-        window, timeline = modifier.window or Window(), context.timeline
-        self.begin = window.begin(timeline)
-        self.end = None if window.to is None else window.span(timeline)[1]
+        context.check_held(self.layers)
+        self.begin, self.end = (modifier.window or Interval()).bounds(context.timeline)
         self.begun = False
 
     def before_step(self, step: int) -> None:
@@ -80,16 +72,17 @@ class KeepRun(Run):
             log.warning("keep: no zeros in %s; trained as dense layers", ", ".join(dense))
         for layer, row in zip(free, rows, strict=True):
             if row.zeros:
-                put_mask(self.context, self, layer, layer.local != 0)
+                self.context.mask(self, layer, layer.local != 0)
         kept = [row for row in rows if row.zeros]
         if kept:
-            self.context.record(layers_event("keep", "as found", kept, step, None))
+            self.context.record(pruning_event("keep", "as found", kept, step, None))
 
     def _free(self) -> list[Layer]:
         """The layers that no other entry masks yet."""
-        free = [x for x in self.layers if not self.context.masked(x)]
+        masks = self.context.masks
+        free = [x for x in self.layers if not masks.is_owned(x)]
         for layer in free:
-            if parts := [x for x in self.context.owners if x.startswith(f"{layer.name}[")]:
+            if parts := masks.owned_parts(layer):
                 raise ValueError(
                     f"'keep' takes all of {layer.name}, and another entry {parts[0]}; exclude the "
                     "layer, or name its other thirds"
@@ -97,18 +90,22 @@ class KeepRun(Run):
         return free
 
     @property
+    def span(self) -> tuple[float, float]:
+        """None: what it masks is what no other run does."""
+        return 0, 0
+
+    @property
     def owned(self) -> list[Layer]:
-        """The layers, or thirds of them, whose masks this run keeps."""
-        return self.context.owned(self, self.layers)
+        """The layers, or thirds of them, whose masks this run keeps on."""
+        return self.context.masks.owned(self, self.layers)
 
     def apply_masks(self, step: int) -> None:
-        self.context.hide(self, self.layers)
+        self.context.masks.apply(self, self.layers)
         if self.end is not None and step >= self.end:
             for layer in self.owned:
-                put_mask(self.context, self, layer, torch.ones_like(layer.local, dtype=torch.bool))
-                del self.context.owners[layer.name]
+                self.context.masks.lift(layer)
 
-    def plan(self) -> list[tuple[int, str]]:
+    def timetable(self) -> list[tuple[int, str]]:
         message = [(self.begin, f"keep the zeros of {len(self.layers)} layers")]
         return message if self.end is None else [*message, (self.end, "let the zeros train")]
 
@@ -117,5 +114,4 @@ class KeepRun(Run):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.begun = bool(state["begun"])
-        for name in state["owned"]:
-            self.context.owners[name] = self
+        self.context.masks.own(self, self.layers, state["owned"])

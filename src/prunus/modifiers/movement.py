@@ -13,8 +13,8 @@ from prunus.core.masks import local
 from prunus.core.sharding import gather, scatter
 from prunus.engine.layer_solve import measure
 from prunus.engine.sequential.walk import SequentialResult
-from prunus.engine.step import prune_step
 from prunus.modifiers.base import MODIFIERS, Context
+from prunus.modifiers.grad_scaler import gradient_scale, step_is_skipped
 from prunus.modifiers.prune import PruningModifier
 from prunus.modifiers.pruning_run import PruningRun
 from prunus.pruners import Pruner
@@ -54,28 +54,21 @@ class MovementRun(PruningRun):
     """Sums up ``-w * g`` before each step, while there is pruning to come."""
 
     def __init__(self, modifier: MovementPruning, context: Context) -> None:
-        if context.one_shot:
-            raise ValueError(
-                "movement pruning watches training and has nothing to go by at once; attach the "
-                "recipe to an optimizer, or use another pruner"
-            )
         super().__init__(modifier, context)
         self.moved: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def before_update(self, step: int) -> None:
         optimizer = self.context.optimizer
-        found_inf, scale = (getattr(optimizer, key, None) for key in ("found_inf", "grad_scale"))
-        if self.next == len(self.ticks) or (found_inf is not None and bool(found_inf)):
+        if self.next == len(self.ticks) or step_is_skipped(optimizer):
             return
+        scale = gradient_scale(optimizer)
         for layer in self.layers:
             gradient = layer.weight.grad
             if gradient is None:
                 continue
-            g = layer.part(local(gradient))
-            g = g if scale is None else g / scale
-            moved = self._moved(layer)
-            moved.addcmul_(layer.local.to(moved.dtype), g.to(moved.dtype), value=-1)
+            g, moved = layer.part(local(gradient)), self._moved(layer)
+            moved.addcmul_(layer.local.to(moved.dtype), g.to(moved.dtype), value=-1 / scale)
 
     def _moved(self, layer: Layer) -> Tensor:
         if layer.name not in self.moved:
@@ -84,18 +77,18 @@ class MovementRun(PruningRun):
             self.moved[layer.name] = torch.zeros_like(layer.local, dtype=dtype)
         return self.moved[layer.name]
 
-    def _prune(self, target: float | None) -> SequentialResult:
-        measured, shards = measure(self.method, self.layers, self.context.model, None)
+    def _pruned(self, target: float | None) -> SequentialResult:
+        method = self.pruning.method
+        measured, ranks = measure(method, self.layers, self.context.model, None)
         scores: dict[Any, Any] = {}
         for rows in measured.shares:
             moved = rows.layer.matrix(self._moved(rows.layer))
             scores[rows] = moved[rows.begin : rows.end]
         measured.held = (0, scores)
-        what = self.method, self.layers, target, self.context.model, None
-        changes = prune_step(*what, (measured, shards))
+        result = self.pruning.prune(target, (measured, ranks))
         if self.next == len(self.ticks):
             self.moved = {}
-        return SequentialResult(changes=changes, rows=[change.row for change in changes])
+        return result
 
     def state_dict(self) -> dict[str, Any]:
         weights = {layer.name: layer.weight for layer in self.layers}

@@ -9,7 +9,7 @@ import torch
 
 from prunus.modifiers.base import MODIFIERS, Context, Run
 from prunus.modifiers.schedules import Schedule
-from prunus.modifiers.timing import Window
+from prunus.modifiers.timing import Interval
 
 
 @dataclass(frozen=True)
@@ -19,15 +19,10 @@ class GroupSchedule(Schedule):
     setting: ClassVar[str]
     one_shot: ClassVar[bool] = False
 
-    window: Window | None = None
+    window: Interval | None = None
     """when; default: all of training. Outside it the loop's own value counts"""
     groups: tuple[int, ...] | None = None
     """numbers of the parameter groups; default: all"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.window is not None and self.window.every is not None:
-            raise ValueError("'every' means nothing here: the value is set before each step")
 
     def bind(self, context: Context) -> Run:
         return GroupRun(self, context)
@@ -57,7 +52,6 @@ class GroupRun(Run):
     """Writes the value of the moment into the parameter groups."""
 
     def __init__(self, modifier: GroupSchedule, context: Context) -> None:
-        assert context.optimizer is not None
         self.modifier, self.optimizer = modifier, context.optimizer
         groups = self.optimizer.param_groups
         chosen = range(len(groups)) if modifier.groups is None else modifier.groups
@@ -70,10 +64,9 @@ class GroupRun(Run):
         # a group of weight decay 0 (biases, norms) was made so that it stays 0
         spared = modifier.setting == "weight_decay" and modifier.groups is None
         self.indices = [i for i in chosen if not (spared and groups[i]["weight_decay"] == 0)]
-        window, timeline = modifier.window or Window(), context.timeline
-        self.begin = window.begin(timeline)
-        self.end: int | None = None
-        if modifier.kind != "constant" or window.to is not None:
+        window, timeline = modifier.window or Interval(), context.timeline
+        self.begin, self.end = window.bounds(timeline)
+        if modifier.kind != "constant":
             self.begin, self.end = window.span(timeline)
         self.cycle = None
         if modifier.cycle is not None and self.end is not None:
@@ -97,7 +90,7 @@ class GroupRun(Run):
             else:
                 group[self.modifier.setting] = value * scale
 
-    def plan(self) -> list[tuple[int, str]]:
+    def timetable(self) -> list[tuple[int, str]]:
         name, end = self.modifier.setting, self.begin if self.end is None else self.end
         first = (self.begin, f"{name} {self.value(self.begin):g}")
         if end == self.begin:

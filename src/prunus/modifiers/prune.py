@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
+
+from torch import nn
 
 from prunus.allocators import ALLOCATORS, Allocator, Table
-from prunus.core.masks import Hard, Masking
+from prunus.calibration.calibration import Calibration
 from prunus.core.patterns import Pattern, parse_pattern
+from prunus.core.selection import select
 from prunus.engine.method import Method
 from prunus.engine.permute.step import Permute
+from prunus.engine.plan import PruningPlan
 from prunus.engine.sequential.walk import Sequential
 from prunus.modifiers.base import MODIFIERS, Context
-from prunus.modifiers.nm.maskings import STE
-from prunus.modifiers.nm.run import TrainingRun
-from prunus.modifiers.nm.stages import Groups, stages
+from prunus.modifiers.nm.modifier import NMTraining
 from prunus.modifiers.pruning_run import PruningRun
 from prunus.modifiers.schedules import Schedule
 from prunus.modifiers.timing import Window
 from prunus.pruners import Magnitude, Pruner, supports
 
 
+class _TakesMasking(type):
+    """``masking`` and ``structure`` of version 0.1, which are settings of `NMTraining` now."""
+
+    def __call__(cls, *args: Any, masking: Any = None, structure: Any = (), **kwargs: Any) -> Any:
+        if masking is None and not structure:
+            return super().__call__(*args, **kwargs)
+        if cls is not PruningModifier:
+            raise ValueError(f"{cls.__name__} masks hard; N:M training is NMTraining")
+        warnings.warn("masking belongs to prunus.NMTraining now", FutureWarning, stacklevel=2)
+        return NMTraining(**{**kwargs, "masking": masking, "structure": structure})
+
+
 @dataclass(frozen=True)
-class PruningModifier:
+class PruningModifier(metaclass=_TakesMasking):
     """Prune some layers over a window of training, or at once on a finished model."""
 
     name: ClassVar[str] = "prune"
@@ -44,12 +59,6 @@ class PruningModifier:
     """how the layers share the sparsity; default: the pruner's own"""
     window: Window | None = None
     """when; default: at once, or over all of training for a schedule"""
-    masking: Masking = field(default_factory=Hard)
-    """how masked weights are treated between steps: `hard` (zero), or one that trains them to N:M:
-    `ste`, `sr_ste`, `mdgf`"""
-    structure: tuple[str, ...] = ()
-    """for N:M training: patterns in turn, in equal parts of the window, the last one `pattern`;
-    `stepwise` is 7:8, 4:8, 2:8, 1:8 and `geometric` 8:64, 4:32, 2:16, 1:8"""
     sequential: bool | str = False
     """prune block by block, each on the outputs of the pruned ones before: the name of the list of
     blocks, as `model.layers`, or true to find it"""
@@ -63,11 +72,7 @@ class PruningModifier:
             )
         pattern = parse_pattern(self.pattern)
         supports(self.pruner, pattern)
-        if isinstance(self.masking, STE):
-            self._check_training(self.masking, pattern)
-        elif self.structure:
-            raise ValueError("'structure' is for N:M training; add masking: ste, sr_ste or mdgf")
-        elif self.at_once and self.window and (self.window.to or self.window.every):
+        if self.at_once and self.window and (self.window.to or self.window.every):
             raise ValueError(
                 "a constant sparsity is pruned at once, when the window begins; drop the window's "
                 "'to' and 'every', or give a schedule such as sparsity: {from: 0.3, to: 0.75}"
@@ -83,21 +88,6 @@ class PruningModifier:
             self._check_fixed(pattern.fixed)
         elif self.sparsity is None and not isinstance(self.allocator, Table):
             raise ValueError("no sparsity was given; give one, such as sparsity: 0.75")
-
-    def _check_training(self, masking: STE, pattern: Pattern) -> None:
-        if not isinstance(pattern, Groups):
-            raise ValueError(
-                f"masking '{masking.name}' trains N:M patterns, not '{pattern}'; write one such as "
-                "pattern: '2:4', or drop 'masking'"
-            )
-        if not isinstance(self.pruner, Magnitude) or self.sequential or self.permute is not None:
-            raise ValueError(
-                f"masking '{masking.name}' chooses masks by magnitude at each step; drop 'pruner', "
-                "'sequential' and 'permute'"
-            )
-        if self.window is not None and self.window.every is not None:
-            raise ValueError("'every' means nothing here: masks are chosen anew after each step")
-        stages(self.structure, pattern)
 
     def _check_fixed(self, fixed: float) -> None:
         if self.allocator is not None:
@@ -115,14 +105,15 @@ class PruningModifier:
             return self.sparsity
         return Schedule(to=self.sparsity)
 
-    def walk(self, context: Context) -> Sequential | None:
-        """How to go through the blocks; None if all layers are pruned together."""
-        return context.sequential or Sequential.of(self.sequential)
-
     @property
     def at_once(self) -> bool:
         """Whether there is a single pruning step."""
         return self.schedule is None or self.schedule.kind == "constant"
+
+    @property
+    def final_sparsity(self) -> float | None:
+        """Sparsity in the end; None where a pattern or a table says it."""
+        return None if self.schedule is None else self.schedule.final
 
     @property
     def method(self) -> Method:
@@ -130,9 +121,22 @@ class PruningModifier:
         allocator = self.allocator or ALLOCATORS[self.pruner.allocator]()
         return Method(self.pruner, pattern, allocator)
 
-    def bind(self, context: Context) -> PruningRun | TrainingRun:
-        trains = isinstance(self.masking, STE) and not context.one_shot
-        return TrainingRun(self, context) if trains else PruningRun(self, context)
+    def plan(
+        self,
+        model: nn.Module,
+        calibration: Calibration | None = None,
+        sequential: Sequential | None = None,
+    ) -> PruningPlan:
+        """What to prune and how; ``sequential`` stands in for the modifier's own.
+
+        Raises ValueError if it does not fit the model.
+        """
+        walk = sequential or Sequential.of(self.sequential)
+        chosen = select(model, self.layers, self.exclude)
+        return PruningPlan(self.method, chosen, model, calibration, walk, self.permute)
+
+    def bind(self, context: Context) -> PruningRun:
+        return PruningRun(self, context)
 
 
 MODIFIERS.add(PruningModifier.name, PruningModifier)

@@ -1,4 +1,4 @@
-"""The recipe entry ``accelerate``: 2:4 training, sparse both ways while the layers compute."""
+"""The recipe entry ``semi_sparse``: 2:4 training, sparse both ways while the layers compute."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from prunus.core.layers import Layer
-from prunus.core.masks import Hard, pack, unpack
+from prunus.core.masks import packed, unpack, zero_pruned
 from prunus.core.selection import select
 from prunus.execution.training import SemiSparse, SemiSparseLinear
 from prunus.execution.training.swap import Named, check_semi_sparse, swap_layers, to_dense
 from prunus.modifiers.base import MODIFIERS, Context, Run, log
-from prunus.modifiers.pruning_run import check_held, put_mask
-from prunus.modifiers.timing import Window
+from prunus.modifiers.grad_scaler import gradient_scale
+from prunus.modifiers.timing import Interval
 
 RECORD_EVERY = 100  # steps between two records of the flip rate, where nobody knows of epochs
 
 
 @dataclass(frozen=True)
-class Accelerate(SemiSparse):
+class SemiSparseTraining(SemiSparse):
     """Train Linear layers with 2:4 weights or activations, which sparse tensor cores run faster.
 
     Masks are chosen by 4 x 4 tile, so that a weight and its transpose are both 2:4, and anew as
@@ -31,36 +31,34 @@ class Accelerate(SemiSparse):
     Sparsity", 2024 (https://arxiv.org/abs/2404.01847).
     """
 
-    name: ClassVar[str] = "accelerate"
+    name: ClassVar[str] = "semi_sparse"
     one_shot: ClassVar[bool] = False
 
     layers: tuple[str, ...] | None = None
     """names, globs, class names or `re:` regexes; default: every Linear but the output head"""
     exclude: tuple[str, ...] = ()
     """what to leave out of `layers`"""
-    window: Window | None = None
+    window: Interval | None = None
     """when; default: all of training"""
     keep: bool = False
     """for weights: keep the last masks when the window ends, so that the model is 2:4 for good"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.window is not None and self.window.every is not None:
-            raise ValueError("masks are chosen anew every `refresh` steps; drop the window's every")
         if self.keep and self.kind != "weight":
             raise ValueError("keep=true is about the masks of weights; drop it for activations")
 
     def bind(self, context: Context) -> Run:
-        return AccelerateRun(self, context)
+        return SemiSparseRun(self, context)
 
 
-MODIFIERS.add(Accelerate.name, Accelerate)
+MODIFIERS.add(SemiSparseTraining.name, SemiSparseTraining)
 
 
-class AccelerateRun(Run):
+class SemiSparseRun(Run):
     """Swaps the layers at both ends of the window and chooses their masks in between."""
 
-    def __init__(self, modifier: Accelerate, context: Context) -> None:
+    def __init__(self, modifier: SemiSparseTraining, context: Context) -> None:
         self.modifier, self.context = modifier, context
         self.layers = self._select()
         # a step's own hooks are surer than the count of updates seen in forward passes, and the
@@ -69,11 +67,9 @@ class AccelerateRun(Run):
         plain = replace(once, gradient="ste") if once and modifier.gradient == "sr_ste" else once
         self.options = plain or self._settings()
         check_semi_sparse(self._named(), self.options)
-        if context.optimizer is not None:
-            check_held(context.optimizer, self.layers)
-        window, timeline = modifier.window or Window(), context.timeline
-        self.begin = window.begin(timeline)
-        self.end = None if window.to is None else window.span(timeline)[1]
+        context.check_held(self.layers)
+        timeline = context.timeline
+        self.begin, self.end = (modifier.window or Interval()).bounds(timeline)
         if self.end == self.begin:
             raise ValueError(f"the window is empty: it begins and ends with step {self.begin}")
         if not modifier.keep and modifier.kind == "weight" and self._to_the_end():
@@ -133,14 +129,13 @@ class AccelerateRun(Run):
     def before_update(self, step: int) -> None:
         if not self.active or self.modifier.gradient != "sr_ste":
             return
-        scaled = getattr(self.context.optimizer, "grad_scale", None)  # of a fused optimizer
-        decay = self.modifier.decay * (1.0 if scaled is None else float(scaled))
+        decay = self.modifier.decay * gradient_scale(self.context.optimizer)
         for layer, _, mask in self._sparse():
             if layer.weight.grad is not None:
                 layer.weight.grad.add_(torch.where(mask, 0, layer.weight), alpha=decay)
 
     def apply_masks(self, step: int) -> None:
-        self.context.hide(self, self.layers)
+        self.context.masks.apply(self, self.layers)
         if self.active and self.end is not None and step >= self.end:
             self._end(step)
 
@@ -164,17 +159,17 @@ class AccelerateRun(Run):
             self.context.record(flip_event(flips, step))
 
     def _end(self, step: int) -> None:
-        held = [(x.local, self.context.in_force(x)) for x in self.layers]
+        held = [(x.local, self.context.masks.of(x)) for x in self.layers]
         for weight, pruned in held:
             if pruned is not None:  # another entry may not have put it on again yet
-                Hard().apply([weight], [pruned])
+                zero_pruned([weight], [pruned])
         self._refresh(step)
         if self.modifier.keep:
             for layer, module, mask in self._sparse():
-                pruned = self.context.in_force(layer)
+                pruned = self.context.masks.of(layer)
                 mask = mask if pruned is None else mask & pruned
-                put_mask(self.context, self, layer, mask)
-                Hard().apply([module.weight.detach()], [mask])
+                self.context.mask(self, layer, mask)
+                zero_pruned([module.weight.detach()], [mask])
         self.detach()
 
     @torch.no_grad()
@@ -188,11 +183,11 @@ class AccelerateRun(Run):
         self.active = False
 
     @property
-    def span(self) -> tuple[int, float]:
+    def span(self) -> tuple[float, float]:
         """Steps between which the layers are sparse while they compute."""
         return self.begin, inf if self.end is None else self.end
 
-    def plan(self) -> list[tuple[int, str]]:
+    def timetable(self) -> list[tuple[int, str]]:
         m = self.modifier
         what = f"2:4 {m.kind}s in {len(self.layers)} layers ({m.rule}, {m.gradient})"
         last = self.context.timeline.total if self.end is None else self.end
@@ -200,11 +195,8 @@ class AccelerateRun(Run):
         return [(self.begin, what)] + ([(last, after)] if last is not None else [])
 
     def state_dict(self) -> dict[str, Any]:
-        masks = {
-            layer.name: {"shape": list(mask.shape), "bits": pack(mask).cpu()}
-            for layer, _, mask in self._sparse()
-        }
-        owned = [x.name for x in self.context.owned(self, self.layers)]
+        masks = {layer.name: packed(mask) for layer, _, mask in self._sparse()}
+        owned = [x.name for x in self.context.masks.owned(self, self.layers)]
         names = ("active", "last", "recorded")
         return {**{name: getattr(self, name) for name in names}, "masks": masks, "owned": owned}
 
@@ -215,10 +207,9 @@ class AccelerateRun(Run):
             self.detach()
         self.last, self.recorded = int(state["last"]), int(state["recorded"])
         for layer, module, _ in self._sparse():
-            packed = state["masks"][layer.name]
-            module.give_mask(unpack(packed["bits"], packed["shape"]))
-        for name in state["owned"]:
-            self.context.owners[name] = self
+            mask = state["masks"][layer.name]
+            module.give_mask(unpack(mask["bits"], mask["shape"]))
+        self.context.masks.own(self, self.layers, state["owned"])
 
 
 def flip_event(flips: dict[str, tuple[Tensor | None, int]], step: int) -> dict[str, Any]:

@@ -79,22 +79,24 @@ class Timeline:
 
 
 @dataclass(frozen=True)
-class Window:
-    """The part of training in which a modifier acts."""
+class Interval:
+    """The part of training in which a modifier acts, at every step."""
 
     from_: str = "0ep"
     """when it begins"""
     to: str | None = None
     """when it is complete; default: the end of training"""
-    every: str | None = None
-    """time between two pruning steps; default: one epoch"""
 
     def __post_init__(self) -> None:
-        for duration in (self.from_, self.to, self.every):
+        for duration in (self.from_, self.to):
             if duration is not None:
                 parse_duration(duration)
-        if self.every is not None and parse_duration(self.every)[0] == 0:
-            raise ValueError(f"every={self.every!r} never moves on; give a positive duration")
+
+    def bounds(self, timeline: Timeline) -> tuple[int, int | None]:
+        """First and last step, without a last one where it lasts as long as training."""
+        if self.to is None:
+            return self.begin(timeline), None
+        return self.span(timeline)
 
     def begin(self, timeline: Timeline) -> int:
         return 0 if parse_duration(self.from_)[0] == 0 else timeline.steps(self.from_)
@@ -110,6 +112,19 @@ class Window:
         if end < begin:
             raise ValueError(f"the window ends (step {end}) before it begins (step {begin})")
         return begin, end
+
+
+@dataclass(frozen=True)
+class Window(Interval):
+    """The part of training in which a modifier acts, and how often."""
+
+    every: str | None = None
+    """time between two pruning steps; default: one epoch"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.every is not None and parse_duration(self.every)[0] == 0:
+            raise ValueError(f"every={self.every!r} never moves on; give a positive duration")
 
     def ticks(self, timeline: Timeline) -> list[int]:
         """The steps after which to prune, the last one always the window's end."""

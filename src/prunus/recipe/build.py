@@ -16,10 +16,10 @@ from typing import Any
 import pydantic
 
 from prunus.allocators import ALLOCATORS, Allocator, Table
-from prunus.core.masks import MASKINGS, Masking
 from prunus.core.names import Registry, did_you_mean
 from prunus.modifiers import MODIFIERS, Modifier
-from prunus.modifiers.timing import Window
+from prunus.modifiers.nm.maskings import MASKINGS, Masking
+from prunus.modifiers.timing import Interval
 from prunus.pruners import PRUNERS, Pruner
 from prunus.recipe.errors import Path, Source
 
@@ -126,7 +126,7 @@ def _explain(cls: type, error: pydantic.ValidationError, source: Source, path: P
     if first["type"] in ("missing", "missing_argument"):
         return source.error(path, f"{key_of(name)!r} is required")
     hint = ""
-    if cls is Window or name == "cycle":
+    if issubclass(cls, Interval) or name == "cycle":
         hint = "; durations have a unit: '3ep', '500step' or '40%'"
     message = f"expected {' or '.join(wishes)}, not {first['input']!r}{hint}"
     return source.error((*path, key_of(name)), message)

@@ -23,6 +23,7 @@ from prunus.modifiers import MODIFIERS, Modifier
 from prunus.recipe.build import build_named, dump
 from prunus.recipe.errors import RecipeError, Source
 from prunus.recipe.files import parse, text_of
+from prunus.recipe.renamed import renamed
 from prunus.recipe.sparseml import is_sparseml, log_notes, read, refuse_newer
 from prunus.recipe.yaml import substitute
 
@@ -156,6 +157,8 @@ def _modifiers(entries: Any, source: Source) -> tuple[Modifier, ...]:
         if not isinstance(entry, Mapping) or len(entry) != 1:
             raise source.error(path, "expected one modifier, such as 'prune: {...}'")
         name, arguments = next(iter(entry.items()))
+        if arguments is None or isinstance(arguments, Mapping):
+            name, arguments = renamed(name, arguments or {}, source, (*path, name))
         if name not in MODIFIERS:
             hint = did_you_mean(name, MODIFIERS)
             raise source.error((*path, name), f"unknown modifier {name!r}{hint}")

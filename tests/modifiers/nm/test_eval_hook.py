@@ -12,7 +12,7 @@ from tests.oracles.nm import Net
 
 RECIPE = """
 modifiers:
-  - prune:
+  - nm_training:
       pattern: 1:4
       layers: ["attn.qkv[q]", "attn.proj"]
       masking: {name: mdgf, %s}

@@ -13,18 +13,16 @@ import prunus
 from tests.oracles.nm import Net, nm_keep
 
 PRUNED = "prune: {layers: [attn.proj], sparsity: 0.7, window: {from: 2step}}"
-KEPT = "accelerate: {layers: [attn.proj], keep: true, window: {to: 6step}}"
-FIRST = "prune: {layers: [attn.proj], pattern: '2:4', masking: ste, window: {to: 6step}}"
-SECOND = (
-    "prune: {layers: [attn.proj], pattern: '%s', masking: %s, window: {from: 6step, to: 12step}}"
-)
+KEPT = "semi_sparse: {layers: [attn.proj], keep: true, window: {to: 6step}}"
+FIRST = "nm_training: {layers: [attn.proj], pattern: '2:4', masking: ste, window: {to: 6step}}"
+SECOND = "nm_training: {layers: [attn.proj], pattern: '%s', masking: %s, window: {from: 6step, to: 12step}}"
 WHOLE = {
-    "2:4": "prune: {layers: [attn.qkv], pattern: '2:4', masking: ste, window: {to: 6step}}",
+    "2:4": "nm_training: {layers: [attn.qkv], pattern: '2:4', masking: ste, window: {to: 6step}}",
     "half": "prune: {layers: [attn.qkv], sparsity: 0.5, window: {from: 2step}}",
-    "kept": "accelerate: {layers: [attn.qkv], keep: true, window: {to: 6step}}",
+    "kept": "semi_sparse: {layers: [attn.qkv], keep: true, window: {to: 6step}}",
 }
 THIRD = (
-    "prune: {layers: ['attn.qkv[q]'], pattern: '1:4', masking: sr_ste, "
+    "nm_training: {layers: ['attn.qkv[q]'], pattern: '1:4', masking: sr_ste, "
     "window: {from: 6step, to: 12step}}"
 )
 
@@ -76,7 +74,7 @@ def test_weights_pruned_before_n_m_training_stay_pruned(first, masking):
 def test_the_highest_of_the_weights_that_are_left_are_kept():
     it = Training(PRUNED, SECOND % ("1:4", "ste")).to(6)
     dense = it.session.state_dict()["runs"][1]["dense"]["attn.proj"]
-    assert torch.equal(dense == 0, it.session.runs[1].trained.layers[0].alive.logical_not())
+    assert torch.equal(dense == 0, it.session.runs[1].state.layers[0].alive.logical_not())
     assert torch.equal(it.net.attn.proj.weight != 0, nm_keep(dense.abs(), 1, 4) & (dense != 0))
 
 
@@ -119,7 +117,7 @@ def test_a_third_in_n_m_training_keeps_its_dense_weight_while_others_hold_the_re
         assert not weight[8:][~mask[8:]].any()
         if last < 12:
             dense = run.state_dict()["dense"]["attn.qkv[q]"]
-            alive = run.trained.layers[0].alive
+            alive = run.state.layers[0].alive
             assert torch.equal(dense != 0, alive)
             assert int(alive.count_nonzero()) > 16  # more than the mask lets through
     assert (groups(weight[:8]) <= 1).all()
@@ -135,7 +133,7 @@ def test_ownership_of_thirds_survives_a_resume():
     assert again.to(15).same_as(whole)
 
 
-ACCELERATE = "accelerate: {layers: [attn.proj], window: {from: %s, to: %s}}"
+ACCELERATE = "semi_sparse: {layers: [attn.proj], window: {from: %s, to: %s}}"
 
 
 @pytest.mark.parametrize(
@@ -143,7 +141,7 @@ ACCELERATE = "accelerate: {layers: [attn.proj], window: {from: %s, to: %s}}"
     [
         SECOND % ("1:4", "ste"),
         ACCELERATE % ("9step", "20step"),
-        "accelerate: {layers: [attn.proj]}",
+        "semi_sparse: {layers: [attn.proj]}",
     ],
 )
 def test_accelerated_layers_are_not_trained_to_n_m_or_accelerated_twice_at_a_time(other):
@@ -171,6 +169,8 @@ def test_masks_kept_after_acceleration_prune_no_less_than_before(order):
 
 def test_pruning_at_the_first_step_and_n_m_training_from_it_are_the_same_time():
     early = "prune: {layers: [attn.proj], sparsity: 0.7}"
-    trained = "prune: {layers: [attn.proj], pattern: '2:4', masking: ste, window: {to: 6step}}"
+    trained = (
+        "nm_training: {layers: [attn.proj], pattern: '2:4', masking: ste, window: {to: 6step}}"
+    )
     with pytest.raises(ValueError, match="two entries mask attn.proj at the same time"):
         Training(early, trained)

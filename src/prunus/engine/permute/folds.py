@@ -19,7 +19,7 @@ from prunus.core.layers import Layer
 
 
 class FoldError(Exception):
-    """Why a layer has no fold; raised by rules, kept as text in `Plan.refused`."""
+    """Why a layer has no fold; raised by rules, kept as text in `FoldPlan.refused`."""
 
 
 def moved(size: int, positions: Tensor, perms: Tensor) -> Tensor:
@@ -195,7 +195,7 @@ class AppliedFold:
 
 
 @dataclass(frozen=True)
-class Plan:
+class FoldPlan:
     """The folds of a model, and for each layer that has none the reason, by the layer's name."""
 
     folds: tuple[Fold, ...]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.core.layers import Layer, clean_name, unwrap
-from prunus.engine.permute.folds import Fold, FoldError, Move, Plan
+from prunus.engine.permute.folds import Fold, FoldError, FoldPlan, Move
 from prunus.engine.permute.graph import Network, as_layer, straight
 
 BUFFER = "input_permutation"
@@ -134,7 +134,7 @@ def _fold(net: Network, readers: Sequence[Layer]) -> Fold:
     return GatherFold(name, fold.kind, fold.readers, positions, fold.slots, scope, fold.names)
 
 
-def gather_folds(net: Network, layers: Sequence[Layer]) -> Plan:
+def gather_folds(net: Network, layers: Sequence[Layer]) -> FoldPlan:
     """One fold for each set of layers that share an input, of those that are given."""
     sets: dict[tuple[object, ...], list[Layer]] = {}
     for layer in layers:
@@ -149,4 +149,4 @@ def gather_folds(net: Network, layers: Sequence[Layer]) -> Plan:
             folds.append(_fold(net, readers))
         except FoldError as reason:
             refused |= {reader.name: str(reason) for reader in readers}
-    return Plan(tuple(folds), refused)
+    return FoldPlan(tuple(folds), refused)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from prunus.core.layers import Layer
 from prunus.engine.permute.attention import attention
-from prunus.engine.permute.folds import Fold, FoldError, Plan, Slot
+from prunus.engine.permute.folds import Fold, FoldError, FoldPlan, Slot
 from prunus.engine.permute.gather import gather_folds, sharing
 from prunus.engine.permute.graph import Network, join, memory, straight
 from prunus.engine.permute.passthrough import passes, writer_of_run
@@ -150,7 +150,7 @@ def _find(net: Network, layer: Layer, taken: dict[tuple[int, int], str]) -> Fold
     return fold
 
 
-def find_folds(model: nn.Module, layers: Sequence[Layer], shared: Shared = "leave") -> Plan:
+def find_folds(model: nn.Module, layers: Sequence[Layer], shared: Shared = "leave") -> FoldPlan:
     """The folds for the input channels of these layers, and the reasons where there is none.
 
     Layers whose input others read too (query, key and value, say) are left as they are
@@ -172,10 +172,10 @@ def find_folds(model: nn.Module, layers: Sequence[Layer], shared: Shared = "leav
         folds += more.folds
         covered = {reader.name for fold in more.folds for reader in fold.readers}
         refused = {n: more.refused.get(n, r) for n, r in refused.items() if n not in covered}
-    return Plan(tuple(folds), refused)
+    return FoldPlan(tuple(folds), refused)
 
 
-def with_whole_groups(plan: Plan, m: int) -> Plan:
+def with_whole_groups(plan: FoldPlan, m: int) -> FoldPlan:
     """The plan without the folds that groups of ``m`` do not divide."""
     folds, refused = [], dict(plan.refused)
     for fold in plan.folds:
@@ -185,4 +185,4 @@ def with_whole_groups(plan: Plan, m: int) -> Plan:
             refused |= {reader.name: message for reader in fold.readers}
         else:
             folds.append(fold)
-    return Plan(tuple(folds), refused)
+    return FoldPlan(tuple(folds), refused)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from prunus.core.layers import Layer
-from prunus.engine.permute.folds import FoldError, Plan, Slot
+from prunus.engine.permute.folds import FoldError, FoldPlan, Slot
 from prunus.engine.permute.graph import Network, as_layer, join, memory, straight
 
 READERS = (
@@ -114,14 +114,14 @@ def _slots(net: Network, width: int, taken: Mapping[tuple[int, int], str]) -> li
 
 def residual_folds(
     net: Network, layers: Sequence[Layer], taken: Mapping[tuple[int, int], str]
-) -> Plan:
+) -> FoldPlan:
     """The fold of the stream, whose readers are those of `layers` that read it.
 
     ``taken`` says which (tensor, dimension) moves with which fold already.
     """
     readers = tuple(layer for layer in layers if named(layer.name, (*READERS, *BOTH)))
     if not readers:
-        return Plan((), {})
+        return FoldPlan((), {})
     try:
         widths = {reader.channels() for reader in readers}
         if len(widths) > 1:
@@ -130,6 +130,6 @@ def residual_folds(
         slots, positions = _slots(net, width, taken), straight(1, 1, width)
         fold = net.fold("residual stream", "residual", readers, positions, slots)
     except FoldError as reason:
-        return Plan((), {reader.name: str(reason) for reader in readers})
+        return FoldPlan((), {reader.name: str(reason) for reader in readers})
     # a backbone that ends in the stream gives it permuted, which only the whole shows
-    return Plan((replace(fold, scope=net.model),), {})
+    return FoldPlan((replace(fold, scope=net.model),), {})

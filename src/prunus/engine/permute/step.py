@@ -20,7 +20,7 @@ from prunus.core.progress import track
 from prunus.core.ranks import Ranks, all_ranks
 from prunus.engine.layer_solve import measure, no_autocast
 from prunus.engine.method import Method
-from prunus.engine.permute.folds import AppliedFold, Fold, Plan
+from prunus.engine.permute.folds import AppliedFold, Fold, FoldPlan
 from prunus.engine.permute.patterns import find_folds, with_whole_groups
 from prunus.engine.permute.search import SEARCHES, kept_shares
 from prunus.engine.permute.statistics import columns_of, follow, share_of_zeros
@@ -86,7 +86,9 @@ class PermutationResult:
             self.done.pop()
 
 
-def plan_folds(method: Method, layers: Sequence[Layer], model: nn.Module, permute: Permute) -> Plan:
+def plan_folds(
+    method: Method, layers: Sequence[Layer], model: nn.Module, permute: Permute
+) -> FoldPlan:
     """What can be permuted, and for every other layer the reason.
 
     Raises ValueError for patterns that no permutation helps.

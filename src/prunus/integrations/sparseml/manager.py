@@ -20,15 +20,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunus.api.attach import attach
 from prunus.api.oneshot import prune
-from prunus.api.session import Session, attach
+from prunus.api.session import Session
 from prunus.calibration.calibration import Calibration
 from prunus.integrations.sparseml.loggers import Loggers
 from prunus.integrations.sparseml.samplers import calibration_of
 from prunus.integrations.sparseml.variables import parse_variables
 from prunus.integrations.sparseml.view import RecipeView
-from prunus.modifiers import Modifier, PruningModifier, PruningRun
-from prunus.modifiers.pruning_run import put_mask
+from prunus.modifiers import Modifier, PruningModifier
 from prunus.recipe import Recipe
 from prunus.recipe.files import parse, text_of
 from prunus.recipe.sparseml import is_sparseml, log_notes, read
@@ -217,6 +217,6 @@ class ScheduledModifierManager(RecipeView):
 def _keep_zeros(session: Session) -> None:
     """Mask what is zero in the layers to be pruned, before a step moves it."""
     for run in session.runs:
-        if isinstance(run, PruningRun):
-            for layer in run.layers:
-                put_mask(run.context, run, layer, layer.local != 0)
+        if run.prunes:
+            for layer in run.masked_layers:
+                run.context.mask(run, layer, layer.local != 0)

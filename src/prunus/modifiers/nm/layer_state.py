@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from prunus.core.layers import Layer
-from prunus.core.masks import Hard, Masking, pack, unpack
+from prunus.core.masks import packed, unpack, zero_pruned
 from prunus.core.sharding import gather, scatter
 from prunus.engine.method import LayerResult
 from prunus.modifiers.events import counted
+from prunus.modifiers.nm.maskings import Masking
 from prunus.modifiers.nm.stages import Groups
 
 
@@ -42,7 +43,7 @@ class NMLayerState:
     def zero_pruned(self) -> None:
         """What was pruned before is zero again in the dense weight, which is in the model."""
         if self.alive is not None:
-            Hard().apply([self.layer.local], [self.alive])
+            zero_pruned([self.layer.local], [self.alive])
 
     def mark(self, shown: float) -> None:
         """The parameter is the hidden weight of this beta; from here on `known` watches it."""
@@ -76,8 +77,7 @@ class NMLayerState:
         if self.dense is not None:
             state["dense"] = self._whole(self.dense).detach().clone()
         if self.alive is not None:
-            alive = self._whole(self.alive)
-            state["alive"] = {"shape": list(alive.shape), "bits": pack(alive).cpu()}
+            state["alive"] = packed(self._whole(self.alive))
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

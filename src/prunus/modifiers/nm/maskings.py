@@ -16,25 +16,22 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from prunus.core.masks import MASKINGS, Hard
-from prunus.core.names import did_you_mean
+from prunus.core.masks import zero_pruned
+from prunus.core.names import Registry, did_you_mean
 
 
 @dataclass(frozen=True)
-class STE:
-    """Straight through: pruned weights get the gradient of the zero that stands in for them.
+class Masking:
+    """How pruned weights live on. Lists rather than tensors: one fused call serves a model."""
 
-    Bengio, Leonard and Courville, "Estimating or Propagating Gradients Through Stochastic Neurons",
-    2013, https://arxiv.org/abs/1308.3432.
-    """
-
-    name: ClassVar[str] = "ste"
+    name: ClassVar[str]
 
     def beta(self, t: int, total: int) -> float:
         """What pruned weights are multiplied by, ``t`` of ``total`` steps into the window."""
         return 0.0
 
     def apply(self, weights: list[Tensor], masks: list[Tensor], beta: float = 0.0) -> None:
+        """Dense weights to hidden ones, in place: what the next forward pass sees."""
         scale(weights, masks, beta)
 
     def transform_gradients(
@@ -47,7 +44,18 @@ class STE:
 
 
 @dataclass(frozen=True)
-class SRSTE(STE):
+class STE(Masking):
+    """Straight through: pruned weights get the gradient of the zero that stands in for them.
+
+    Bengio, Leonard and Courville, "Estimating or Propagating Gradients Through Stochastic Neurons",
+    2013, https://arxiv.org/abs/1308.3432.
+    """
+
+    name: ClassVar[str] = "ste"
+
+
+@dataclass(frozen=True)
+class SRSTE(Masking):
     """Straight through, and pruned weights decay: ``g + decay (1 - m) w``.
 
     Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch",
@@ -76,7 +84,7 @@ PUBLISHED_FALL = 11.0  # 1e-4 a step for 350 epochs of 313 steps
 
 
 @dataclass(frozen=True)
-class MDGF(STE):
+class MDGF(Masking):
     """Mask decay: pruned weights fade, multiplied by a ``beta`` that falls from 1 to exactly 0.
 
     Bambhaniya et al., "Progressive Gradient Flow for Robust N:M Sparsity Training in Transformers",
@@ -129,11 +137,12 @@ class MDGF(STE):
 def scale(tensors: list[Tensor], masks: list[Tensor], beta: float) -> None:
     """``t (m + (1 - m) beta)``, in place."""
     if beta == 0:
-        Hard().apply(tensors, masks)
+        zero_pruned(tensors, masks)
         return
     for t, mask in zip(tensors if beta != 1 else [], masks, strict=False):
         t.mul_(mask.view(torch.uint8).to(t.dtype).clamp_(min=beta))
 
 
+MASKINGS: Registry[Masking] = Registry("masking")
 for _masking in (STE, SRSTE, MDGF):
     MASKINGS.add(_masking.name, _masking)

@@ -12,7 +12,7 @@ from torch import Tensor
 from prunus.core.masks import local
 from prunus.modifiers.base import Context
 from prunus.modifiers.nm.layer_state import NMLayerState
-from prunus.modifiers.nm.maskings import STE
+from prunus.modifiers.nm.maskings import Masking
 
 PARTS = ("dense", "alive")
 
@@ -25,7 +25,7 @@ class NMState:
     after the dense weights, which then counts for nothing.
     """
 
-    def __init__(self, layers: list[NMLayerState], masking: STE, context: Context) -> None:
+    def __init__(self, layers: list[NMLayerState], masking: Masking, context: Context) -> None:
         self.layers, self.masking, self.context = layers, masking, context
         self.beta, self.resumed = 1.0, False
         self.showing: float | None = None
@@ -43,28 +43,28 @@ class NMState:
         """Whether the parameters hold the hidden weights, as they do between steps."""
         return self.layers[0].shown is not None
 
-    def take(self) -> None:
+    def remember_pruned(self) -> None:
         """When the window begins: what is pruned by now stays pruned."""
         for t in self.layers:
-            alive = self.context.in_force(t.layer)
+            alive = self.context.masks.of(t.layer)
             # of a third, because other thirds may be what the mask is for
             if alive is not None and not (t.layer.qkv_part is not None and bool(alive.all())):
                 t.alive = alive.clone()
 
     def masks(self, layers: list[NMLayerState]) -> list[Tensor]:
-        masks = self.context.masks
-        return [t.layer.part(masks[t.layer.parameter_name]) for t in layers]
+        found = (self.context.masks.of(t.layer) for t in layers)
+        return [mask for mask in found if mask is not None]
 
-    def hide_all(self, beta: float) -> None:
+    def hide_dense(self, beta: float) -> None:
         """The dense weights, which are in the parameters, to hidden ones of a new beta."""
         for t in self.layers:
             if t.dense is None:
                 t.dense = torch.empty_like(t.layer.local)
         torch._foreach_copy_(_dense(self.layers), _weights(self.layers))
         self.beta = beta
-        self.hide(beta)
+        self.apply(beta)
 
-    def hide(self, beta: float, layers: list[NMLayerState] | None = None) -> None:
+    def apply(self, beta: float, layers: list[NMLayerState] | None = None) -> None:
         """The same, where ``dense`` has them already."""
         if layers is None:
             layers, self.showing = self.layers, beta
@@ -75,7 +75,7 @@ class NMState:
     def show(self, beta: float, layers: list[NMLayerState]) -> None:
         """Other hidden weights in place of those in the parameters."""
         torch._foreach_copy_(_weights(layers), _dense(layers))
-        self.hide(beta, layers)
+        self.apply(beta, layers)
         torch.clear_autocast_cache()  # else the rest of an autocast region computes with the old
 
     def is_unmodified(self) -> list[bool]:
@@ -106,7 +106,7 @@ class NMState:
             t.shown = None
         return len(self.layers) - len(kept)
 
-    def treat(self, c: float) -> None:
+    def transform_gradients(self, c: float) -> None:
         """Gradients of the hidden weights to those of the dense ones; ``c`` is their scale."""
         pairs = zip(self.layers, self.masks(self.layers), strict=True)
         grads, weights, masks = [], [], []

@@ -7,7 +7,7 @@ from typing import Any
 
 from prunus.modifiers import LearningRate
 from prunus.modifiers.schedules import CURVES
-from prunus.recipe.sparseml.parts import CAP, Part, Situation, build, duration, window
+from prunus.recipe.sparseml.parts import CAP, Part, Situation, build, duration, interval
 from prunus.recipe.sparseml.settings import REQUIRED, Settings
 
 SCHEDULERS = ("StepLR", "MultiStepLR", "ExponentialLR", "CosineAnnealingWarmRestarts")
@@ -32,7 +32,7 @@ def constants(
     """Learning rates and the epochs from which on they count; the last one stays."""
     part = Part(values[0][0], end)
     for start, rate in values:
-        when = window(start) if start > 0 else None
+        when = interval(start) if start > 0 else None
         part.modifiers.append(build(LearningRate, settings, to=rate, window=when, groups=chosen))
     return part
 
@@ -59,7 +59,7 @@ def learning_rate(settings: Settings, situation: Situation) -> Part:
         size = 1.0 if kind == "ExponentialLR" else _keyword(settings, keywords, "step_size")
         end = _end(settings, situation, start, end)
         values = _stairs(first, _keyword(settings, keywords, "gamma"), size, end - start)
-        part = Part(start, end, [LearningRate(window=window(start, end), **values)])
+        part = Part(start, end, [LearningRate(window=interval(start, end), **values)])
     else:
         raise settings.error(f"unknown lr_class {kind!r}; use {', '.join(SCHEDULERS)}", "lr_class")
     if keywords:
@@ -92,7 +92,7 @@ def _restarts(
         raise settings.error(f"T_mult={growth!r}: cycles cannot grow; {remedy}", "lr_kwargs")
     cycle = duration(_keyword(settings, keywords, "cycle_epochs"))
     ends = {"from_": first, "to": _keyword(settings, keywords, "lr_min"), "curve": "cosine"}
-    rate = build(LearningRate, settings, window=window(start, end), cycle=cycle, **ends)
+    rate = build(LearningRate, settings, window=interval(start, end), cycle=cycle, **ends)
     return Part(start, end, [rate])
 
 
@@ -132,7 +132,7 @@ def function(settings: Settings, situation: Situation) -> Part:
     for begin, stop, factor, values in pieces:
         ends = {} if "to" in values or "values" in values else {"from_": first, "to": last}
         scaled = {key: _scaled(key, v, factor) for key, v in {**ends, **values}.items()}
-        when = window(start + begin, start + stop)
+        when = interval(start + begin, start + stop)
         part.modifiers.append(build(LearningRate, settings, window=when, groups=chosen, **scaled))
     part.settles = (scaled["values"][-1] if "values" in scaled else scaled["to"], chosen)
     return part

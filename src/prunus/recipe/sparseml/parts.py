@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prunus.modifiers import Modifier
-from prunus.modifiers.timing import Window
+from prunus.modifiers.timing import Interval, Window
 from prunus.recipe.errors import Path
 from prunus.recipe.sparseml.settings import Settings
 
@@ -82,6 +82,11 @@ def window(start: float, end: float = -1.0, every: float | None = None) -> Windo
     if every is not None:
         frequency = duration(every) if every > 0 else "1step"
     return Window(duration(start), duration(end) if end >= 0 else None, frequency)
+
+
+def interval(start: float, end: float = -1.0) -> Interval:
+    """The same for what acts at every step."""
+    return Interval(duration(start), duration(end) if end >= 0 else None)
 
 
 def build(cls: type, settings: Settings, **values: Any) -> Any:

@@ -14,7 +14,7 @@ from prunus.pruners import Magnitude, Pruner
 from prunus.pruners.movement import Movement
 from prunus.recipe.sparseml.mask_types import pattern_of
 from prunus.recipe.sparseml.names import ALL_PRUNABLE, FROM_PARAM, patterns
-from prunus.recipe.sparseml.parts import Converter, Part, Situation, build, window
+from prunus.recipe.sparseml.parts import Converter, Part, Situation, build, interval, window
 from prunus.recipe.sparseml.settings import Settings, as_number
 
 INTERPOLATIONS = ("linear", "cubic", "inverse_cubic")
@@ -165,7 +165,7 @@ def constant(settings: Settings, situation: Situation) -> Part:
     names = patterns(settings.words("params"), settings)
     if 0 <= end < situation.last:
         situation.note(settings, f"zeros stay zero after epoch {end:g} too", harmless=True)
-    return Part(start, end, [Keep(names, window=window(start) if start > 0 else None)])
+    return Part(start, end, [Keep(names, window=interval(start) if start > 0 else None)])
 
 
 def acdc(settings: Settings, situation: Situation) -> Part:

@@ -13,7 +13,7 @@ from prunus.recipe.errors import Source
 from prunus.recipe.sparseml.dialects import dialect_of
 from prunus.recipe.sparseml.document import Entry, entries
 from prunus.recipe.sparseml.learning_rates import function, learning_rate, set_learning_rate
-from prunus.recipe.sparseml.parts import DIALECTS, Converter, Note, Part, Situation, whole, window
+from prunus.recipe.sparseml.parts import DIALECTS, Converter, Note, Part, Situation, interval, whole
 from prunus.recipe.sparseml.pruning import acdc, constant, gradual, magnitude, movement
 from prunus.recipe.sparseml.refused import REFUSED
 from prunus.recipe.sparseml.second_order import cap, fast_cap, obs
@@ -144,7 +144,7 @@ def _together(parts: Sequence[Part], situation: Situation) -> Iterator[Part]:
         # else the loop's own rate, or one set before, would come back
         if part.end < situation.last or any(r.end < 0 and r.start < part.end for r in rates):
             rate, groups = part.settles
-            stays = LearningRate(to=rate, window=window(part.end), groups=groups)
+            stays = LearningRate(to=rate, window=interval(part.end), groups=groups)
             # right behind its schedule, so that rates which begin later have precedence
             part.modifiers.append(stays)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from prunus.modifiers import Freeze, WeightDecay
 from prunus.recipe.sparseml.learning_rates import groups
 from prunus.recipe.sparseml.names import ALL, ALL_PRUNABLE, patterns
-from prunus.recipe.sparseml.parts import Part, Situation, build, window
+from prunus.recipe.sparseml.parts import Part, Situation, build, interval
 from prunus.recipe.sparseml.settings import REQUIRED, Settings
 
 
@@ -20,7 +20,7 @@ def set_weight_decay(settings: Settings, situation: Situation) -> Part:
     start, _ = settings.span()
     situation.ignore(settings, "constant_logging")
     decay, chosen = settings.number("weight_decay"), groups(settings)
-    when = window(start) if start > 0 else None
+    when = interval(start) if start > 0 else None
     return Part(start, -1, [build(WeightDecay, settings, to=decay, window=when, groups=chosen)])
 
 
@@ -59,7 +59,7 @@ def freezes(parts: Sequence[Trainable]) -> list[Part]:
         begins = sorted(cuts)
         for begin, stop in zip(begins, [*begins[1:], part.end], strict=True):
             spared = [name for thaw in thaws if thaw.at(begin) for name in thaw.parameters]
-            when = window(begin, stop) if begin > 0 or stop >= 0 else None
+            when = interval(begin, stop) if begin > 0 or stop >= 0 else None
             freeze = Freeze(part.parameters, tuple(dict.fromkeys(spared)), when)
             done.append(Part(begin, stop, [freeze]))
     return done

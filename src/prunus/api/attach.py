@@ -1,0 +1,47 @@
+"""Pruning during training: `attach` hooks a recipe onto an optimizer and returns a `Session`."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+import torch
+from torch import nn
+
+from prunus.api.session import Session
+from prunus.calibration.calibration import Calibration
+from prunus.modifiers.timing import Timeline
+from prunus.recipe import Recipe
+from prunus.report.records import Recorder, Sink
+
+
+def attach(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    recipe: str | os.PathLike[str] | Recipe,
+    *,
+    steps_per_epoch: int | None = None,
+    epochs: float | None = None,
+    gradient_accumulation_steps: int = 1,
+    calibration: Calibration | None = None,
+    output_dir: str | os.PathLike[str] | None = None,
+    log: Literal["wandb", "tensorboard"] | Sink | None = None,
+) -> Session:
+    """Hook a recipe onto an optimizer. The training loop stays as it is.
+
+    ``steps_per_epoch`` counts batches and is divided (rounding up) by
+    ``gradient_accumulation_steps``; both it and ``epochs`` (default: the recipe's) are needed only
+    by recipes that count in epochs or shares of training. ``output_dir`` receives
+    ``records.jsonl`` as training goes; ``log`` also passes events to Weights & Biases, TensorBoard
+    or a function.
+
+    Raises ValueError (RecipeError for the recipe's own faults) with the remedy if something does
+    not fit; the model, the optimizer and the loop are then untouched.
+    """
+    if gradient_accumulation_steps < 1:
+        raise ValueError(f"gradient_accumulation_steps={gradient_accumulation_steps}; at least 1")
+    if steps_per_epoch is not None:
+        steps_per_epoch = -(-steps_per_epoch // gradient_accumulation_steps)
+    loaded = Recipe.load(recipe)
+    timeline = Timeline(steps_per_epoch, loaded.epochs if epochs is None else epochs)
+    return Session(model, optimizer, loaded, timeline, calibration, Recorder(output_dir, log))
