@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunus.api.results import Printable
 from prunus.core.progress import track
 from prunus.execution.inference import (
     DENSE,
@@ -28,6 +27,7 @@ from prunus.execution.inference import (
 )
 from prunus.report.records import FILE, Recorder, is_main, read_records
 from prunus.report.summary import in_units
+from prunus.report.tables import Printable
 
 
 @dataclass

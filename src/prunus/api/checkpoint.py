@@ -9,6 +9,7 @@ but for the few kept weights that happen to be zero, whose positions are written
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from prunus.engine.permute.gather import BUFFER, restore_gathers
 from prunus.recipe import Recipe
 from prunus.report.records import is_main
 
+log = logging.getLogger("prunus")
 KEY = "prunus"
 
 
@@ -80,6 +82,8 @@ def save(
     cuts = (ranks_of(t) for t in parts.values() if hasattr(t, "to_local"))
     shards = next(cuts, Ranks())
     state = _gathered(parts, parts)
+    if isinstance(pruning, Session) and not pruning.closed:
+        pruning.verify("saving")
     masks = {} if pruning is None else _gathered(pruning.masks, parts)
     with shards.raise_on_all_ranks():
         if is_main():
@@ -102,11 +106,7 @@ def _write(
     header: dict[str, Any] = {
         "version": 1,
         "recipe": None if pruning is None else pruning.recipe.to_yaml(),
-        "masks": {
-            name: _kept_zeros(state[name], mask)
-            for name, mask in masks.items()
-            if _is_hard(state[name], mask)
-        },
+        "masks": _written(masks, state),
     }
     tensors = {name: t.detach().contiguous() for name, t in state.items()}
     if compact:
@@ -133,9 +133,20 @@ def _kept_zeros(weight: Tensor, mask: Tensor) -> list[int]:
     return (mask.to(weight.device) & (weight == 0)).reshape(-1).nonzero().squeeze(1).tolist()
 
 
-def _is_hard(weight: Tensor, mask: Tensor) -> bool:
-    """Whether what is pruned is zero, as it is not while a mask decays."""
-    return not bool((weight != 0).logical_and_(~mask.to(weight.device)).any())
+def _written(masks: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """The masks that hold in the weights; the log names the others, as while a mask decays."""
+    written, dropped = {}, []
+    for name, mask in masks.items():
+        off = int((state[name] != 0).logical_and_(~mask.to(state[name].device)).sum())
+        if off:
+            dropped.append(f"{name} ({off} of {mask.numel()} weights)")
+        else:
+            written[name] = _kept_zeros(state[name], mask)
+    if dropped:
+        log.warning(
+            "saved without masks, because pruned weights are not zero: %s", ", ".join(dropped)
+        )
+    return written
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

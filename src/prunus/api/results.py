@@ -2,87 +2,22 @@
 
 from __future__ import annotations
 
-import abc
-import html
-import io
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor, nn
 
 from prunus.core.layers import all_layers
 from prunus.core.masks import local
 from prunus.core.names import did_you_mean
-from prunus.engine.method import LayerResult
+from prunus.engine.method import LayerResult, collapse_message
 from prunus.engine.permute.step import FoldRow
-from prunus.report.records import Recorder, is_main
+from prunus.report.records import Recorder
+from prunus.report.tables import Printable, Recorded, share
 
 if TYPE_CHECKING:
     from prunus.recipe import Recipe
-
-
-class Printable(abc.ABC):
-    """Shows its table: ``print(x)``, rich, and HTML in a notebook."""
-
-    title = ""
-
-    @abc.abstractmethod
-    def header(self) -> Sequence[str]:
-        """The columns' names."""
-
-    @abc.abstractmethod
-    def cells(self) -> Iterable[Sequence[str]]:
-        """The rows."""
-
-    def notes(self) -> Sequence[str]:
-        return ()
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = Table(title=self.title, title_justify="left", box=box.SIMPLE_HEAD)
-        for i, name in enumerate(self.header()):
-            justify: Literal["left", "right"] = "left" if i == 0 else "right"
-            table.add_column(Text(name), justify=justify, overflow="fold")
-        for row in self.cells():  # Text, for in a str `attn.qkv[q]` ends with markup
-            table.add_row(*map(Text, row))
-        yield table
-        yield from map(Text, self.notes())
-
-    def __str__(self) -> str:
-        text = io.StringIO()
-        Console(file=text, width=100, color_system=None).print(self)
-        return text.getvalue().rstrip("\n")
-
-    def _repr_html_(self) -> str:
-        def line(tag: str, cells: Iterable[str]) -> str:
-            inside = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
-            return f"<tr>{inside}</tr>"
-
-        body = "".join(line("td", row) for row in self.cells())
-        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes())
-        caption = html.escape(self.title)
-        return (
-            f"<table><caption>{caption}</caption>{line('th', self.header())}{body}</table>{notes}"
-        )
-
-
-class Recorded(Printable):
-    """A result with the events that led to it."""
-
-    recorder: Recorder
-
-    def report(self, directory: str | os.PathLike[str]) -> None:
-        """Write ``records.jsonl``, ``report.html`` and ``report.png`` there."""
-        from prunus.report import write_report
-
-        self.recorder.save(directory)
-        if is_main():
-            write_report(directory)
 
 
 @dataclass
@@ -129,12 +64,15 @@ class Result(Recorded):
         for row in self.rows:
             shape = "x".join(map(str, row.shape))
             lost = ["" if (x := get(row)) is None else f"{x:.2%}" for _, get in self._losses()]
-            yield row.name, shape, row.pattern, f"{row.sparsity:.4f}", f"{row.zeros:,}", *lost
+            yield row.name, shape, row.pattern, share(row.zeros, row.size), f"{row.zeros:,}", *lost
         zeros = sum(row.zeros for row in self.rows)
-        yield f"{len(self.rows)} layers", "", "", f"{self.sparsity:.4f}", f"{zeros:,}"
+        size = sum(row.size for row in self.rows)
+        yield f"{len(self.rows)} layers", "", "", share(zeros, size), f"{zeros:,}"
 
     def notes(self) -> Sequence[str]:
         message = [f"left dense: {', '.join(self.left_dense)}"] if self.left_dense else []
+        if collapsed := [row.name for row in self.rows if row.collapsed]:
+            message.append(collapse_message(collapsed))
         if self.permuted:
             before, after = (
                 sum(getattr(row, key) for row in self.permuted) / len(self.permuted)
@@ -194,10 +132,10 @@ class SparsityTable(Printable):
 
     def cells(self) -> Iterable[Sequence[str]]:
         for name, kind, shape, size, zeros in self.rows:
-            share = f"{zeros / max(1, size):.4f}"
-            yield name, kind, "x".join(map(str, shape)), share, f"{zeros:,}"
+            yield name, kind, "x".join(map(str, shape)), share(zeros, size), f"{zeros:,}"
         zeros = sum(row[4] for row in self.rows)
-        yield f"{len(self.rows)} layers", "", "", f"{self.total:.4f}", f"{zeros:,}"
+        size = sum(row[3] for row in self.rows)
+        yield f"{len(self.rows)} layers", "", "", share(zeros, size), f"{zeros:,}"
 
 
 def sparsity(model: nn.Module) -> SparsityTable:

@@ -7,7 +7,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -106,16 +106,72 @@ class Session:
 
     @property
     def sparsity(self) -> float:
-        """Share that is pruned of the weights the recipe prunes by now or later (this rank's)."""
+        """Share of the weights the recipe prunes, now or later, that are masked and really zero.
+
+        Counted in the model as it is (this rank's part), so weights that were loaded or trained
+        elsewhere since then count as what they are; `verify` puts masks back on.
+        """
         sizes = {name: mask.numel() for name, mask in self.masks.items()}
         for run in self.runs:
             if run.prunes or run.trains:
                 sizes |= {x.parameter_name: local(x.weight).numel() for x in run.masked_layers}
-        pruned = sum(m.numel() - int(m.count_nonzero()) for m in self.masks.values())
+        self._rebind()
+        pruned = sum(self.masks.pruned().values())
         return pruned / sum(sizes.values()) if sizes else 0.0
+
+    def verify(self, when: str = "now") -> dict[str, int]:
+        """Put masks back on where weights that are pruned are not zero; a warning says where.
+
+        Done before each pruning step, when closing and when saving. Returns how many weights of
+        each parameter were off (this rank's). Raises ValueError for a layer whose weight is no
+        parameter any more, as when a parametrization was added.
+        """
+        self._rebind()
+        soft = {x.parameter_name for run in self.runs if run.soft for x in run.masked_layers}
+        off = self.masks.off(soft)
+        if off:
+            names = ", ".join(f"{name} ({count})" for name, count in list(off.items())[:3])
+            more = f" and {len(off) - 3} more" if len(off) > 3 else ""
+            log.warning(
+                "%s: %d pruned weights were not zero, in %s%s; they are zero again. Were weights "
+                "loaded, or written by something other than this optimizer?",
+                when,
+                sum(off.values()),
+                names,
+                more,
+            )
+            self.masks.put_on(off)
+        return off
+
+    def _rebind(self) -> None:
+        """Follow parameters that were replaced; those that are computed by now are an error."""
+        for layer in (layer for run in self.runs for layer in run.masked_layers):
+            present = layer.present
+            if present is layer.weight or (
+                hasattr(layer.weight, "to_local") and present is not None
+            ):
+                continue  # FSDP2 shows gathered copies at times
+            if present is None or present.shape != layer.weight.shape:
+                what = "is computed by something else" if present is None else "has another shape"
+                raise ValueError(
+                    f"{layer.parameter_name} {what} since the session was attached, so its mask "
+                    "cannot hold; close the session before adding parametrizations or replacing "
+                    "layers, and attach anew"
+                )
+            held = any(present is p for g in self.optimizer.param_groups for p in g["params"])
+            log.warning(
+                "%s was replaced by another parameter; its mask goes with the new one%s",
+                layer.parameter_name,
+                "" if held else ", which this optimizer does not train",
+            )
+            layer.rebind(cast("nn.Parameter", present))
+            self.masks.rebind(layer)
 
     def _before(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._begin()
+        self._rebind()
+        if self.next_change == self.step + 1:
+            self.verify(f"before pruning after step {self.step + 1}")
         for run in self.runs:
             run.before_step(self.step)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -268,6 +324,7 @@ class Session:
 
     def _finish(self) -> None:
         self._begin()
+        self.verify(f"closing after step {self.step}")
         last = max((run.due for run in self.runs if run.due is not None), default=0)
         if last > self.step:
             log.warning("closed at step %d of %d: pruned to the target at once", self.step, last)

@@ -100,6 +100,15 @@ class Layer:
         return t.narrow(self.rows_dim, self.qkv_part * size, size)
 
     @property
+    def present(self) -> Tensor | None:
+        """What the module has in the weight's place by now; None if that is computed."""
+        return self.module._parameters.get(self.parameter_name.rpartition(".")[2])
+
+    def rebind(self, weight: nn.Parameter) -> None:
+        """From now on the layer is this parameter, which has taken the place of the former one."""
+        object.__setattr__(self, "weight", weight)
+
+    @property
     def _inputs_first(self) -> bool:
         return isinstance(self.module, _TRANSPOSED) or _is_conv1d(self.module)
 

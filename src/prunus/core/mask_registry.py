@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -124,10 +124,38 @@ class Masks(Mapping[str, Tensor]):
         masks = [layer.part(self._masks[layer.parameter_name]) for layer in owned]
         zero_pruned([layer.local for layer in owned], masks)
 
+    def off(self, spared: Container[str] = ()) -> dict[str, int]:
+        """How many weights are masked and yet not zero, by parameter name, but for the spared."""
+        counts = {}
+        for name, mask in self._masks.items():
+            if name not in spared:
+                off = int((local(self._weights[name].detach()) != 0).logical_and_(~mask).sum())
+                if off:
+                    counts[name] = off
+        return counts
+
+    def pruned(self) -> dict[str, int]:
+        """How many weights are masked and really zero, by parameter name (this rank's)."""
+        off = self.off()
+        return {
+            name: mask.numel() - int(mask.count_nonzero()) - off.get(name, 0)
+            for name, mask in self._masks.items()
+        }
+
+    @torch.no_grad()
+    def put_on(self, names: Iterable[str]) -> None:
+        """Zero what is masked in these parameters."""
+        zero_pruned(*self.parts(names))
+
+    def rebind(self, layer: Layer) -> None:
+        """The layer's parameter has been replaced; its mask is that of the new one."""
+        if layer.parameter_name in self._masks:
+            self._weights[layer.parameter_name] = layer.weight
+
     def parts(self, names: Iterable[str]) -> tuple[list[Tensor], list[Tensor]]:
         """Local weights and masks of those names that have one."""
         names = [name for name in names if name in self._masks]
-        return [local(self._weights[n]) for n in names], [self._masks[n] for n in names]
+        return [local(self._weights[n].detach()) for n in names], [self._masks[n] for n in names]
 
     def project(self, parameters: Mapping[str, Tensor]) -> None:
         """Zero what is pruned here in another model's parameters, by clean name.
@@ -143,4 +171,4 @@ class Masks(Mapping[str, Tensor]):
         with torch.no_grad():
             for name, mask in self._masks.items():
                 part = local(parameters[name])
-                part.mul_(mask.to(part.device))
+                zero_pruned([part.detach()], [mask.to(part.device)])

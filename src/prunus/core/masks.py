@@ -7,12 +7,18 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 def zero_pruned(weights: list[Tensor], masks: list[Tensor]) -> None:
-    """``w * mask`` in place, for all weights of a modifier in one fused call."""
+    """Zero in place what the masks do not keep, for all weights of a modifier in one fused call.
+
+    NaN and infinities too: bits are multiplied by 0 and 1 as integers, so a mask selects. (Nor is
+    casting from booleans vectorized on CPUs.)
+    """
     if weights:
-        # the same bytes as integers, because casting from booleans is not vectorized on CPUs
-        torch._foreach_mul_(weights, [mask.view(torch.uint8) for mask in masks])
+        bits = [w.view(_INTEGERS[w.element_size()]) for w in weights]
+        torch._foreach_mul_(bits, [mask.view(torch.uint8) for mask in masks])
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -77,13 +77,13 @@ def _check_parts(layer: Layer, dim: int, pattern: Pattern) -> None:
 
 
 def whole_sparsity(masks: Masks) -> float:
-    """Share of the masked weights that are pruned, over all ranks; every rank must call this."""
+    """Share of the masked weights that are zero, over all ranks; every rank must call this."""
     counts = torch.zeros(2, dtype=torch.int64)
-    for name, mask in masks.items():
-        count = torch.tensor([mask.numel(), int(mask.count_nonzero())])
+    for name, zeros in masks.pruned().items():
+        count = torch.tensor([masks[name].numel(), zeros])
         counts += ranks_of(masks.weight(name)).all_reduce(count)
-    size, kept = counts.tolist()
-    return float((size - kept) / max(1, size))
+    size, pruned = counts.tolist()
+    return float(pruned / max(1, size))
 
 
 def _as_sharded(part: Tensor, like: Any) -> Any:

@@ -79,9 +79,23 @@ class LayerResult:
         return self.zeros / max(1, self.size)
 
     @property
+    def collapsed(self) -> bool:
+        """Whether nothing of the layer is left."""
+        return self.zeros == self.size > 0
+
+    @property
     def saved(self) -> int:
         """Bytes by which a compact file is smaller: the zeros', less a bit for each weight."""
         return max(0, self.zeros * self.itemsize - -(-self.size // 8))
+
+
+def collapse_message(names: Sequence[str]) -> str:
+    """What a person should know of layers that have no weights left."""
+    some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return (
+        f"collapsed: no weight is left in {some}, so the outputs may not depend on the inputs; "
+        "lower the sparsity, exclude the layer, or use an allocator such as 'uniform' or 'erk'"
+    )
 
 
 @dataclass

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from prunus.calibration.calibration import Calibration
 from prunus.core.layers import Layer
 from prunus.core.mask_registry import Masks
-from prunus.core.masks import local
+from prunus.core.masks import local, zero_pruned
 from prunus.core.names import Registry
 from prunus.engine.plan import PruningPlan
 from prunus.engine.sequential.walk import Sequential
@@ -44,6 +44,15 @@ class Context:
         self.masks.put(layer, mask, run)
         zero_momentum(self.optimizer, layer, mask)
 
+    def apply_masks(self, run: Run) -> None:
+        """Zero what is pruned in the layers that the run owns, and in copies of their weights."""
+        self.masks.apply(run, run.masked_layers)
+        owned = self.masks.owned(run, run.masked_layers) if keeps_copies(self.optimizer) else ()
+        for layer in owned:
+            copy, mask = self.optimizer.state.get(layer.weight, {}).get("z"), self.masks.of(layer)
+            if copy is not None and mask is not None:
+                zero_pruned([layer.part(local(copy))], [mask])
+
     def check_held(self, layers: Sequence[Layer]) -> None:
         """Raises ValueError unless the optimizer holds every weight that will be masked."""
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
@@ -61,13 +70,25 @@ class Context:
         )
 
 
+def keeps_copies(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer swaps weights for copies of its own, as schedule-free ones do.
+
+    Their ``eval()`` makes the weights from the copy ``z`` of the state, and would bring pruned
+    ones back. (A. Defazio et al., "The Road Less Scheduled", 2024,
+    https://arxiv.org/abs/2405.15682.)
+    """
+    return callable(getattr(optimizer, "eval", None)) and callable(
+        getattr(optimizer, "train", None)
+    )
+
+
 def zero_momentum(optimizer: torch.optim.Optimizer, layer: Layer, mask: Tensor) -> None:
     """Zero every state tensor of the weight's shape where the layer is pruned."""
     state: dict[str, Any] = optimizer.state.get(layer.weight, {})
     for value in state.values():
         if isinstance(value, Tensor) and value.shape == layer.weight.shape:
             part = layer.part(local(value))
-            part.mul_(mask.to(part.device))
+            zero_pruned([part], [mask.to(part.device)])
 
 
 class Run:
@@ -98,6 +119,11 @@ class Run:
         """The layers whose masks it sets, sooner or later."""
         layers: Sequence[Layer] = getattr(self, "layers", ())
         return layers
+
+    @property
+    def soft(self) -> bool:
+        """Whether masked weights are not meant to be zero at present."""
+        return False
 
     @property
     def span(self) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from prunus.core.layers import Layer
 from prunus.core.sharding import ranks_of
-from prunus.engine.method import LayerResult
+from prunus.engine.method import LayerResult, collapse_message
+
+log = logging.getLogger("prunus")
 
 
 def counted(layer: Layer, pattern: str, entries: Tensor) -> LayerResult:
@@ -26,6 +29,9 @@ def pruning_event(
 ) -> dict[str, Any]:
     """What records and reports know of layers at one step; ``pruner`` and ``pattern`` say why."""
     zeros, size = sum(row.zeros for row in rows), sum(row.size for row in rows)
+    collapsed = [row.name for row in rows if row.collapsed]
+    if collapsed:
+        log.warning("%s", collapse_message(collapsed))
     return {
         "event": "prune",
         "step": step,
@@ -36,4 +42,5 @@ def pruning_event(
         "layers": {row.name: row.sparsity for row in rows},
         "sizes": {row.name: row.size for row in rows},
         "saved": {row.name: row.saved for row in rows},
+        **({"collapsed": collapsed} if collapsed else {}),
     }

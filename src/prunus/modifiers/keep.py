@@ -100,7 +100,7 @@ class KeepRun(Run):
         return self.context.masks.owned(self, self.layers)
 
     def apply_masks(self, step: int) -> None:
-        self.context.masks.apply(self, self.layers)
+        self.context.apply_masks(self)
         if self.end is not None and step >= self.end:
             for layer in self.owned:
                 self.context.masks.lift(layer)

@@ -71,7 +71,7 @@ class PruningRun(Run):
         return self.context.masks.owned(self, self.layers)
 
     def apply_masks(self, step: int) -> None:
-        self.context.masks.apply(self, self.layers)
+        self.context.apply_masks(self)
 
     def prune(self, step: int) -> None:
         if self.next < len(self.ticks) and step >= self.ticks[self.next]:

@@ -135,7 +135,7 @@ class SemiSparseRun(Run):
                 layer.weight.grad.add_(torch.where(mask, 0, layer.weight), alpha=decay)
 
     def apply_masks(self, step: int) -> None:
-        self.context.masks.apply(self, self.layers)
+        self.context.apply_masks(self)
         if self.active and self.end is not None and step >= self.end:
             self._end(step)
 

@@ -82,6 +82,12 @@ class Summary:
         return list(result.values())
 
     @property
+    def collapsed(self) -> list[str]:
+        """Layers of which nothing is left at the end."""
+        last = {name: event for event in self.prunes for name in event["layers"]}
+        return [name for name, event in last.items() if name in event.get("collapsed", ())]
+
+    @property
     def size(self) -> tuple[int, int] | None:
         """Bytes of the model before, and as a compact file after."""
         if "bytes" not in self.start:

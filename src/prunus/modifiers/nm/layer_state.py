@@ -30,7 +30,8 @@ class NMLayerState:
         self.dense: Tensor | None = None
         self.alive: Tensor | None = None
         self.shown: float | None = None
-        self._version = self._foreign = -1
+        self._shown_version: tuple[int, int] | None = None
+        self._foreign_version: tuple[int, int] | None = None
 
     def choose(self, progress: float) -> Tensor:
         """The keep-mask of the moment, from the magnitudes of the dense weight in the model."""
@@ -47,7 +48,12 @@ class NMLayerState:
 
     def mark(self, shown: float) -> None:
         """The parameter is the hidden weight of this beta; from here on `known` watches it."""
-        self.shown, self._version = shown, self.layer.local._version
+        self.shown, self._shown_version = shown, self._version
+
+    @property
+    def _version(self) -> tuple[int, int]:
+        """Which parameter, and how often it has been written."""
+        return id(self.layer.weight), self.layer.local._version
 
     def is_unmodified(self, masking: Masking, mask: Tensor, beta: float) -> bool:
         """Whether the parameter holds a hidden weight, and not what others wrote.
@@ -55,9 +61,9 @@ class NMLayerState:
         Writing the same again, as swapping in averaged weights and back does, is no difference,
         be it the one of ``beta`` or the hard one that evaluation shows; `shown` then tells which.
         """
-        version = self.layer.local._version
-        if version in (self._version, self._foreign):
-            return version == self._version
+        version = self._version
+        if version in (self._shown_version, self._foreign_version):
+            return version == self._shown_version
         assert self.dense is not None
         for shown in {beta, 0.0}:
             hidden = self.dense.clone()
@@ -65,7 +71,7 @@ class NMLayerState:
             if torch.equal(hidden, self.layer.local):
                 self.mark(shown)
                 return True
-        self._foreign = version
+        self._foreign_version = version
         return False
 
     def row(self, mask: Tensor) -> LayerResult:

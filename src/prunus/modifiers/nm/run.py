@@ -103,7 +103,7 @@ class NMTrainingRun(Run):
 
     def apply_masks(self, step: int) -> None:
         if self.frozen:
-            self.context.masks.apply(self, self.layers)
+            self.context.apply_masks(self)
         elif self.state.begun and step >= self.end:
             self._freeze(step)
         elif self.state.begun:
@@ -147,6 +147,10 @@ class NMTrainingRun(Run):
         if not self.state.begun:
             self.state.remember_pruned()
         self._freeze(step)
+
+    @property
+    def soft(self) -> bool:
+        return not self.frozen
 
     @property
     def span(self) -> tuple[float, float]:

@@ -1,0 +1,81 @@
+"""Results that show themselves as tables, in a terminal and in a notebook."""
+
+from __future__ import annotations
+
+import abc
+import html
+import io
+import math
+import os
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from prunus.report.records import Recorder, is_main
+
+
+def share(part: int, whole: int) -> str:
+    """``part / whole`` to four places, rounded down: 1.0000 only where nothing is left."""
+    return f"{math.floor(10_000 * part / max(1, whole)) / 10_000:.4f}"
+
+
+class Printable(abc.ABC):
+    """Shows its table: ``print(x)``, rich, and HTML in a notebook."""
+
+    title = ""
+
+    @abc.abstractmethod
+    def header(self) -> Sequence[str]:
+        """The columns' names."""
+
+    @abc.abstractmethod
+    def cells(self) -> Iterable[Sequence[str]]:
+        """The rows."""
+
+    def notes(self) -> Sequence[str]:
+        return ()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table(title=self.title, title_justify="left", box=box.SIMPLE_HEAD)
+        for i, name in enumerate(self.header()):
+            justify: Literal["left", "right"] = "left" if i == 0 else "right"
+            table.add_column(Text(name), justify=justify, overflow="fold")
+        for row in self.cells():  # Text, for in a str `attn.qkv[q]` ends with markup
+            table.add_row(*map(Text, row))
+        yield table
+        yield from map(Text, self.notes())
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        Console(file=text, width=100, color_system=None).print(self)
+        return text.getvalue().rstrip("\n")
+
+    def _repr_html_(self) -> str:
+        def line(tag: str, cells: Iterable[str]) -> str:
+            inside = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+            return f"<tr>{inside}</tr>"
+
+        body = "".join(line("td", row) for row in self.cells())
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes())
+        caption = html.escape(self.title)
+        return (
+            f"<table><caption>{caption}</caption>{line('th', self.header())}{body}</table>{notes}"
+        )
+
+
+class Recorded(Printable):
+    """A result with the events that led to it."""
+
+    recorder: Recorder
+
+    def report(self, directory: str | os.PathLike[str]) -> None:
+        """Write ``records.jsonl``, ``report.html`` and ``report.png`` there."""
+        from prunus.report import write_report
+
+        self.recorder.save(directory)
+        if is_main():
+            write_report(directory)
