@@ -194,7 +194,7 @@ def test_a_session_that_cannot_begin_leaves_the_weights_as_they_were(monkeypatch
     def fails(self):
         raise ValueError("no")
 
-    monkeypatch.setattr(Run, "prepare", fails)
+    monkeypatch.setattr(Run, "on_attach", fails)
     model = model_of(LINEAR)
     before = model[2].weight.detach().clone()
     text = "modifiers: [prune: {pattern: 1:4, masking: ste, layers: ['2']}, learning_rate: {to: 1}]"
