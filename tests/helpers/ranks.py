@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# ranks are forks of one process that has imported what takes seconds
+multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.distributed.workers"])
 PATIENCE = 60  # seconds until a rank that does not answer counts as hanging
 
 
@@ -51,13 +53,13 @@ class RankProcesses:
         self.begun = 0
 
     def _start(self) -> None:
-        spawn = multiprocessing.get_context("spawn")
+        processes = multiprocessing.get_context("forkserver")
         store = self.directory / f"store{self.begun}"
         self.begun += 1
         for rank in range(self.world_size):
-            pipe, theirs = spawn.Pipe()
+            pipe, theirs = processes.Pipe()
             args = (rank, self.world_size, store, theirs)
-            process = spawn.Process(target=_serve, args=args, daemon=True)
+            process = processes.Process(target=_serve, args=args, daemon=True)
             process.start()
             self.processes.append(process)
             self.pipes.append(pipe)
