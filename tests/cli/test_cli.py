@@ -1,6 +1,5 @@
 import json
 import re
-import subprocess
 import sys
 
 import pytest
@@ -8,6 +7,8 @@ import torch
 
 import prunus
 from prunus.cli import main as cli
+
+from tests.helpers.programs import run_module
 
 RECIPE = """
 variables: {sparsity: 0.9}
@@ -343,8 +344,6 @@ def test_a_mistake_is_one_line_and_no_traceback(run, arguments, message):
 
 
 def test_the_command_is_installed():
-    done = subprocess.run(
-        [sys.executable, "-m", "prunus", "--help"], capture_output=True, text=True
-    )
+    done = run_module("prunus", "--help")
     assert done.returncode == 0
     assert "check" in done.stdout

@@ -52,7 +52,9 @@ def test_two_processes_prune_and_train_as_one_does(trainer, one, trained):
         for name, weight in one["weights"].items():
             torch.testing.assert_close(answer["weights"][name], weight, rtol=1e-9, atol=1e-11)
         assert told(answer["events"]) == told(one["events"])
-    written = [event for event in read_records(trained / trainer / "records") if event["event"] == "prune"]
+    written = [
+        event for event in read_records(trained / trainer / "records") if event["event"] == "prune"
+    ]
     assert told(written) == told(one["events"])
 
 

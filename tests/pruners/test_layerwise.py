@@ -60,7 +60,7 @@ def scores(pruner, w, stat):
 
 
 def solve(w, stat, pattern="unstructured", drop=0, pruner=None):
-    return (pruner or SparseGPT()).sweep(w, stat, parse_pattern(pattern), drop, WHOLE)
+    return (pruner or SparseGPT()).solve(w, stat, parse_pattern(pattern), drop, WHOLE)
 
 
 def snapshot(model):

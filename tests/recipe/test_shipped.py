@@ -2,8 +2,6 @@
 
 import functools
 import re
-import subprocess
-import sys
 
 import pytest
 import timm
@@ -17,7 +15,8 @@ import prunus
 from prunus.core.layers import all_layers
 from prunus.modifiers import Context
 
-from tests.oracles.pruning import ROOT, SINGLE
+from tests.helpers.programs import run_module
+from tests.oracles.pruning import ROOT
 
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 STEPS, EPOCHS = 4, 5
@@ -246,8 +245,7 @@ def test_every_recipe_says_what_it_is_for_and_is_short(path):
 
 def test_the_demo_prints_its_table_and_writes_its_report(tmp_path):
     arguments = ["--output", str(tmp_path), "--epochs", "2", "--prune-epochs", "10"]
-    command = [sys.executable, "-m", "research.demo", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=SINGLE)
+    done = run_module("research.demo", *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [line.split("│") for line in done.stdout.splitlines() if line.startswith("│")]
     assert [row[1].strip() for row in rows] == [
