@@ -244,7 +244,7 @@ def test_every_recipe_says_what_it_is_for_and_is_short(path):
 
 
 def test_the_demo_prints_its_table_and_writes_its_report(tmp_path):
-    arguments = ["--output", str(tmp_path), "--epochs", "2", "--prune-epochs", "10"]
+    arguments = ["--output", str(tmp_path), "--epochs", "1", "--prune-epochs", "2"]
     done = run_module("research.demo", *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [line.split("│") for line in done.stdout.splitlines() if line.startswith("│")]
