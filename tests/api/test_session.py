@@ -11,6 +11,7 @@ from torch import nn
 
 import prunus
 
+from tests.helpers.training import train
 from tests.oracles.pruning import small_cnn, small_mlp
 
 AT_ONCE = "modifiers:\n  - prune: {sparsity: 0.75}\n"
@@ -20,14 +21,6 @@ modifiers:
       sparsity: {from: 0.2, to: 0.8, curve: cubic}
       window: {from: 2step, to: 10step, every: 4step}
 """
-
-
-def train(model, optimizer, steps, batches=None):
-    for i in range(steps):
-        x = torch.randn(4, 8) if batches is None else batches[i]
-        model(x).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 def zeros(model, names=("0.weight", "2.weight")):

@@ -21,6 +21,7 @@ from prunus.stats import InputGram, InputNorm
 
 from tests.distributed.workers import batches as split_batches
 from tests.distributed.workers import net, wrapped
+from tests.helpers.training import same, snapshot
 from tests.oracles.layerwise import best_row_mask, damped, input_rows, inputs_of, output_error
 from tests.oracles.layerwise import relative_importance as slow_relative_importance
 from tests.oracles.second_order import column_loop, quadratic
@@ -61,14 +62,6 @@ def scores(pruner, w, stat):
 
 def solve(w, stat, pattern="unstructured", drop=0, pruner=None):
     return (pruner or SparseGPT()).solve(w, stat, parse_pattern(pattern), drop, WHOLE)
-
-
-def snapshot(model):
-    return {name: t.clone() for name, t in model.state_dict().items()}
-
-
-def same(model, before):
-    return all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
 # scores

@@ -16,6 +16,8 @@ from prunus.engine import step as engine
 from prunus.engine.allocator_signals import with_signals
 from prunus.engine.sequential import walk as block_walk
 
+from tests.helpers.training import same, snapshot
+
 # transformers' progress bars
 pytestmark = pytest.mark.filterwarnings("ignore:IProgress not found")
 BLOCKS = 3
@@ -142,17 +144,6 @@ def data(*shape, count=3):
     generator = torch.Generator().manual_seed(1)
     return prunus.Calibration(
         [torch.randn(shape or (4, 5, 6), generator=generator) for _ in range(count)]
-    )
-
-
-def snapshot(model):
-    return {name: t.clone() for name, t in model.state_dict().items()}
-
-
-def same(model, before):
-    state = model.state_dict()
-    return state.keys() == before.keys() and all(
-        torch.equal(t, before[name]) for name, t in state.items()
     )
 
 

@@ -21,12 +21,11 @@ from tests.engine.sequential.test_prune import (
     Toy,
     data,
     meta,
-    same,
     saved,
-    snapshot,
     toy,
     walk,
 )
+from tests.helpers.training import same, snapshot
 
 PERMUTED = {"pruner": "ria", "sparsity": None, "pattern": "2:4", "permute": "lsa"}
 
