@@ -15,7 +15,7 @@ from prunus.engine.sequential import resume as finished_blocks
 from prunus.engine.sequential import walk as block_walk
 from prunus.engine.sequential.lazy_weights import INDEX, move
 
-from tests.engine.sequential.test_prune import (
+from tests.helpers.blocks import (
     BLOCKS,
     Block,
     Toy,
