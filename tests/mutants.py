@@ -4,8 +4,9 @@
 
 Draws places at random in the folders of src/prunus, changes each in a copy of the tree, and runs
 the tests that mirror the file and those that name its module. Prints ``killed`` or ``SURVIVED``
-with the place and the change; a mutant that runs for longer than two minutes is killed. Each run
-is a fork of this process, which has imported what does not change.
+with the place and the change, or ``slow``, where the tests had not ended after two minutes of
+computing or ten of waiting. Each run is a fork of this process, which has imported what does not
+change.
 """
 
 from __future__ import annotations
@@ -16,17 +17,19 @@ import copy
 import importlib
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("solvers", "core", "engine", "modifiers")
-PATIENCE = 120  # seconds until a mutant that does not end counts as killed
+COMPUTING, WAITING = 120, 600  # seconds until tests that do not end are slow
 LIBRARIES = ("torch", "torch._dynamo", "pytest", "pydantic", "yaml", "scipy.optimize", "typer")
 COMPARISONS = {
     ast.Lt: ast.LtE,
@@ -135,6 +138,7 @@ def tests_of(path: Path) -> list[str]:
 def _run_tests(tree: Path, tests: list[str]) -> None:
     """Ends this process, with 0 if they pass."""
     os.setsid()
+    resource.setrlimit(resource.RLIMIT_CPU, (COMPUTING, COMPUTING))
     os.chdir(tree)
     sys.path[:0] = [str(tree / "src"), str(tree)]
     log = os.open(tree / "tests.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -146,22 +150,22 @@ def _run_tests(tree: Path, tests: list[str]) -> None:
     os._exit(int(importlib.import_module("pytest").main([*options, *tests])))
 
 
-def survives(tree: Path, tests: list[str]) -> bool:
-    """Whether the tests pass in a copy of the tree."""
+def outcome(tree: Path, tests: list[str]) -> str:
+    """What becomes of the tests in a copy of the tree."""
     if (pid := os.fork()) == 0:
         try:
             _run_tests(tree, tests)
         finally:
             os._exit(1)
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + WAITING
     while time.monotonic() < end:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
-            return status == 0
+            return "slow" if os.WIFSIGNALED(status) else "killed" if status else "SURVIVED"
         time.sleep(0.05)
     os.killpg(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    return False
+    return "slow"
 
 
 def main() -> None:
@@ -178,7 +182,7 @@ def main() -> None:
     drawn = [(path, *mutation) for path in files for mutation in mutations(path)]
     print(f"{len(drawn)} places in {len(files)} files", flush=True)
     random.Random(args.seed).shuffle(drawn)
-    end, results = time.monotonic() + 60 * args.minutes, []
+    end, results = time.monotonic() + 60 * args.minutes, Counter[str]()
     with tempfile.TemporaryDirectory() as name:
         tree = Path(name) / "tree"
         ignored = shutil.ignore_patterns(".*", "__pycache__", "runs", "dist", "build")
@@ -188,11 +192,10 @@ def main() -> None:
                 break
             there = tree / path.relative_to(ROOT)
             there.write_text(text)
-            results.append(survives(tree, tests_of(path)))
+            results[result := outcome(tree, tests_of(path))] += 1
             shutil.copy(path, there)
-            outcome = "SURVIVED" if results[-1] else "killed"
-            print(f"{outcome:8} {path.relative_to(source)}:{line}  {change}", flush=True)
-    print(f"{len(results)} sampled, {len(results) - sum(results)} killed, {sum(results)} survived")
+            print(f"{result:8} {path.relative_to(source)}:{line}  {change}", flush=True)
+    print(", ".join(f"{count} {result}" for result, count in results.items()))
 
 
 if __name__ == "__main__":

@@ -22,10 +22,6 @@ LEARNERS = [Wanda(), Wanda(swap=True, refit=True), RIA(), SparseGPT(), ALPS()]
 NAMES = ["wanda", "wanda-refit", "ria", "sparsegpt", "alps"]
 
 
-def close(mine, theirs, tolerance=1e-9):
-    torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
-
-
 def problem(rows, cols, seed=0, zeros=0.0, dead=0, samples=None):
     """Weights, some of them zero, and the Gram statistic of correlated inputs, some of them dead."""
     generator = torch.Generator().manual_seed(seed)

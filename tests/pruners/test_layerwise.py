@@ -12,8 +12,9 @@ from prunus import ALPS, RI, RIA, Magnitude, SparseGPT, Wanda
 from tests.distributed.workers import batches as split_batches
 from tests.distributed.workers import net, wrapped
 from tests.helpers.training import same, snapshot
-from tests.oracles.inputs import LEARNERS, NAMES, close
+from tests.oracles.inputs import LEARNERS, NAMES
 from tests.oracles.layerwise import input_rows, inputs_of, output_error
+from tests.oracles.pruning import close
 
 # whole models
 

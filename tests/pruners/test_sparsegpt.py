@@ -11,8 +11,9 @@ from prunus import SparseGPT
 from prunus.solvers import column_sweep
 from prunus.solvers.selection import keep_all_but_lowest, keep_all_but_lowest_of_rows
 
-from tests.oracles.inputs import DAMP, FEW, SEEDS, close, measured, problem, solve
+from tests.oracles.inputs import DAMP, FEW, SEEDS, measured, problem, solve
 from tests.oracles.layerwise import damped
+from tests.oracles.pruning import close
 from tests.oracles.second_order import column_loop, quadratic
 from tests.oracles.second_order import upper_factor as slow_upper_factor
 

@@ -12,9 +12,10 @@ from prunus.pruners.ria import relative_importance
 from prunus.solvers.selection import keep_all_but_lowest_of_rows
 from prunus.stats import InputNorm
 
-from tests.oracles.inputs import FEW, SEEDS, WHOLE, close, measured, problem, scores
+from tests.oracles.inputs import FEW, SEEDS, WHOLE, measured, problem, scores
 from tests.oracles.layerwise import best_row_mask
 from tests.oracles.layerwise import relative_importance as slow_relative_importance
+from tests.oracles.pruning import close
 
 # scores
 
