@@ -130,19 +130,20 @@ def target_of(*modifiers):
     return target
 
 
-def trained(path, width=None, **variables):
+def trained(path, width=None, steps=STEPS, **variables):
     """The session of a whole training run by the recipe, and the learning rate of each step."""
     model, calibration = setting(path, width)
-    return trained_from(model, calibration, path, prunus.Recipe.load(path, **variables))
+    recipe = prunus.Recipe.load(path, **variables)
+    return trained_from(model, calibration, path, recipe, steps)
 
 
-def trained_from(model, calibration, path, recipe):
+def trained_from(model, calibration, path, recipe, steps=STEPS):
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     rates = []
     with prunus.attach(
-        model, optimizer, recipe, steps_per_epoch=STEPS, epochs=EPOCHS, calibration=calibration
+        model, optimizer, recipe, steps_per_epoch=steps, epochs=EPOCHS, calibration=calibration
     ) as session:
-        for _ in range(STEPS * EPOCHS):
+        for _ in range(steps * EPOCHS):
             x, y = batch_of(path)
             nn.functional.cross_entropy(model(x), y).backward()
             optimizer.step()
@@ -165,7 +166,8 @@ PATTERNS = ("1:4", "1:8", "1:16", "1:32", "2:4")
 @recipes(NM)
 def test_every_recipe_of_nm_training_ends_at_every_pattern(path, pattern):
     whole = "qkv_pattern" in path.read_text()
-    session, _ = trained(path, 32, pattern=pattern, **({"qkv_pattern": "2:4"} if whole else {}))
+    more = {"qkv_pattern": "2:4"} if whole else {}
+    session, _ = trained(path, 32, steps=2, pattern=pattern, **more)
     fed = [name for name in session.masks if "mlp.fc" in name]
     fused = [name for name in session.masks if "attn.qkv" in name]
     assert len(fed) + len(fused) == len(session.masks)
