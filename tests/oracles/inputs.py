@@ -9,6 +9,8 @@ from prunus.core.patterns import parse_pattern
 from prunus.core.ranks import Ranks
 from prunus.stats import InputGram
 
+from tests.oracles.gram_layers import inputs_of
+
 FEW = settings(deadline=None, max_examples=25)
 
 SEEDS = st.integers(0, 99)
@@ -24,12 +26,7 @@ NAMES = ["wanda", "wanda-refit", "ria", "sparsegpt", "alps"]
 
 def problem(rows, cols, seed=0, zeros=0.0, dead=0, samples=None):
     """Weights, some of them zero, and the Gram statistic of correlated inputs, some of them dead."""
-    generator = torch.Generator().manual_seed(seed)
-    w = torch.randn(rows, cols, generator=generator, dtype=torch.float64)
-    w *= torch.rand(rows, cols, generator=generator) >= zeros
-    x = torch.randn(samples or cols + 5, cols, generator=generator, dtype=torch.float64)
-    x = x @ torch.randn(cols, cols, generator=generator, dtype=torch.float64)
-    x[:, torch.randperm(cols, generator=generator)[:dead]] = 0
+    w, x, _ = inputs_of(rows, cols, seed, samples, zeros, dead)
     return w, measured(x)
 
 
