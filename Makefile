@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test mutants lint docs clean
 
 # one environment for all targets, rebuilt when the dependencies change
 $(VENV)/.ready: pyproject.toml
@@ -15,6 +15,10 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n auto
+
+# faults put into the code: prints which of them no test finds
+mutants: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants --minutes 15
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -2,13 +2,12 @@
 
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.oracles.pruning import SINGLE
+from tests.helpers.programs import run_script
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -26,9 +25,7 @@ def test_code_blocks_run(page, tmp_path):
     script = tmp_path / "page.py"
     # a main guard, because some pages start worker processes that import the script
     script.write_text("\n".join(blocks(page)))
-    done = subprocess.run(
-        [sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True, env=SINGLE
-    )
+    done = run_script(script, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

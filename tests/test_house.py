@@ -88,6 +88,34 @@ def test_third_parties_live_where_they_belong(path):
         assert names <= {*sys.stdlib_module_names, "torch", "numpy", "prunus"}
 
 
+def underscored(name):
+    return name.startswith("_") and not name.endswith("__")
+
+
+def private_names():
+    """What our modules, classes and objects keep to themselves."""
+    for path in SRC.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = getattr(node, "name", None) or getattr(node, "attr", None)
+            if isinstance(name, str) and underscored(name):
+                yield name
+
+
+def test_programs_use_public_names_only():
+    research = Path(__file__).parents[1] / "research"
+    trees = {path: ast.parse(path.read_text()) for path in research.rglob("*.py")}
+    nodes = [node for tree in trees.values() for node in ast.walk(tree)]
+    defined = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    private = set(private_names()) - defined
+    for path, tree in trees.items():
+        for name in imports(path):
+            if name.startswith("prunus."):
+                assert not any(map(underscored, name.split("."))), f"{path.name}: {name}"
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and node.attr in private:
+                assert ast.unparse(node.value) in ("self", "torch"), f"{path.name}: {node.attr}"
+
+
 def test_tests_lie_as_the_code_does():
     tests = Path(__file__).parent
     beside = {"oracles", "helpers", "distributed", "research"}
@@ -100,8 +128,9 @@ def test_tests_lie_as_the_code_does():
 def test_importing_the_package_imports_no_extra():
     code = "import prunus, prunus.cli.main, sys; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = {name.split(".")[0] for name in done.stdout.split()}
-    assert not loaded & EXTRAS
+    loaded = set(done.stdout.split())
+    assert not {name.split(".")[0] for name in loaded} & EXTRAS
+    assert "torch._dynamo" not in loaded  # nor what takes longer than all of ours
 
 
 def test_the_package_is_typed():

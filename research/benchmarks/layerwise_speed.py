@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from prunus.core.patterns import NM, Pattern, parse_pattern
-from prunus.pruners._stripes import choice, stripe_counts
-from prunus.solvers.column_sweep import PANEL, STRIPE, sweep_columns, upper_factor
+from prunus.solvers.column_sweep import PANEL, STRIPE, Choose, sweep_columns, upper_factor
+from prunus.solvers.column_sweep_numpy import Groups
 from prunus.solvers.least_squares import relative_error
 from prunus.solvers.selection import keep_all_but_lowest
 
@@ -54,6 +54,14 @@ def published_sweep(w: Tensor, u: Tensor, pattern: Pattern) -> Tensor:
     return w
 
 
+def chooser(w: Tensor, pattern: Pattern) -> tuple[Choose, int]:
+    """How the sweep chooses masks of a layer without zeros, and every how many columns."""
+    if isinstance(pattern, NM):
+        alive, useless = torch.ones_like(w, dtype=torch.bool), torch.zeros_like(w[0]).bool()
+        return Groups(pattern.n, pattern.m, alive, useless), pattern.m
+    return lambda scores, *_: keep_all_but_lowest(scores, scores.numel() // 2), STRIPE
+
+
 def layer(rows: int, cols: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
     """Weights, Gram matrix and factor, of inputs that are correlated and of uneven scale."""
     torch.manual_seed(0)
@@ -69,11 +77,9 @@ def layer(rows: int, cols: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
 def bench(rows: int, cols: int, name: str, args: argparse.Namespace) -> Row:
     w, gram, u = layer(rows, cols, args.device)
     pattern = parse_pattern(name)
-    counts = stripe_counts([w], w.numel() // 2, lambda t: t)[0]
-    nothing = torch.zeros(cols, dtype=torch.bool, device=args.device)
-    choose, every = choice(pattern, w != 0, nothing, counts, keep_all_but_lowest)
-    mine, theirs = sweep_columns(w, u, choose, every)[0], published_sweep(w, u, pattern)
-    errors = relative_error(w, mine, gram), relative_error(w, theirs, gram)
+    choose, every = chooser(w, pattern)
+    new, published = sweep_columns(w, u, choose, every)[0], published_sweep(w, u, pattern)
+    errors = relative_error(w, new, gram), relative_error(w, published, gram)
     assert abs(errors[0] / errors[1] - 1) < 1e-2, errors
     return compare(
         f"{rows}x{cols}, {name}",

@@ -55,6 +55,21 @@ def test_fill_is_proportional_between_its_bounds(rows, data):
         assert max(free) - min(free) <= slack + 1e-6
 
 
+@pytest.mark.parametrize(
+    ("shares", "low", "high", "total", "expected"),
+    [
+        ((1, 1, 1), (0, 0, 0), (9, 9, 9), 5, [2, 2, 1]),
+        ((1, 1, 1, 1), (0, 0, 0, 0), (9, 9, 9, 9), 9, [3, 2, 2, 2]),
+        ((1, 3), (0, 0), (9, 9), 2, [1, 1]),
+        ((2, 1, 1), (0, 0, 0), (9, 9, 9), 2, [1, 1, 0]),
+        ((1, 1, 1), (0, 0, 0), (1, 9, 9), 6, [1, 3, 2]),
+        ((1, 1, 1), (0, 4, 0), (9, 9, 9), 7, [2, 4, 1]),
+    ],
+)
+def test_of_equal_remainders_the_first_get_the_rest(shares, low, high, total, expected):
+    assert fill(shares, low, high, total) == expected
+
+
 @given(problems(), st.floats(0, 1))
 @settings(deadline=None)
 def test_uniform_is_within_one_unit_in_each_layer_and_zeros_stay(units, target):

@@ -9,6 +9,7 @@ import prunus
 from prunus.engine import step as engine
 
 from tests.helpers.toy_pruner import Toy
+from tests.helpers.training import same, snapshot
 from tests.oracles.pruning import global_keep, small_cnn, small_mlp
 
 RECIPE = """
@@ -20,14 +21,6 @@ modifiers:
       window: {from: 1ep, to: 5ep}
   - learning_rate: {to: 0.1}
 """
-
-
-def snapshot(model):
-    return {name: t.clone() for name, t in model.state_dict().items()}
-
-
-def same(model, before):
-    return all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.933])

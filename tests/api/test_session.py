@@ -11,6 +11,7 @@ from torch import nn
 
 import prunus
 
+from tests.helpers.training import train
 from tests.oracles.pruning import small_cnn, small_mlp
 
 AT_ONCE = "modifiers:\n  - prune: {sparsity: 0.75}\n"
@@ -20,14 +21,6 @@ modifiers:
       sparsity: {from: 0.2, to: 0.8, curve: cubic}
       window: {from: 2step, to: 10step, every: 4step}
 """
-
-
-def train(model, optimizer, steps, batches=None):
-    for i in range(steps):
-        x = torch.randn(4, 8) if batches is None else batches[i]
-        model(x).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 def zeros(model, names=("0.weight", "2.weight")):
@@ -130,6 +123,26 @@ def test_a_step_that_gradscaler_skips_does_not_count(fused):
         counts.append((session.step, zeros(model) > 0))
     session.close()
     assert counts == [(1, False), (1, False), (2, True), (3, True)]
+
+
+@pytest.mark.parametrize("masking", ["sr_ste", "{name: mdgf, decay: exponential, gradient: ste}"])
+def test_a_step_that_a_fused_optimizer_skips_leaves_the_masked_weights_in_place(masking):
+    """Before the step the dense weights are put into the parameters, and no step follows."""
+    model, x = small_mlp(), torch.randn(4, 8)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    recipe = f"modifiers: [prune: {{pattern: 2:4, masking: {masking}, window: {{to: 9step}}}}]"
+    with prunus.attach(model, optimizer, recipe) as session:
+        for skipped in (False, False, True, True, False):
+            before = {name: p.detach().clone() for name, p in model.named_parameters()}
+            scaler.scale(model(x).square().mean() * (torch.inf if skipped else 1)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            for name in session.masks:
+                assert torch.equal(model.get_parameter(name), before[name]) == skipped
+            assert session.step == 2 if skipped else session.step > 0
+        assert session.step == 3
 
 
 def test_gradient_accumulation_counts_optimizer_steps():

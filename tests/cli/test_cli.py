@@ -1,6 +1,5 @@
 import json
 import re
-import subprocess
 import sys
 
 import pytest
@@ -8,6 +7,8 @@ import torch
 
 import prunus
 from prunus.cli import main as cli
+
+from tests.helpers.programs import run_module
 
 RECIPE = """
 variables: {sparsity: 0.9}
@@ -17,6 +18,8 @@ modifiers:
       window: {from: 1ep, to: 4ep}
   - learning_rate: {curve: cosine, from: 0.1, to: 0.01}
 """
+CHECK = ["check", "r.yaml", "--model", "user_module:build"]
+CHECK += ["--steps-per-epoch", "10", "--epochs", "5"]
 MODULE = """
 import torch
 from tests.oracles.pruning import small_mlp
@@ -133,16 +136,7 @@ def test_show_prints_settings_with_their_meaning(run):
 
 
 def test_check_prints_layers_times_and_memory(run):
-    code, screen, _ = run(
-        "check",
-        "r.yaml",
-        "--model",
-        "user_module:build",
-        "--steps-per-epoch",
-        "10",
-        "--epochs",
-        "5",
-    )
+    code, screen, _ = run(*CHECK)
     assert code == 0
     for text in ("2 layers", "32x8", "0.3000", "0.9000", "40", "left dense: 4", "memory: masks"):
         assert text in screen
@@ -168,18 +162,7 @@ def test_thirds_are_printed_by_name(run):
 
 
 def test_check_reads_variables(run):
-    _, screen, _ = run(
-        "check",
-        "r.yaml",
-        "--model",
-        "user_module:build",
-        "--steps-per-epoch",
-        "10",
-        "--epochs",
-        "5",
-        "--set",
-        "sparsity=0.5",
-    )
+    _, screen, _ = run(*CHECK, "--set", "sparsity=0.5")
     assert "0.5000" in screen
     assert "0.9000" not in screen
 
@@ -351,8 +334,6 @@ def test_a_mistake_is_one_line_and_no_traceback(run, arguments, message):
 
 
 def test_the_command_is_installed():
-    done = subprocess.run(
-        [sys.executable, "-m", "prunus", "--help"], capture_output=True, text=True
-    )
+    done = run_module("prunus", "--help")
     assert done.returncode == 0
     assert "check" in done.stdout

@@ -1,14 +1,7 @@
-"""Training on two ranks, of which the second fails; started by torchrun.
+"""Training on two ranks, of which the second fails."""
 
-    python -m torch.distributed.run --standalone --nproc-per-node 2 tests/failing_rank.py fsdp loss
-
-The first argument is as in `distributed_workers.wrapped`, the second says where it fails: in the
-``loss`` or the ``update`` of a Fisher matrix in the middle of its collection, or in the loop,
-``between`` two steps.
-"""
-
-import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -49,9 +42,15 @@ def failing(update: Callable[..., None], fails: Fails) -> Callable[..., None]:
     return failing_update
 
 
-def main() -> None:
-    how, where = sys.argv[1:]
-    dist.init_process_group("gloo")
+def train(rank: int, how: str, where: str, folder: Path) -> None:
+    """``how`` is as in `workers.wrapped`; ``where`` it fails: in the ``loss`` or the ``update`` of
+    a Fisher matrix in the middle of its collection, or in the loop, ``between`` two steps.
+
+    Leaves a file in the folder if it comes to the end.
+    """
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    torch.set_num_threads(1)
     in_loss, in_loop = Fails(where == "loss"), Fails(where == "between")
     BlockFisher.update = failing(BlockFisher.update, Fails(where == "update"))  # type: ignore[method-assign]
 
@@ -68,8 +67,4 @@ def main() -> None:
             nn.functional.mse_loss(model(x), y).backward()
             optimizer.step()
             optimizer.zero_grad()
-    print("trained to the end")
-
-
-if __name__ == "__main__":
-    main()
+    (folder / f"finished{rank}").touch()

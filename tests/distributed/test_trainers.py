@@ -1,11 +1,13 @@
-"""Two processes of torchrun: other people's trainers beside a plain loop, and ranks that fail."""
+"""Two processes: other people's trainers beside a plain loop, and ranks that fail."""
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch.multiprocessing import ProcessRaisedException, start_processes
 
 from prunus.report.records import read_records
 
@@ -16,17 +18,22 @@ from tests.oracles.pruning import SINGLE
 PATIENCE = 200  # seconds until processes that do not end count as hanging
 
 
-def torchrun(script, *args):
-    """The finished process of a script on two ranks."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, "--nproc-per-node", "2", str(script), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, env=SINGLE, timeout=PATIENCE)
-
-
 @pytest.fixture(scope="module")
 def one():
     """What one process makes of all the data, without a trainer."""
     return workers.outcome(workers.by_loop(Path(), 0, 1))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder where two processes of torchrun leave what each installed trainer makes."""
+    folder = tmp_path_factory.mktemp("trainers")
+    installed = [name for name in workers.TRAINERS if importlib.util.find_spec(name)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*launcher, "--nproc-per-node", "2", workers.__file__, str(folder), *installed]
+    done = subprocess.run(command, capture_output=True, text=True, env=SINGLE, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
 
 
 def told(events):
@@ -34,19 +41,20 @@ def told(events):
 
 
 @pytest.mark.parametrize("trainer", workers.TRAINERS)
-def test_two_processes_prune_and_train_as_one_does(trainer, one, tmp_path):
-    pytest.importorskip(trainer)
-    done = torchrun(workers.__file__, trainer, tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_two_processes_prune_and_train_as_one_does(trainer, one, trained):
+    if not importlib.util.find_spec(trainer):
+        pytest.skip(f"{trainer} is not installed")
     for rank in range(2):
-        answer = torch.load(tmp_path / f"rank{rank}.pt", weights_only=False)
+        answer = torch.load(trained / trainer / f"rank{rank}.pt", weights_only=False)
         assert answer["masks"].keys() == one["masks"].keys()
         for name, mask in one["masks"].items():
             assert torch.equal(answer["masks"][name], mask), name
         for name, weight in one["weights"].items():
             torch.testing.assert_close(answer["weights"][name], weight, rtol=1e-9, atol=1e-11)
         assert told(answer["events"]) == told(one["events"])
-    written = [event for event in read_records(tmp_path / "records") if event["event"] == "prune"]
+    written = [
+        event for event in read_records(trained / trainer / "records") if event["event"] == "prune"
+    ]
     assert told(written) == told(one["events"])
 
 
@@ -54,8 +62,8 @@ def test_two_processes_prune_and_train_as_one_does(trainer, one, tmp_path):
 @pytest.mark.parametrize(
     ("how", "where"), [("fsdp", "loss"), ("ddp", "update"), ("fsdp", "between")]
 )
-def test_a_rank_that_fails_ends_the_run_with_its_message(how, where):
-    done = torchrun(failing_rank.__file__, how, where)
-    assert done.returncode != 0
-    assert "ArithmeticError: out of luck" in done.stderr
-    assert "trained to the end" not in done.stdout
+def test_a_rank_that_fails_ends_the_run_with_its_message(how, where, tmp_path):
+    args = how, where, tmp_path
+    with pytest.raises(ProcessRaisedException, match="ArithmeticError: out of luck"):
+        start_processes(failing_rank.train, args, nprocs=2, start_method="forkserver")
+    assert not list(tmp_path.glob("finished*"))

@@ -1,9 +1,10 @@
 """The same training in three people's trainers, on however many processes, and in a plain loop.
 
-    python -m torch.distributed.run --standalone --nproc-per-node 2 tests/trainer_workers.py \
-        lightning DIRECTORY
+    python -m torch.distributed.run --standalone --nproc-per-node 2 \
+        tests/distributed/trainer_workers.py DIRECTORY accelerate lightning
 
-Rank r writes masks, weights and records to ``DIRECTORY/rank{r}.pt``. Each rank trains on its part
+The trainers take turns in the same processes, because starting these is most of the work. Rank r
+writes masks, weights and records to ``DIRECTORY/TRAINER/rank{r}.pt``. Each rank trains on its part
 of every global batch and calibrates on batches of its own.
 """
 
@@ -213,9 +214,12 @@ def outcome(session: prunus.Session) -> dict[str, Any]:
 
 
 def main() -> None:
-    how, directory = sys.argv[1], Path(sys.argv[2])
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    torch.save(outcome(TRAINERS[how](directory, rank, world_size)), directory / f"rank{rank}.pt")
+    for trainer in sys.argv[2:]:
+        directory = Path(sys.argv[1]) / trainer
+        directory.mkdir(parents=True, exist_ok=True)
+        answer = outcome(TRAINERS[trainer](directory, rank, world_size))
+        torch.save(answer, directory / f"rank{rank}.pt")
 
 
 if __name__ == "__main__":

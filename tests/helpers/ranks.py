@@ -1,7 +1,6 @@
 """Processes that stay alive over many tests, because starting one takes seconds."""
 
 import io
-import multiprocessing
 import traceback
 import warnings
 from collections.abc import Callable
@@ -10,6 +9,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from tests.helpers.programs import FORKS
 
 PATIENCE = 60  # seconds until a rank that does not answer counts as hanging
 
@@ -51,13 +52,12 @@ class RankProcesses:
         self.begun = 0
 
     def _start(self) -> None:
-        spawn = multiprocessing.get_context("spawn")
         store = self.directory / f"store{self.begun}"
         self.begun += 1
         for rank in range(self.world_size):
-            pipe, theirs = spawn.Pipe()
+            pipe, theirs = FORKS.Pipe()
             args = (rank, self.world_size, store, theirs)
-            process = spawn.Process(target=_serve, args=args, daemon=True)
+            process = FORKS.Process(target=_serve, args=args, daemon=True)
             process.start()
             self.processes.append(process)
             self.pipes.append(pipe)

@@ -7,7 +7,7 @@ from torch import nn
 pytest.importorskip("timm")
 
 import timm
-from timm.optim import create_optimizer_v2
+from timm.optim import Lookahead, create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 
@@ -113,3 +113,16 @@ def test_the_default_layers_of_a_timm_model_spare_the_stem_and_the_head():
         session.optimizer.step()
     assert len(session.masks) == 8
     assert not any(name.startswith(("patch_embed", "head")) for name in session.masks)
+
+
+def test_timms_lookahead_is_counted_and_its_slow_weights_are_masked():
+    model = vit()
+    optimizer = Lookahead(make_optimizer(model), k=2)
+    with prunus.attach(model, optimizer, AT_ONCE) as session:
+        for step in range(1, 6):
+            model(torch.randn(2, 3, 16, 16)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert session.step == step
+            assert all((model.get_parameter(n)[~m] == 0).all() for n, m in session.masks.items())
+    assert session.sparsity == pytest.approx(0.5, abs=1e-3)

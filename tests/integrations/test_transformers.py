@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.helpers import toy_pruner  # noqa: F401 (registers a pruner that needs data)
+from tests.helpers.training import same
 
 pytest.importorskip("transformers")
 
@@ -115,11 +116,6 @@ def hooks(optimizer):
 def masked_are_zero(model, session):
     parameters = dict(model.named_parameters())
     return all((parameters[name][~mask] == 0).all() for name, mask in session.masks.items())
-
-
-def same(one, other):
-    one, other = one.state_dict(), other.state_dict()
-    return all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize(("model", "train"), [(bert, data), (gpt2, text)], ids=["bert", "gpt2"])

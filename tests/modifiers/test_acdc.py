@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 import prunus
 from prunus import Recipe
@@ -15,25 +14,9 @@ from prunus.modifiers.nm.maskings import SRSTE
 from prunus.modifiers.schedules import Schedule
 from prunus.modifiers.timing import Timeline, Window
 
+from tests.helpers.training import sgd, train, two_layers
+
 PER_EPOCH = 3
-
-
-def net(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
-
-
-def sgd(model):
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-
-
-def train(model, optimizer, steps, seed=1, after=lambda step: None):
-    generator = torch.Generator().manual_seed(seed)
-    for step in range(1, steps + 1):
-        optimizer.zero_grad()
-        model(torch.randn(8, 8, generator=generator)).square().mean().backward()
-        optimizer.step()
-        after(step)
 
 
 def modifier(sparsity=0.75, begin=1, end=9, every=2, **settings):
@@ -42,7 +25,7 @@ def modifier(sparsity=0.75, begin=1, end=9, every=2, **settings):
 
 
 def bound(acdc):
-    model = net()
+    model = two_layers()
     return acdc.bind(Context(model, sgd(model), Timeline(PER_EPOCH)))
 
 
@@ -79,7 +62,7 @@ def largest(weights, sparsity):
 
 @pytest.mark.parametrize("reset", [True, False])
 def test_training_equals_the_algorithm_step_for_step(reset):
-    mine, theirs = net(), net()
+    mine, theirs = two_layers(), two_layers()
     optimizer = sgd(mine)
     recipe = Recipe((modifier(reset_momentum=reset),))
     steps = 10 * PER_EPOCH
@@ -104,9 +87,9 @@ def test_training_equals_the_algorithm_step_for_step(reset):
                 w.mul_(mask)
                 plain.state[w]["momentum_buffer"].mul_(mask)
 
-    train(theirs, plain, steps, after=alternate)
+    train(theirs, plain, steps, after=alternate, seed=1)
     with prunus.attach(mine, optimizer, recipe, steps_per_epoch=PER_EPOCH) as session:
-        train(mine, optimizer, steps)
+        train(mine, optimizer, steps, seed=1)
     for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(a, b)
     assert session.sparsity == 0.75
@@ -115,7 +98,7 @@ def test_training_equals_the_algorithm_step_for_step(reset):
 
 
 def test_weights_come_back_in_dense_phases_only():
-    model = net()
+    model = two_layers()
     optimizer = sgd(model)
     session = prunus.attach(model, optimizer, Recipe((modifier(),)), steps_per_epoch=PER_EPOCH)
     zeros = {}
@@ -123,7 +106,7 @@ def test_weights_come_back_in_dense_phases_only():
     def count(step):
         zeros[step] = sum(int((model[i].weight == 0).sum()) for i in (0, 2))
 
-    train(model, optimizer, 10 * PER_EPOCH, after=count)
+    train(model, optimizer, 10 * PER_EPOCH, after=count, seed=1)
     session.close()
     for step, count_ in zeros.items():
         pruned = 3 <= step // PER_EPOCH < 5 or step // PER_EPOCH >= 7
@@ -141,15 +124,15 @@ def test_resuming_equals_the_uninterrupted_run(stop):
     def attach(model, optimizer):
         return prunus.attach(model, optimizer, recipe, steps_per_epoch=PER_EPOCH)
 
-    whole = net()
+    whole = two_layers()
     optimizer = sgd(whole)
     with attach(whole, optimizer):
-        train(whole, optimizer, stop)
+        train(whole, optimizer, stop, seed=1)
         train(whole, optimizer, steps - stop, seed=2)
-    parted = net()
+    parted = two_layers()
     optimizer = sgd(parted)
     session = attach(parted, optimizer)
-    train(parted, optimizer, stop)
+    train(parted, optimizer, stop, seed=1)
     state, momentum = session.state_dict(), copy.deepcopy(optimizer.state_dict())
     again = copy.deepcopy(parted)
     optimizer = sgd(again)
@@ -162,15 +145,15 @@ def test_resuming_equals_the_uninterrupted_run(stop):
 
 
 def test_closing_early_leaves_a_pruned_model():
-    model = net()
+    model = two_layers()
     optimizer = torch.optim.Adam(model.parameters())
     with prunus.attach(model, optimizer, Recipe((modifier(),)), steps_per_epoch=PER_EPOCH):
-        train(model, optimizer, 16)  # in the second dense phase
+        train(model, optimizer, 16, seed=1)  # in the second dense phase
     assert sum(int((model[i].weight == 0).sum()) for i in (0, 2)) == 144
 
 
 def test_a_finished_model_is_pruned_at_once():
-    model = net()
+    model = two_layers()
     prunus.prune(model, Recipe((modifier(),)))
     assert sum(int((model[i].weight == 0).sum()) for i in (0, 2)) == 144
 

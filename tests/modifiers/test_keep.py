@@ -12,6 +12,7 @@ import prunus
 
 from tests.distributed import workers
 from tests.distributed.workers import batches, net, outcome, whole_masks, whole_state, wrapped
+from tests.helpers.training import train
 from tests.oracles.pruning import nm_keep, small_cnn, small_mlp
 
 KEEP = "modifiers:\n  - keep: {}\n"
@@ -30,14 +31,6 @@ def sparse_mlp(pattern=None):
     return model
 
 
-def train(model, optimizer, steps, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        model(torch.randn(4, 8, generator=generator)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
 @pytest.mark.parametrize("pattern", [None, "2:4"])
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_training_is_that_of_a_loop_that_zeroes_the_same_weights_by_hand(make, pattern):
@@ -48,7 +41,7 @@ def test_training_is_that_of_a_loop_that_zeroes_the_same_weights_by_hand(make, p
     }
     mine, theirs = make(kept.parameters()), make(by_hand.parameters())
     with prunus.attach(kept, mine, KEEP) as session:
-        train(kept, mine, 5)
+        train(kept, mine, 5, seed=0)
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
         by_hand(torch.randn(4, 8, generator=generator)).square().mean().backward()
@@ -69,7 +62,7 @@ def test_weights_may_be_loaded_between_attaching_and_the_first_step():
     with prunus.attach(model, optimizer, KEEP) as session:
         assert not session.masks
         model.load_state_dict(sparse)
-        train(model, optimizer, 2)
+        train(model, optimizer, 2, seed=0)
     for name in ("0.weight", "2.weight"):
         assert torch.equal(model.get_parameter(name) != 0, sparse[name] != 0)
 
@@ -80,7 +73,7 @@ def test_a_model_without_zeros_is_refused_before_anything_is_trained():
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     session = prunus.attach(model, optimizer, KEEP)
     with pytest.raises(ValueError, match="'keep' found no zero in 0 .*load the sparse weights"):
-        train(model, optimizer, 1)
+        train(model, optimizer, 1, seed=0)
     session.close(finish=False)
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
@@ -94,7 +87,7 @@ def test_layers_without_zeros_are_named_and_train_dense(caplog):
         caplog.at_level(logging.WARNING, "prunus"),
         prunus.attach(model, optimizer, KEEP) as session,
     ):
-        train(model, optimizer, 1)
+        train(model, optimizer, 1, seed=0)
     assert list(session.masks) == ["0.weight"]
     assert "no zeros in 2; trained as dense layers" in caplog.text
 
@@ -113,7 +106,7 @@ def test_layers_are_chosen_as_for_pruning(settings, expected):
         model[4].weight[0] = 0
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with prunus.attach(model, optimizer, f"modifiers:\n  - keep: {settings}\n") as session:
-        train(model, optimizer, 1)
+        train(model, optimizer, 1, seed=0)
     assert set(session.masks) == expected
 
 
@@ -127,7 +120,7 @@ def test_a_window_takes_the_zeros_at_its_beginning_and_lets_them_train_after_its
             if step == 2:
                 with torch.no_grad():
                     model[0].weight[:, 0] = 0
-            train(model, optimizer, 1, step)
+            train(model, optimizer, 1, seed=step)
             zeros.append([int((model[i].weight == 0).sum()) for i in (0, 2)])
             if step == 3:
                 assert session.sparsity == 0
@@ -146,7 +139,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit():
                 optimizer.load_state_dict(saved[1])
                 session.load_state_dict(saved[2])
             for step in range(done, stop):
-                train(model, optimizer, 1, step)
+                train(model, optimizer, 1, seed=step)
             done = stop
             saved = model.state_dict(), optimizer.state_dict(), session.state_dict()
             session.close(finish=False)
@@ -171,9 +164,9 @@ def test_pruning_goes_on_from_what_was_kept():
     recipe = KEEP + "  - prune: {sparsity: 0.9, window: {from: 3step}}\n"
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with prunus.attach(model, optimizer, recipe) as session:
-        train(model, optimizer, 2)
+        train(model, optimizer, 2, seed=0)
         assert all(torch.equal(model.get_parameter(n) == 0, z) for n, z in zero.items())
-        train(model, optimizer, 3)
+        train(model, optimizer, 3, seed=0)
     assert session.sparsity == pytest.approx(0.9, abs=2e-3)
     assert all((model.get_parameter(n)[z] == 0).all() for n, z in zero.items())
 
@@ -187,7 +180,7 @@ modifiers:
 """
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with prunus.attach(model, optimizer, recipe) as session:
-        train(model, optimizer, 6)
+        train(model, optimizer, 6, seed=0)
     rows = model[0].weight.detach().reshape(-1, 4)
     assert ((rows != 0).sum(1) == 2).all()
     assert set(session.masks) == {"0.weight", "2.weight"}
@@ -232,7 +225,7 @@ modifiers:
 def test_momentum_of_what_was_zero_is_zeroed_when_keeping_begins():
     model = sparse_mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    train(model, optimizer, 1)
+    train(model, optimizer, 1, seed=0)
     with torch.no_grad():
         model[0].weight[:, 0] = 0
     with prunus.attach(model, optimizer, 'modifiers:\n  - keep: {layers: ["0"]}\n'):

@@ -13,29 +13,13 @@ from prunus.modifiers import Context, MovementPruning
 from prunus.modifiers.schedules import Schedule
 from prunus.modifiers.timing import Window
 
+from tests.helpers.training import sgd, train, two_layers
+
 PER_EPOCH = 3
 
 
-def net(dtype=torch.float32):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
-    return model.to(dtype)
-
-
-def sgd(model):
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-
-
-def train(model, optimizer, steps, seed=1, before=lambda: None, after=lambda step: None):
-    generator = torch.Generator().manual_seed(seed)
-    dtype = model[0].weight.dtype
-    for step in range(1, steps + 1):
-        optimizer.zero_grad()
-        x = torch.randn(8, 8, generator=generator, dtype=torch.float64).to(dtype)
-        (model(x) - 1).square().mean().backward()
-        before()
-        optimizer.step()
-        after(step)
+def fit(model, optimizer, steps, seed=1, **more):
+    train(model, optimizer, steps, seed=seed, rows=8, target=1.0, **more)
 
 
 def modifier(**settings):
@@ -57,11 +41,11 @@ def zeros(layer):
 
 @pytest.mark.parametrize("allocator", ["uniform", "global"])
 def test_training_equals_the_scores_of_the_paper_step_for_step(allocator):
-    mine, theirs = net(torch.float64), net(torch.float64)
+    mine, theirs = two_layers(torch.float64), two_layers(torch.float64)
     chosen = as_allocator(allocator)
     optimizer = sgd(mine)
     session = attach(mine, optimizer, modifier(allocator=chosen))
-    train(mine, optimizer, 12)
+    fit(mine, optimizer, 12)
     session.close()
 
     plain, weights = sgd(theirs), [theirs[0].weight, theirs[2].weight]
@@ -93,7 +77,7 @@ def test_training_equals_the_scores_of_the_paper_step_for_step(allocator):
                 w.mul_(mask)
                 plain.state[w]["momentum_buffer"].mul_(mask)
 
-    train(theirs, plain, 12, before=score, after=prune)
+    fit(theirs, plain, 12, before=score, after=prune)
     for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -117,39 +101,39 @@ def test_what_shrinks_goes_even_if_it_is_large():
 
 @pytest.mark.parametrize("stop", [2, 5, 10])
 def test_resuming_equals_the_uninterrupted_run(stop):
-    whole = net()
+    whole = two_layers()
     optimizer = sgd(whole)
     with attach(whole, optimizer):
-        train(whole, optimizer, stop)
-        train(whole, optimizer, 12 - stop, seed=2)
-    parted = net()
+        fit(whole, optimizer, stop)
+        fit(whole, optimizer, 12 - stop, seed=2)
+    parted = two_layers()
     optimizer = sgd(parted)
     session = attach(parted, optimizer)
-    train(parted, optimizer, stop)
+    fit(parted, optimizer, stop)
     state, momentum = copy.deepcopy(session.state_dict()), copy.deepcopy(optimizer.state_dict())
     session.close(finish=False)
     optimizer = sgd(parted)
     with attach(parted, optimizer) as session:
         optimizer.load_state_dict(momentum)
         session.load_state_dict(state)
-        train(parted, optimizer, 12 - stop, seed=2)
+        fit(parted, optimizer, 12 - stop, seed=2)
     for a, b in zip(parted.parameters(), whole.parameters(), strict=True):
         assert torch.equal(a, b)
     assert session.runs[0].moved == {}
 
 
 def test_weights_of_half_precision_are_summed_in_single():
-    model = net(torch.bfloat16)
+    model = two_layers(torch.bfloat16)
     optimizer = sgd(model)
     session = attach(model, optimizer)
-    train(model, optimizer, 2)
+    fit(model, optimizer, 2)
     assert {t.dtype for t in session.runs[0].moved.values()} == {torch.float32}
-    train(model, optimizer, 8)
+    fit(model, optimizer, 8)
     assert (zeros(model[0]), zeros(model[2])) == (96, 48)
 
 
 def test_steps_that_a_scaler_skips_do_not_count_and_scales_are_taken_off():
-    model = net()
+    model = two_layers()
     optimizer = sgd(model)
     run = attach(model, optimizer).runs[0]
     weight = model[0].weight
@@ -165,13 +149,13 @@ def test_steps_that_a_scaler_skips_do_not_count_and_scales_are_taken_off():
 
 @pytest.mark.parametrize("pattern", ["row", "2:4", "4x1"])
 def test_patterns_are_met(pattern):
-    model = net()
+    model = two_layers()
     optimizer = sgd(model)
     sparsity = None if pattern == "2:4" else 0.5
     allocator = None if pattern == "2:4" else as_allocator("uniform")
     entry = modifier(sparsity=sparsity, pattern=pattern, allocator=allocator, window=Window("1ep"))
     with attach(model, optimizer, entry):
-        train(model, optimizer, 6)
+        fit(model, optimizer, 6)
     assert (zeros(model[0]), zeros(model[2])) == (64, 32)
 
 
@@ -179,12 +163,12 @@ def test_recipes_may_name_it_and_one_shot_runs_may_not():
     recipe = Recipe((modifier(),))
     assert Recipe.load(recipe.to_yaml()) == recipe
     with pytest.raises(ValueError, match="movement pruning watches training"):
-        prunus.prune(net(), recipe)
+        prunus.prune(two_layers(), recipe)
     with pytest.raises(ValueError, match="pruner 'magnitude' goes into an entry 'prune'"):
         modifier(pruner=prunus.Magnitude())
     with pytest.raises(ValueError, match="sequential and permute mean nothing"):
         modifier(sequential=True)
-    model = net()
+    model = two_layers()
     context = Context(model, torch.optim.SGD(model.parameters(), 0.1))
     run = MovementPruning(sparsity=0.5).bind(context)
     assert run.timetable() == [(0, "movement to unstructured, sparsity 0.5000")]

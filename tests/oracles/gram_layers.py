@@ -9,16 +9,21 @@ SEEDS = st.integers(0, 99)
 DTYPES = st.sampled_from([torch.float32, torch.float64])
 
 
-def problem(rows, cols, seed=0, samples=None, zeros=0.0, dead=0):
-    """Random weights, some of them zero, correlated inputs, `dead` of them zero, and a mask."""
+def inputs_of(rows, cols, seed=0, samples=None, zeros=0.0, dead=0):
+    """Random weights, some of them zero, correlated inputs, `dead` of them zero, and the source."""
     generator = torch.Generator().manual_seed(seed)
     w = torch.randn(rows, cols, generator=generator, dtype=torch.float64)
     w *= torch.rand(rows, cols, generator=generator) >= zeros
     x = torch.randn(samples or cols + 5, cols, generator=generator, dtype=torch.float64)
     x = x @ torch.randn(cols, cols, generator=generator, dtype=torch.float64)
     x[:, torch.randperm(cols, generator=generator)[:dead]] = 0
-    mask = torch.rand(rows, cols, generator=generator) < 0.5
-    return w, x.T @ x, mask
+    return w, x, generator
+
+
+def problem(rows, cols, seed=0, samples=None, zeros=0.0, dead=0):
+    """Those weights, the Gram matrix of the inputs, and a mask."""
+    w, x, generator = inputs_of(rows, cols, seed, samples, zeros, dead)
+    return w, x.T @ x, torch.rand(rows, cols, generator=generator) < 0.5
 
 
 def layer(cols, seed):

@@ -11,6 +11,11 @@ ROOT = Path(__file__).parents[2]
 SINGLE = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
 
 
+def close(actual, expected, tolerance=1e-9):
+    """Raises AssertionError unless all entries agree, absolutely and relatively."""
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
 def lowest(scores, k):
     """Positions of the k lowest of a flat list, of equal ones the first."""
     order = sorted(range(len(scores)), key=lambda i: (scores[i], i))

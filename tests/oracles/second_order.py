@@ -215,14 +215,6 @@ def watched(model, seen, fails_at=None, number=4):
     return prunus.Calibration(batches(number, model[0].in_features), forward=forward)
 
 
-def snapshot(model):
-    return [t.clone() for t in model.state_dict().values()]
-
-
-def same(model, before):
-    return all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before, strict=True))
-
-
 def gone_of(keep):
     return (~keep).nonzero().squeeze(1).tolist()
 

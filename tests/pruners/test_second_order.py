@@ -9,9 +9,10 @@ import torch
 
 import prunus
 
+from tests.helpers.training import same, snapshot
 from tests.oracles import second_order as slow
 from tests.oracles.pruning import global_keep, small_cnn
-from tests.oracles.second_order import batches, data_for, masked_gradients, mse, net, same, snapshot
+from tests.oracles.second_order import batches, data_for, masked_gradients, mse, net
 
 METHODS = {
     "obs": prunus.OBS(block_size=4, damp=1e-3),

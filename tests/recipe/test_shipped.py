@@ -2,8 +2,6 @@
 
 import functools
 import re
-import subprocess
-import sys
 
 import pytest
 import timm
@@ -18,7 +16,8 @@ from prunus.core.layers import all_layers
 from prunus.modifiers import Context
 from prunus.modifiers.timing import Timeline
 
-from tests.oracles.pruning import ROOT, SINGLE
+from tests.helpers.programs import run_module
+from tests.oracles.pruning import ROOT
 
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 STEPS, EPOCHS = 4, 5
@@ -132,19 +131,20 @@ def target_of(*modifiers):
     return target
 
 
-def trained(path, width=None, **variables):
+def trained(path, width=None, steps=STEPS, **variables):
     """The session of a whole training run by the recipe, and the learning rate of each step."""
     model, calibration = setting(path, width)
-    return trained_from(model, calibration, path, prunus.Recipe.load(path, **variables))
+    recipe = prunus.Recipe.load(path, **variables)
+    return trained_from(model, calibration, path, recipe, steps)
 
 
-def trained_from(model, calibration, path, recipe):
+def trained_from(model, calibration, path, recipe, steps=STEPS):
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     rates = []
     with prunus.attach(
-        model, optimizer, recipe, steps_per_epoch=STEPS, epochs=EPOCHS, calibration=calibration
+        model, optimizer, recipe, steps_per_epoch=steps, epochs=EPOCHS, calibration=calibration
     ) as session:
-        for _ in range(STEPS * EPOCHS):
+        for _ in range(steps * EPOCHS):
             x, y = batch_of(path)
             nn.functional.cross_entropy(model(x), y).backward()
             optimizer.step()
@@ -167,7 +167,8 @@ PATTERNS = ("1:4", "1:8", "1:16", "1:32", "2:4")
 @recipes(NM)
 def test_every_recipe_of_nm_training_ends_at_every_pattern(path, pattern):
     whole = "qkv_pattern" in path.read_text()
-    session, _ = trained(path, 32, pattern=pattern, **({"qkv_pattern": "2:4"} if whole else {}))
+    more = {"qkv_pattern": "2:4"} if whole else {}
+    session, _ = trained(path, 32, steps=2, pattern=pattern, **more)
     fed = [name for name in session.masks if "mlp.fc" in name]
     fused = [name for name in session.masks if "attn.qkv" in name]
     assert len(fed) + len(fused) == len(session.masks)
@@ -247,9 +248,8 @@ def test_every_recipe_says_what_it_is_for_and_is_short(path):
 
 
 def test_the_demo_prints_its_table_and_writes_its_report(tmp_path):
-    arguments = ["--output", str(tmp_path), "--epochs", "2", "--prune-epochs", "10"]
-    command = [sys.executable, "-m", "research.demo", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=SINGLE)
+    arguments = ["--output", str(tmp_path), "--epochs", "1", "--prune-epochs", "2"]
+    done = run_module("research.demo", *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [line.split("│") for line in done.stdout.splitlines() if line.startswith("│")]
     assert [row[1].strip() for row in rows] == [

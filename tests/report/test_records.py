@@ -10,6 +10,7 @@ import prunus
 from prunus.core.files import atomic_write
 from prunus.report.records import FILE, Recorder, read_records
 
+from tests.helpers.training import train
 from tests.oracles.pruning import small_mlp
 
 RECIPE = """
@@ -27,12 +28,8 @@ def start(**arguments):
     return model, optimizer, prunus.attach(model, optimizer, RECIPE, **arguments)
 
 
-def train(model, optimizer, session, steps):
-    for _ in range(steps):
-        model(torch.randn(4, 8)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        session.log(loss=session.step / 10)
+def log_steps(model, optimizer, session, steps):
+    train(model, optimizer, steps, after=lambda _: session.log(loss=session.step / 10))
 
 
 def steps_of(events, kind):
@@ -41,7 +38,7 @@ def steps_of(events, kind):
 
 def test_records_stream_while_training_goes_on(tmp_path):
     model, optimizer, session = start(output_dir=tmp_path)
-    train(model, optimizer, session, 3)
+    log_steps(model, optimizer, session, 3)
     events = read_records(tmp_path)
     assert steps_of(events, "prune") == [1, 3]
     assert steps_of(events, "metrics") == [1, 2, 3]
@@ -50,13 +47,13 @@ def test_records_stream_while_training_goes_on(tmp_path):
 
 def test_a_resumed_run_goes_on_in_the_same_file_without_repeating(tmp_path):
     model, optimizer, session = start(output_dir=tmp_path)
-    train(model, optimizer, session, 2)
+    log_steps(model, optimizer, session, 2)
     state = session.state_dict()
-    train(model, optimizer, session, 2)  # lost in the crash
+    log_steps(model, optimizer, session, 2)  # lost in the crash
     session.close(finish=False)
     model, optimizer, session = start(output_dir=tmp_path)
     session.load_state_dict(state)
-    train(model, optimizer, session, 4)
+    log_steps(model, optimizer, session, 4)
     session.close()
     events = read_records(tmp_path)
     assert steps_of(events, "start") == [0]
@@ -68,18 +65,18 @@ def test_a_resumed_run_goes_on_in_the_same_file_without_repeating(tmp_path):
 def test_a_second_run_in_the_same_directory_begins_anew(tmp_path):
     for _ in range(2):
         model, optimizer, session = start(output_dir=tmp_path)
-        train(model, optimizer, session, 1)
+        log_steps(model, optimizer, session, 1)
         session.close()
     assert steps_of(read_records(tmp_path), "start") == [0]
 
 
 def test_a_session_that_goes_back_drops_the_later_records_from_the_file(tmp_path):
     model, optimizer, session = start(output_dir=tmp_path)
-    train(model, optimizer, session, 2)
+    log_steps(model, optimizer, session, 2)
     state = session.state_dict()
-    train(model, optimizer, session, 2)
+    log_steps(model, optimizer, session, 2)
     session.load_state_dict(state)
-    train(model, optimizer, session, 1)
+    log_steps(model, optimizer, session, 1)
     events = read_records(tmp_path)
     assert events == session.recorder.events
     assert steps_of(events, "start") == [0]
@@ -91,13 +88,13 @@ def test_a_run_resumed_from_the_very_beginning_or_the_very_end_repeats_nothing(t
     _, _, session = start()
     states = [session.state_dict()]
     model, optimizer, session = start(output_dir=tmp_path)
-    train(model, optimizer, session, 6)
+    log_steps(model, optimizer, session, 6)
     states.append(session.state_dict())
     session.close()
     for state, steps in zip(reversed(states), (0, 6), strict=True):
         model, optimizer, session = start(output_dir=tmp_path)
         session.load_state_dict(state)
-        train(model, optimizer, session, steps)
+        log_steps(model, optimizer, session, steps)
         session.close()
         events = read_records(tmp_path)
         assert steps_of(events, "start") == [0]
@@ -108,12 +105,12 @@ def test_a_run_resumed_from_the_very_beginning_or_the_very_end_repeats_nothing(t
 
 def test_a_run_resumed_in_another_directory_says_what_it_is(tmp_path):
     model, optimizer, session = start()
-    train(model, optimizer, session, 2)
+    log_steps(model, optimizer, session, 2)
     state = session.state_dict()
     session.close(finish=False)
     model, optimizer, session = start(output_dir=tmp_path)
     session.load_state_dict(state)
-    train(model, optimizer, session, 1)
+    log_steps(model, optimizer, session, 1)
     session.close(finish=False)
     first = read_records(tmp_path)[0]
     assert (first["event"], first["step"]) == ("start", 2)
@@ -123,9 +120,9 @@ def test_a_run_resumed_in_another_directory_says_what_it_is(tmp_path):
 
 def test_the_file_goes_on_after_closing_and_after_a_report_in_its_directory(tmp_path):
     model, optimizer, session = start(output_dir=tmp_path)
-    train(model, optimizer, session, 1)
+    log_steps(model, optimizer, session, 1)
     session.recorder.save(tmp_path)  # as a report does
-    train(model, optimizer, session, 1)
+    log_steps(model, optimizer, session, 1)
     assert steps_of(read_records(tmp_path), "metrics") == [1, 2]
     session.close()
     session.log(accuracy=0.9)
@@ -135,14 +132,14 @@ def test_the_file_goes_on_after_closing_and_after_a_report_in_its_directory(tmp_
 
 def test_a_line_that_a_crash_cut_short_is_dropped(tmp_path):
     model, optimizer, session = start(output_dir=tmp_path)
-    train(model, optimizer, session, 2)
+    log_steps(model, optimizer, session, 2)
     state = session.state_dict()
     session.close(finish=False)
     with (tmp_path / FILE).open("a") as file:
         file.write('{"event": "metr')
     model, optimizer, session = start(output_dir=tmp_path)
     session.load_state_dict(state)
-    train(model, optimizer, session, 1)
+    log_steps(model, optimizer, session, 1)
     assert steps_of(read_records(tmp_path), "metrics") == [1, 2, 3]
     session.close(finish=False)
 
@@ -155,7 +152,7 @@ def test_a_line_that_is_no_record_is_named(tmp_path):
 
 def test_the_step_of_a_metric_is_that_of_the_session():
     model, optimizer, session = start()
-    train(model, optimizer, session, 2)
+    log_steps(model, optimizer, session, 2)
     session.log(step=99, event=1, loss=0.5)
     event = session.recorder.events[-1]
     assert (event["event"], event["step"], event["loss"]) == ("metrics", 2, 0.5)
@@ -172,7 +169,7 @@ def test_every_event_has_a_time():
 
 def trained(**arguments):
     model, optimizer, session = start(**arguments)
-    train(model, optimizer, session, 5)
+    log_steps(model, optimizer, session, 5)
     session.close()
     return session
 
@@ -204,13 +201,13 @@ def test_tensorboard_receives_sparsity_and_metrics(tmp_path):
 
 def test_tensorboard_shows_a_resumed_run_once(tmp_path):
     model, optimizer, session = start(output_dir=tmp_path, log="tensorboard")
-    train(model, optimizer, session, 2)
+    log_steps(model, optimizer, session, 2)
     state = session.state_dict()
-    train(model, optimizer, session, 2)  # lost in the crash
+    log_steps(model, optimizer, session, 2)  # lost in the crash
     session.close(finish=False)
     model, optimizer, session = start(output_dir=tmp_path, log="tensorboard")
     session.load_state_dict(state)
-    train(model, optimizer, session, 3)
+    log_steps(model, optimizer, session, 3)
     session.close()
     assert scalars(tmp_path, "loss") == [(i, i / 10) for i in range(1, 6)]
 

@@ -17,6 +17,7 @@ import prunus
 
 from research import llm_pruning
 from research.common import language_model
+from tests.helpers.training import same
 from tests.oracles.pruning import SINGLE
 from tests.recipe.test_shipped_llm import keeps, zeros
 
@@ -70,10 +71,6 @@ def matrices(state):
     found = {name: w for name, w in state.items() if name.endswith("_proj.weight")}
     assert len(found) == 14
     return found
-
-
-def same(first, second):
-    return all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "1:4"])

@@ -16,6 +16,7 @@ from torch import nn
 import prunus
 from prunus.core.ranks import Ranks
 
+from tests.helpers.programs import run_module
 from tests.oracles.pruning import SINGLE
 from tests.research import training_runs as runs
 
@@ -225,9 +226,8 @@ def test_the_command_of_caps_readme_runs(home, tmp_path):
     command = ["--data-dir", "digits", "--sparseml-recipe", str(home / "cap.yaml")]
     command += ["--model", "digits_vit", "--experiment", "first", "-gb", "16", "-vb", "64"]
     command += ["--sparsities", "0.5", "0.75", "--output-dir", str(tmp_path)]
-    launch = [sys.executable, "-m", "research.one_shot_pruning", *command]
     more = ["--model_folder", str(home), "--device", "cpu"]
-    done = subprocess.run([*launch, *more], env=SINGLE, capture_output=True, text=True)
+    done = run_module("research.one_shot_pruning", *command, *more)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [row["sparsity"] for row in table(tmp_path / "first")] == [0.0, 0.5, 0.75]
     assert "top-1" in done.stdout

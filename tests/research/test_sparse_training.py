@@ -25,6 +25,7 @@ from torch import nn
 import prunus
 from prunus.core.ranks import Ranks
 
+from tests.helpers.programs import call
 from tests.oracles.pruning import SINGLE
 from tests.research import training_runs as runs
 from tests.research.training_runs import CAP, GRADUAL, PLAIN, Killed, killed_at, rows, train
@@ -67,22 +68,21 @@ def test_a_run_killed_at_any_step_and_resumed_ends_with_the_same_weights(whole, 
     same_files(train(tmp_path, CAP, *EVERYTHING, "--resume"), whole)
 
 
+def train_until_killed(command):
+    save = sparse_training.Training._save
+
+    def save_and_die(training):
+        save(training)
+        if training.updates == 14:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sparse_training.Training._save = save_and_die
+    runs.main(command)
+
+
 def test_a_process_that_was_killed_leaves_files_to_go_on_with(whole, tmp_path):
     command = runs.flags(tmp_path, CAP, *EVERYTHING)
-    program = f"""
-import os, signal, sys
-from research import sparse_training
-from tests.research import training_runs
-save = sparse_training.Training._save
-def save_and_die(training):
-    save(training)
-    if training.updates == 14:
-        os.kill(os.getpid(), signal.SIGKILL)
-sparse_training.Training._save = save_and_die
-training_runs.main({command!r})
-"""
-    done = subprocess.run([sys.executable, "-c", program], env=SINGLE, capture_output=True)
-    assert done.returncode == -signal.SIGKILL
+    assert call(train_until_killed, command).returncode == -signal.SIGKILL
     state = torch.load(tmp_path / "run" / "last.pth", weights_only=True)
     assert (state["next_epoch"], state["next_batch"]) == (1, 3)
     runs.main([*command, "--resume", str(tmp_path / "run" / "last.pth")])

@@ -19,7 +19,7 @@ from prunus.solvers.column_sweep import (
 from prunus.solvers.column_sweep_numpy import Groups
 from prunus.solvers.selection import keep_all_but_lowest, keep_highest_of_groups
 
-from tests.oracles.pruning import lowest, nm_keep
+from tests.oracles.pruning import close, lowest, nm_keep
 from tests.oracles.second_order import column_loop, group_solve, inverse, quadratic
 from tests.oracles.second_order import upper_factor as slow_upper_factor
 
@@ -50,10 +50,6 @@ def given_mask(keep):
 
 def loss(h, dw):
     return sum(quadratic(h, row) for row in dw)
-
-
-def close(mine, theirs, tolerance=1e-9):
-    torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
 
 
 @given(st.integers(1, 40), SEEDS)

@@ -82,6 +82,7 @@ def commit(changes: Sequence[LayerUpdate]) -> None:
         for w, old in done + begun:
             w.copy_(old)
         raise
+    torch.clear_autocast_cache()  # holds low-precision copies of the weights as they were
 
 
 Stage = tuple[Method, "float | None"]

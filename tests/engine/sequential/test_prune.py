@@ -1,4 +1,4 @@
-"""Pruning block by block, beside pruning the blocks one after the other on the whole model."""
+"""Blocks pruned one after the other: each on what the pruned ones before it put out."""
 
 import copy
 import json
@@ -12,194 +12,32 @@ from prunus import Sequential, SparseGPT, Wanda
 from prunus.allocators import OWL, Problem, Unit
 from prunus.core.blocks import find_blocks
 from prunus.core.layers import all_layers
-from prunus.engine import step as engine
 from prunus.engine.allocator_signals import with_signals
 from prunus.engine.sequential import walk as block_walk
 
+from tests.helpers.blocks import (
+    BLOCKS,
+    Block,
+    ByKeyword,
+    Dictionaries,
+    Doubling,
+    Named,
+    Residual,
+    Skipping,
+    Toy,
+    Tuples,
+    check_as_the_slow_way,
+    data,
+    fail_at,
+    forwards,
+    slowly,
+    toy,
+    walk,
+)
+from tests.helpers.training import same, snapshot
+
 # transformers' progress bars
 pytestmark = pytest.mark.filterwarnings("ignore:IProgress not found")
-BLOCKS = 3
-
-
-class Block(nn.Module):
-    def __init__(self, width=8):
-        super().__init__()
-        self.norm, self.drop = nn.LayerNorm(width), nn.Dropout(0.5)
-        self.up, self.down = nn.Linear(width, 12), nn.Linear(12, width)
-        self.seen = 0
-
-    def forward(self, hidden_states):
-        self.seen += 1
-        x = torch.tanh(self.up(self.norm(hidden_states)))
-        return hidden_states + self.drop(self.down(x))
-
-
-class Toy(nn.Module):
-    """A stem, a list of blocks, and a head."""
-
-    def __init__(self, blocks=None):
-        super().__init__()
-        self.stem = nn.Linear(6, 8)
-        self.layers = nn.ModuleList([Block() for _ in range(BLOCKS)] if blocks is None else blocks)
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, x):
-        x = self.stem(x)
-        for layer in self.layers:
-            x = layer(x)
-        return self.head(x)
-
-
-class ByKeyword(Toy):
-    def forward(self, x):
-        x = self.stem(x)
-        for layer in self.layers:
-            x = layer(hidden_states=x)
-        return self.head(x)
-
-
-class InATuple(Block):
-    def forward(self, hidden_states):
-        return (super().forward(hidden_states),)
-
-
-class Tuples(Toy):
-    def __init__(self):
-        super().__init__([InATuple() for _ in range(BLOCKS)])
-
-    def forward(self, x):
-        x = self.stem(x)
-        for layer in self.layers:
-            x = layer(x)[0]
-        return self.head(x)
-
-
-class WithResidual(Block):
-    def forward(self, hidden_states, residual=None):
-        residual = hidden_states if residual is None else residual + hidden_states
-        return self.down(torch.tanh(self.up(self.norm(residual)))), residual
-
-
-class Residual(Toy):
-    """The residual stream goes beside the blocks' outputs, and changes on the way."""
-
-    def __init__(self):
-        super().__init__([WithResidual() for _ in range(BLOCKS)])
-
-    def forward(self, x):
-        x, residual = self.stem(x), None
-        for layer in self.layers:
-            x, residual = layer(x, residual=residual)
-        return self.head(x + residual)
-
-
-class Named(Toy):
-    """Blocks with names instead of numbers, as torchvision's."""
-
-    def __init__(self):
-        super().__init__()
-        named = {f"layer_{i}": block for i, block in enumerate(self.layers)}
-        self.layers = nn.Sequential()
-        for name, block in named.items():
-            self.layers.add_module(name, block)
-
-
-class Doubling(Toy):
-    def forward(self, x):
-        x = self.stem(x)
-        for layer in self.layers:
-            x = 2 * layer(x)
-        return self.head(x)
-
-
-class Skipping(Toy):
-    def forward(self, x):
-        return self.head(self.layers[0](self.stem(x)))
-
-
-class Dictionary(Block):
-    def forward(self, hidden_states):
-        return {"hidden": super().forward(hidden_states)}
-
-
-class Dictionaries(Toy):
-    def __init__(self):
-        super().__init__([Dictionary() for _ in range(BLOCKS)])
-
-    def forward(self, x):
-        x = self.stem(x)
-        for layer in self.layers:
-            x = layer(x)["hidden"]
-        return self.head(x)
-
-
-def toy(cls=Toy):
-    torch.manual_seed(0)
-    return cls()
-
-
-def data(*shape, count=3):
-    generator = torch.Generator().manual_seed(1)
-    return prunus.Calibration(
-        [torch.randn(shape or (4, 5, 6), generator=generator) for _ in range(count)]
-    )
-
-
-def snapshot(model):
-    return {name: t.clone() for name, t in model.state_dict().items()}
-
-
-def same(model, before):
-    state = model.state_dict()
-    return state.keys() == before.keys() and all(
-        torch.equal(t, before[name]) for name, t in state.items()
-    )
-
-
-def walk(model, pruner="sparsegpt", how=True, calibration=None, layers="layers.*", **arguments):
-    arguments = {"sparsity": 0.5, **arguments}
-    calibration = calibration or data()
-    return prunus.prune(
-        model, pruner, layers=layers, calibration=calibration, sequential=how, **arguments
-    )
-
-
-def slowly(model, pruner, calibration, **arguments):
-    """Block after block on the whole model, which runs anew for each."""
-    blocks = find_blocks(model)
-    rows = []
-    table = arguments.pop("table", None)
-    for number in range(len(blocks)):
-        layers = f"{blocks.name_of(number)}.*"
-        if table is not None:
-            inside = {n: s for n, s in table.items() if blocks.number_of(n) == number}
-            arguments["allocator"] = inside
-        result = prunus.prune(model, pruner, layers=layers, calibration=calibration, **arguments)
-        rows += result.rows
-    return rows
-
-
-def check_as_the_slow_way(model, pruner, calibration, **arguments):
-    slow = copy.deepcopy(model)
-    arguments = arguments or {"sparsity": 0.5}
-    name = find_blocks(model).name
-    result = prunus.prune(
-        model,
-        pruner,
-        layers=f"{name}.*",
-        calibration=calibration,
-        sequential=True,
-        **arguments,
-    )
-    assert result.rows == slowly(slow, pruner, calibration, **arguments)
-    assert same(model, snapshot(slow))
-    assert list(result.masks) == [row.name + ".weight" for row in result.rows]
-    for row in result.rows:
-        assert torch.equal(
-            result.masks[f"{row.name}.weight"], model.get_submodule(row.name).weight != 0
-        )
-    return result
-
 
 # small models
 
@@ -319,13 +157,6 @@ def test_a_call_says_more_than_the_recipe():
     assert prunus.prune(toy(), text, calibration=data(), sequential="layers").sparsity == 0.5
 
 
-# what stays as it was
-
-
-def forwards(model):
-    return [module for module in model.modules() if "forward" in module.__dict__]
-
-
 def test_modes_and_forwards_are_as_before():
     model = toy().train()
     model.layers[1].eval()
@@ -364,20 +195,6 @@ def test_a_failure_in_any_block_takes_all_back(number, monkeypatch):
     assert same(model, before)
     assert forwards(model) == []
     assert all(module.training for module in model.modules())
-
-
-def fail_at(monkeypatch, number):
-    """Interrupt the pruning of one block; returns the names of the blocks that were begun."""
-    begun = []
-
-    def step(method, layers, *rest):
-        begun.append(layers[0].name.split(".")[-2])
-        if begun[-1] == str(number):
-            raise KeyboardInterrupt
-        return engine.prune_step(method, layers, *rest)
-
-    monkeypatch.setattr(block_walk, "prune_step", step)
-    return begun
 
 
 def test_a_failure_on_the_way_to_the_next_block_takes_all_back(monkeypatch):
@@ -567,87 +384,6 @@ def test_the_folder_is_a_whole_checkpoint(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def meta(model):
-    return copy.deepcopy(model).to("meta")
-
-
-def saved(model, folder):
-    from safetensors.torch import save_file
-
-    folder.mkdir()
-    save_file(model.state_dict(), folder / "model.safetensors")
-    return str(folder)
-
-
-def check_from_disk(model, tmp_path, load, **arguments):
-    """A model whose weights are read block by block, beside the one in memory."""
-    weights, folder = saved(model, tmp_path / "dense"), tmp_path / "pruned"
-    bare = meta(model)
-    parameters = dict(bare.named_parameters())
-    how = Sequential(weights=weights, folder=str(folder))
-    result = walk(bare, how=how, **arguments)
-    assert result.rows == walk(model, **arguments).rows
-    assert all(p.is_meta for p in bare.layers.parameters())
-    assert all(parameters[name] is p for name, p in bare.named_parameters())
-    load(model, folder)
-    return folder
-
-
-def load_and_compare(model, folder):
-    from safetensors.torch import load_file
-
-    state = {}
-    for file in folder.glob("*.safetensors"):
-        state |= load_file(file)
-    assert same(model, state)
-
-
-@pytest.mark.parametrize("arguments", [{}, {"allocator": "owl"}, {"pruner": Wanda(refit=True)}])
-def test_a_model_on_disk_is_pruned_as_one_in_memory(arguments, tmp_path):
-    check_from_disk(toy(), tmp_path, load_and_compare, **arguments)
-
-
-@pytest.mark.parametrize("number", range(BLOCKS))
-def test_a_killed_run_from_disk_goes_on(number, tmp_path, monkeypatch):
-    model = toy()
-    weights = saved(model, tmp_path / "dense")
-    how = Sequential(weights=weights, folder=str(tmp_path / "pruned"))
-    fail_at(monkeypatch, number)
-    with pytest.raises(KeyboardInterrupt):
-        walk(meta(model), how=how)
-    begun = fail_at(monkeypatch, None)
-    walk(meta(model), how=how)
-    assert begun == [str(i) for i in range(number, BLOCKS)]
-    walk(model)
-    load_and_compare(model, tmp_path / "pruned")
-
-
-def test_files_that_do_not_fit_are_refused(tmp_path):
-    model = toy()
-    weights, folder = saved(model, tmp_path / "dense"), str(tmp_path / "out")
-    wide, other = meta(model), meta(model)
-    wide.stem = nn.Linear(7, 8, device="meta")
-    other.extra = nn.Linear(2, 2, device="meta")
-    for bad, message in (
-        (wide, r"stem.weight is \(8, 7\) in the model, and \(8, 6\) in"),
-        (other, "has no tensor 'extra.weight'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            walk(bad, how=Sequential(weights=weights, folder=folder))
-    with pytest.raises(ValueError, match="is no safetensors file, nor a folder with any"):
-        walk(meta(model), how=Sequential(weights=str(tmp_path / "none"), folder=folder))
-
-
-def test_names_with_or_without_a_first_part_are_found(tmp_path):
-    from prunus.engine.sequential.lazy_weights import Weights
-
-    model = toy()
-    weights = Weights(saved(model, tmp_path / "dense"))
-    assert torch.equal(weights.read("model.layers.0.up.weight"), model.layers[0].up.weight)
-    outer = Weights(saved(nn.ModuleDict({"model": model}), tmp_path / "outer"))
-    assert torch.equal(outer.read("layers.0.up.weight"), model.layers[0].up.weight)
-
-
 # which list
 
 
@@ -669,207 +405,3 @@ def test_layers_know_their_block():
     assert numbered.number_of("layers.1.up") == 1
     assert numbered.number_of("layers.10.up") is None
     assert numbered.number_of("layers_1.up") is None
-
-
-# models that people have
-
-
-VOCABULARY = 40
-SIZE = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": BLOCKS}
-DECODER = {
-    **SIZE,
-    "intermediate_size": 24,
-    "max_position_embeddings": 32,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-
-
-def llama(**settings):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(LlamaConfig(**DECODER, **settings))
-
-
-def gpt2():
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=VOCABULARY,
-            n_positions=16,
-            n_embd=16,
-            n_layer=BLOCKS,
-            n_head=2,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-    )
-
-
-def opt():
-    from transformers import OPTConfig, OPTForCausalLM
-
-    small = {"ffn_dim": 24, "num_attention_heads": 2, "word_embed_proj_dim": 16}
-    return OPTForCausalLM(OPTConfig(**SIZE, **small, max_position_embeddings=32))
-
-
-def bert():
-    from transformers import BertConfig, BertForSequenceClassification
-
-    small = {"num_attention_heads": 2, "intermediate_size": 24, "max_position_embeddings": 16}
-    return BertForSequenceClassification(BertConfig(**SIZE, **small))
-
-
-def t5_encoder():
-    from transformers import T5Config, T5EncoderModel
-
-    small = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": BLOCKS, "num_heads": 2}
-    return T5EncoderModel(T5Config(vocab_size=VOCABULARY, **small))
-
-
-def gemma3():
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
-    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
-    return Gemma3ForCausalLM(
-        Gemma3TextConfig(**DECODER, head_dim=4, sliding_window=4, layer_types=kinds)
-    )
-
-
-def qwen2():
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    window = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
-    return Qwen2ForCausalLM(Qwen2Config(**DECODER, **window))
-
-
-FAMILIES = {
-    llama: "model.layers",
-    gpt2: "transformer.h",
-    opt: "model.decoder.layers",
-    bert: "bert.encoder.layer",
-    t5_encoder: "encoder.block",
-    gemma3: "model.layers",
-    qwen2: "model.layers",
-}
-
-
-def tokens(padded=False, count=2):
-    generator = torch.Generator().manual_seed(3)
-    batches = []
-    for _ in range(count):
-        batch = {"input_ids": torch.randint(2, VOCABULARY, (2, 7), generator=generator)}
-        if padded:
-            batch["attention_mask"] = torch.ones(2, 7, dtype=torch.int64)
-            batch["attention_mask"][1, 4:] = 0
-        batches.append(batch)
-    return prunus.Calibration(batches)
-
-
-def family(make, **settings):
-    transformers = pytest.importorskip("transformers")
-    transformers.set_seed(0)
-    try:
-        return make(**settings)
-    except ImportError:
-        pytest.skip("this version of transformers has no such model")
-
-
-@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
-@pytest.mark.parametrize("make", FAMILIES, ids=lambda make: make.__name__)
-def test_language_models_are_pruned_as_the_slow_way_does(make, padded):
-    model = family(make)
-    assert find_blocks(model).name == FAMILIES[make]
-    result = check_as_the_slow_way(model, "sparsegpt", tokens(padded))
-    assert result.sparsity == 0.5
-
-
-def test_vision_transformers_are_pruned_as_the_slow_way_does():
-    timm = pytest.importorskip("timm")
-    torch.manual_seed(0)
-    model = timm.models.VisionTransformer(
-        img_size=16,
-        patch_size=8,
-        embed_dim=16,
-        depth=BLOCKS,
-        num_heads=2,
-        num_classes=4,
-        drop_path_rate=0.1,
-        init_values=1e-2,
-    ).train()
-    assert find_blocks(model).name == "blocks"
-    check_as_the_slow_way(model, "sparsegpt", data(2, 3, 16, 16))
-    assert model.training
-
-
-def test_padding_does_not_count_in_later_blocks_either():
-    model = family(llama)
-    padded, real = tokens(padded=True), []
-    for batch in padded.batches:
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        real += [{"input_ids": row[m.bool()][None]} for row, m in zip(ids, mask, strict=True)]
-    short = copy.deepcopy(model)
-    walk(model.double(), layers=None, calibration=padded)
-    walk(short.double(), layers=None, calibration=prunus.Calibration(real))
-    for a, b in zip(model.parameters(), short.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
-
-
-def test_a_language_models_head_and_embeddings_stay_and_the_cache_setting_too():
-    model = family(llama)
-    before = snapshot(model)
-    assert model.config.use_cache
-    result = walk(model, layers=None, calibration=tokens())
-    assert model.config.use_cache
-    assert result.left_dense == ["lm_head"]
-    for name in ("lm_head.weight", "model.embed_tokens.weight"):
-        assert torch.equal(model.get_parameter(name), before[name])
-
-
-def test_the_cache_setting_comes_back_after_an_error():
-    model = family(llama)
-    bad = prunus.Calibration([{"input_ids": torch.tensor([[VOCABULARY + 5]])}])
-    with pytest.raises(IndexError):
-        walk(model, layers=None, calibration=bad)
-    assert model.config.use_cache
-    assert forwards(model) == []
-
-
-def empty(make, **settings):
-    accelerate = pytest.importorskip("accelerate")
-    with accelerate.init_empty_weights():
-        return make(**settings)
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_checkpoint_on_disk_becomes_one_that_transformers_loads(tied, tmp_path):
-    model = family(llama, tie_word_embeddings=tied)
-    model.save_pretrained(tmp_path / "dense")
-    bare, calibration = empty(llama, tie_word_embeddings=tied), tokens()
-    how = Sequential(weights=str(tmp_path / "dense"), folder=str(tmp_path / "pruned"))
-    result = walk(bare, layers=None, calibration=calibration, how=how)
-    assert all(p.is_meta for p in bare.model.layers.parameters())
-    assert result.rows == walk(model, layers=None, calibration=calibration).rows
-    model.config.save_pretrained(tmp_path / "pruned")
-    loaded = type(model).from_pretrained(tmp_path / "pruned", torch_dtype=torch.float32)
-    assert same(loaded, snapshot(model))
-
-
-def test_a_checkpoint_in_several_files_is_read(tmp_path):
-    model = family(gpt2)
-    model.save_pretrained(tmp_path / "dense", max_shard_size="10KB")
-    assert len(list((tmp_path / "dense").glob("*.safetensors"))) > 1
-    how = Sequential(weights=str(tmp_path / "dense"), folder=str(tmp_path / "pruned"))
-    result = walk(empty(gpt2), layers=None, calibration=tokens(), how=how)
-    assert result.rows == walk(model, layers=None, calibration=tokens()).rows
-
-
-def test_buffers_on_the_meta_device_that_no_file_has_are_refused(tmp_path):
-    model = family(llama)
-    model.save_pretrained(tmp_path / "dense")
-    with torch.device("meta"):
-        bare = family(llama)
-    how = Sequential(weights=str(tmp_path / "dense"), folder=str(tmp_path / "pruned"))
-    with pytest.raises(ValueError, match="inv_freq is on the meta device and in no file"):
-        walk(bare, layers=None, calibration=tokens(), how=how)

@@ -15,18 +15,17 @@ from prunus.engine.sequential import resume as finished_blocks
 from prunus.engine.sequential import walk as block_walk
 from prunus.engine.sequential.lazy_weights import INDEX, move
 
-from tests.engine.sequential.test_prune import (
+from tests.helpers.blocks import (
     BLOCKS,
     Block,
     Toy,
     data,
     meta,
-    same,
     saved,
-    snapshot,
     toy,
     walk,
 )
+from tests.helpers.training import same, snapshot
 
 PERMUTED = {"pruner": "ria", "sparsity": None, "pattern": "2:4", "permute": "lsa"}
 

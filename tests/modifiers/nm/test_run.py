@@ -37,19 +37,21 @@ LINEAR = PLACES["linear"]
 def test_every_combination_equals_its_autograd_function_and_exports_n_of_m(
     rule, structure, place, tmp_path
 ):
+    # the optimizers take turns, so that each meets every two of the others
+    turn = sum(map(list.index, map(list, (RULES, STRUCTURES, PLACES)), (rule, structure, place)))
+    make = list(OPTIMIZERS.values())[turn % len(OPTIMIZERS)]
     rule, place = RULES[rule], PLACES[place]
-    for make in OPTIMIZERS.values():
-        expected, mask = oracle(place, rule, structure, make)
-        model = model_of(place)
-        optimizer = make(model.parameters())
-        weight = model.get_parameter(place.parameter)
-        with prunus.attach(model, optimizer, recipe(place, rule, structure)) as session:
-            for (x, y), used in zip(data(place), expected, strict=False):
-                torch.testing.assert_close(weight.detach(), used, rtol=1e-11, atol=1e-12)
-                step(model, optimizer, x, y)
-        torch.testing.assert_close(weight.detach(), expected[-1], rtol=1e-11, atol=1e-12)
-        assert torch.equal(session.masks[place.parameter], mask)
-        assert is_strict(place, weight)
+    expected, mask = oracle(place, rule, structure, make)
+    model = model_of(place)
+    optimizer = make(model.parameters())
+    weight = model.get_parameter(place.parameter)
+    with prunus.attach(model, optimizer, recipe(place, rule, structure)) as session:
+        for (x, y), used in zip(data(place), expected, strict=False):
+            torch.testing.assert_close(weight.detach(), used, rtol=1e-11, atol=1e-12)
+            step(model, optimizer, x, y)
+    torch.testing.assert_close(weight.detach(), expected[-1], rtol=1e-11, atol=1e-12)
+    assert torch.equal(session.masks[place.parameter], mask)
+    assert is_strict(place, weight)
     assert session.sparsity == 0.75 if place.layers == "2" else session.sparsity == 0.25
     prunus.save(model, tmp_path / "m.safetensors", pruning=session)
     again = prunus.load(tmp_path / "m.safetensors", model_of(place))

@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+# as torch.compiler.disable, which would import the whole tracer already with the package
+from torch._compile import _disable_dynamo
 from torch.nn.functional import pad
 from torch.sparse import (
     SparseSemiStructuredTensor,
@@ -87,7 +90,7 @@ class _SparseInput(torch.autograd.Function):
 
 
 # autograd functions on packed tensors are beyond the tracer
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@_disable_dynamo
 def sparse_weight_linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     """`torch.nn.functional.linear` with a masked weight; x is (..., in), w (out, in)."""
     dtype = compute_dtype(w)
@@ -96,7 +99,7 @@ def sparse_weight_linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     return _finish(y, x, bias)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@_disable_dynamo
 def sparse_input_linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     """`torch.nn.functional.linear` with a masked input; x is (n, in), w (out, in)."""
     dtype = compute_dtype(w)
