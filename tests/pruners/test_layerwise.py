@@ -92,7 +92,7 @@ def test_relative_importance_is_the_sum_of_two_shares(rows, cols, zeros, seed):
 def test_ria_is_relative_importance_times_a_power_of_the_norm():
     w, stat = problem(4, 6)
     for a in (0.5, 1.0, 2.0):
-        expected = slow_relative_importance(w) * stat.matrix("cpu").diagonal() ** (a / 2)
+        expected = slow_relative_importance(w) * stat.gram("cpu").diagonal() ** (a / 2)
         close(scores(RIA(a=a), w, stat), expected)
 
 
@@ -120,7 +120,7 @@ def test_rows_and_columns_of_zeros_have_finite_scores(pruner):
 
 def test_wanda_is_the_magnitude_times_the_norm_of_the_input():
     w, stat = problem(3, 5)
-    norm = stat.matrix("cpu").diagonal().sqrt()
+    norm = stat.gram("cpu").diagonal().sqrt()
     found = scores(Wanda(), w, stat)
     for i, j in itertools.product(range(3), range(5)):
         assert float(found[i, j]) == pytest.approx(abs(float(w[i, j])) * float(norm[j]))
@@ -141,7 +141,7 @@ def test_the_masks_of_wandas_rows_do_not_change_when_a_row_is_scaled(row, scale,
 def test_wandas_row_mask_is_the_best_one_where_inputs_are_uncorrelated(cols, data, seed):
     keep = data.draw(st.integers(0, cols))
     w, stat = problem(2, cols, seed)
-    total = stat.matrix("cpu").diagonal().diag()
+    total = stat.gram("cpu").diagonal().diag()
     masks = keep_all_but_lowest_of_rows(scores(Wanda(), w, stat), cols - keep)
     for row, mask in zip(w, masks, strict=True):
         assert torch.equal(mask, best_row_mask(row, total, keep))
@@ -160,7 +160,7 @@ def test_norms_and_gram_matrices_give_the_same_scores():
 
 def slow_choice(w, stat, pattern, drop):
     """The masks of single stripes: existing zeros go first, then dead inputs, then low scores."""
-    dead = stat.matrix("cpu").diagonal() == 0
+    dead = stat.gram("cpu").diagonal() == 0
     lowest = keep_all_but_lowest
     if pattern == "row":
         drop, lowest = drop // len(w), keep_all_but_lowest_of_rows
@@ -187,7 +187,7 @@ def test_sparsegpt_is_the_published_loop_and_loses_half_its_squared_errors(
 ):
     w, stat = problem(4, 12, seed, zeros, dead)
     drop = 32 if pattern in ("unstructured", "row") else 0
-    before = w.clone(), stat.matrix("cpu").clone()
+    before = w.clone(), stat.gram("cpu").clone()
     new, mask = solve(w, stat, pattern, drop)
     h = damped(before[1], stat.count, DAMP)
     every = int(pattern[-1]) if ":" in pattern else 128
@@ -199,12 +199,12 @@ def test_sparsegpt_is_the_published_loop_and_loses_half_its_squared_errors(
     # a dead input makes up for nothing, so in the damped H its weights count like any other
     assert sum(quadratic(h, row) for row in new - w) == pytest.approx(loss, rel=1e-10)
     assert torch.equal(w, before[0])
-    assert torch.equal(stat.matrix("cpu"), before[1])
+    assert torch.equal(stat.gram("cpu"), before[1])
 
 
 def test_dead_inputs_go_first_and_change_no_other_weight():
     w, stat = problem(4, 10, dead=3)
-    dead = stat.matrix("cpu").diagonal() == 0
+    dead = stat.gram("cpu").diagonal() == 0
     new, mask = solve(w, stat, drop=12)
     assert torch.equal(mask, ~dead.expand_as(w))
     assert torch.equal(new, w * mask)
@@ -259,7 +259,7 @@ def test_refitting_never_raises_the_error_nor_brings_weights_back(samples, patte
     better, its_mask = solve(w, stat, pattern, 24, SparseGPT(refit=True))
     assert torch.equal(mask, its_mask)
     assert bool((better[~mask] == 0).all())
-    total = stat.matrix("cpu")
+    total = stat.gram("cpu")
     for old, a, b in zip(w, new, better, strict=True):
         assert quadratic(total, b - old) <= quadratic(total, a - old) * (1 + 1e-9) + 1e-12
 

@@ -155,7 +155,7 @@ def _importance(method: Method, rows: Rows, stat: Statistic | None, shards: Rank
     w = rows.matrix()
     if isinstance(method.pruner, ScorePruner):  # of single weights, whatever group they will be in
         return method.pruner.scores(w, stat, Unstructured(), shards)
-    norm = getattr(stat, "norm", None)
+    norm = None if stat is None else stat.norm
     size = working_precision(w).abs()
     return size if norm is None else size * norm.to(w.device)
 
