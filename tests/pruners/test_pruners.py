@@ -234,7 +234,7 @@ def test_scores_of_the_wrong_shape_are_refused():
             return w[:, :1]
 
     data = prunus.Calibration([torch.randn(2, 8)])
-    with pytest.raises(ValueError, match="scores of shape"):
+    with pytest.raises(ValueError, match="Wrong.scores gives shape"):
         prunus.prune(small_mlp(), Wrong(), sparsity=0.5, calibration=data)
 
 

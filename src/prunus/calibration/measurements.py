@@ -21,13 +21,16 @@ from prunus.stats import Statistic, all_reduce_statistics, checked_statistic
 
 
 def needs_of(stats: Mapping[Layer, Statistic], rows: Mapping[Layer, int]) -> list[Need]:
-    """What each layer's statistic takes; by rows where it can be split."""
+    """What each layer's statistic takes, if it has one; by rows where it can be split."""
     needs = []
-    for layer, stat in stats.items():
-        if stat.by_rows:
-            needs.append(Need(layer, rows[layer], stat.with_rows(1).nbytes))
+    for layer, count in rows.items():
+        stat = stats.get(layer)
+        if stat is None:
+            needs.append(Need(layer, max(1, count), 0))
+        elif stat.by_rows:
+            needs.append(Need(layer, count, stat.with_rows(1).nbytes))
         else:
-            needs.append(Need(layer, max(1, rows[layer]), 0, stat.nbytes))
+            needs.append(Need(layer, max(1, count), 0, stat.nbytes))
     return needs
 
 
@@ -66,7 +69,7 @@ class Measurements:
 
     def bytes_of(self, group: Sequence[Rows]) -> int:
         """What the statistics of some rows take."""
-        return sum(self._empty(rows).nbytes for rows in group) if self.stats else 0
+        return sum(self._empty(rows).nbytes for rows in group if rows.layer in self.stats)
 
     @property
     def nbytes(self) -> int:
@@ -89,18 +92,18 @@ class Measurements:
         return self.everyone.all_reduce(whole)
 
     def _measure(self, group: Sequence[Rows]) -> dict[Rows, Statistic]:
-        if not self.stats:
+        stats = {rows: self._empty(rows) for rows in group if rows.layer in self.stats}
+        if not stats:
             return {}
         assert self.calibration is not None
-        stats = {rows: self._empty(rows) for rows in group}
+        gradients = {rows: stat for rows, stat in stats.items() if stat.reads == "gradients"}
+        inputs = {rows.layer: stat for rows, stat in stats.items() if stat.reads == "inputs"}
         with all_ranks().raise_on_all_ranks():
-            gradient = {r: s for r, s in stats.items() if s.reads == "gradients"}
-            if gradient:
-                self.used = self._gradients(gradient)
-            else:
-                by_layer = {rows.layer: stat for rows, stat in stats.items()}
-                shared = measure_inputs(self.model, by_layer, self.calibration)
-                stats = {rows: shared[rows.layer] for rows in stats}
+            if gradients:
+                self.used = self._gradients(gradients)
+            if inputs:
+                shared = measure_inputs(self.model, inputs, self.calibration)
+                stats = {rows: shared.get(rows.layer, stat) for rows, stat in stats.items()}
         all_reduce_statistics(stat for stat in stats.values() if not stat.by_rows)
         _check_finite({rows.layer: stat for rows, stat in stats.items() if stat.reads == "inputs"})
         return stats
@@ -115,7 +118,7 @@ class Measurements:
     def _gradients(self, stats: Mapping[Rows, Statistic]) -> int:
         title = "gradients"
         if len(self.groups) > 1:
-            number = next(i for i, group in enumerate(self.groups) if set(group) == set(stats))
+            number = next(i for i, group in enumerate(self.groups) if set(stats) <= set(group))
             title = f"gradients, part {number + 1} of {len(self.groups)}"
         assert self.calibration is not None
         return measure_gradients(

@@ -7,20 +7,23 @@ from abc import ABCMeta
 from collections.abc import Sequence
 
 
-def complete(cls: type, base: ABCMeta, kind: str, needs: Sequence[str], one: object = None) -> None:
-    """Give a class that does not derive from `base` its defaults; it then counts as one that does.
-
-    ``one`` is an instance, of which attributes count too. Raises ValueError that names the class
-    and what it lacks of ``needs``.
-    """
-    abstract = getattr(cls, "__abstractmethods__", ())
-    owner = cls if one is None else one
+def check_parts(cls: type, base: type, kind: str, needs: Sequence[str], one: object = None) -> None:
+    """Raises ValueError that names the class and what it lacks of ``needs``."""
+    owner, abstract = cls if one is None else one, getattr(cls, "__abstractmethods__", ())
     lacking = [part for part in needs if part in abstract or not hasattr(owner, part)]
     if lacking:
         raise ValueError(
             f"{kind} {cls.__name__} lacks {', '.join(lacking)}; derive it from "
-            f"prunus.{base.__name__}, which has defaults, and define what is left"
+            f"prunus.{base.__name__} and define {' and '.join(lacking)} in it"
         )
+
+
+def complete(cls: type, base: ABCMeta, kind: str, needs: Sequence[str], one: object = None) -> None:
+    """Give a class that does not derive from `base` its defaults; it then counts as one that does.
+
+    ``one`` is an instance, of which attributes count too. Raises ValueError as `check_parts`.
+    """
+    check_parts(cls, base, kind, needs, one)
     if issubclass(cls, base):
         return
     base.register(cls)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Generic, TypeVar
 
 from prunus.core.extension import complete
+from prunus.core.plugins import load_plugins
 
 T = TypeVar("T")
 
@@ -52,17 +53,21 @@ class Registry(Mapping[str, type[T]], Generic[T]):
         self._classes[name] = cls
 
     def __getitem__(self, name: str) -> type[T]:
+        load_plugins()
         if name not in self._classes:
             raise ValueError(f"unknown {self.kind} {name!r}{did_you_mean(name, self._classes)}")
         return self._classes[name]
 
     def __contains__(self, name: object) -> bool:
+        load_plugins()
         return name in self._classes
 
     def __iter__(self) -> Iterator[str]:
+        load_plugins()
         return iter(sorted(self._classes))
 
     def __len__(self) -> int:
+        load_plugins()
         return len(self._classes)
 
 

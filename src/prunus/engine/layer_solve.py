@@ -20,6 +20,7 @@ from prunus.core.progress import track
 from prunus.core.ranks import Ranks
 from prunus.core.sharding import shards_of
 from prunus.engine.allocation import allocate, drops_of_rows, layer_row
+from prunus.engine.checked_calls import rebuilt, refined, scores_of, solved
 from prunus.engine.method import LayerMask, LayerResult, LayerScores, LayerUpdate, Method
 from prunus.pruners import JointPruner, ScorePruner
 from prunus.solvers import selection
@@ -110,30 +111,21 @@ def _candidate(method: Method, rows: Rows, scores: Tensor) -> LayerScores:
     return LayerScores(rows, units, int(dead.count_nonzero()), total)
 
 
-def _scores(method: Method, rows: Rows, stat: Statistic | None, shards: Ranks) -> Tensor:
-    assert isinstance(method.pruner, ScorePruner)
-    w = rows.matrix()
-    scores = method.pruner.scores(w, stat, method.pattern, shards)
-    if scores.shape != w.shape:
-        raise ValueError(
-            f"pruner {method.pruner.name!r} gave scores of shape {tuple(scores.shape)} for "
-            f"{rows.layer.name}, which is {tuple(w.shape)}"
-        )
-    return scores
-
-
 @torch.no_grad()
 def score(method: Method, measured: Measurements, shards: Ranks) -> list[LayerScores]:
     """Scores for every layer, computed from the present weights.
 
     Raises ValueError for scores that are NaN or infinite.
     """
+    assert isinstance(method.pruner, ScorePruner)
     parts: dict[Rows, Tensor] = {}
     for i, group in enumerate(measured.groups):
         stats = measured[i]
         with shards.raise_on_all_ranks(), no_autocast(measured.shares):
             for rows in track(group, f"{method.pruner.name}: scores"):
-                parts[rows] = _scores(method, rows, stats.get(rows), shards)
+                parts[rows] = scores_of(
+                    method.pruner, rows, stats.get(rows), method.pattern, shards
+                )
         del stats  # or the next group would be measured beside this one
     whole = _assembled(measured, parts)
     del parts
@@ -184,12 +176,12 @@ def _rebuilt(
     method: Method, rows: Rows, stat: Statistic | None, choice: LayerMask, shards: Ranks
 ) -> Tensor:
     """The new weights of some rows; the choice's mask may get better on the way."""
-    pruner, w, begin = method.pruner, rows.matrix(), choice.rows.begin
+    pruner, begin = method.pruner, choice.rows.begin
     assert isinstance(pruner, ScorePruner)
     mask = choice.mask[rows.begin - begin : rows.end - begin]
-    mask.copy_(pruner.refine(w, stat, mask, method.pattern))
-    new = pruner.rebuild(w, stat, mask)
-    choice.row = _with_error(choice.row, w, new, mask, stat, shards)
+    mask.copy_(refined(pruner, rows, stat, mask, method.pattern))
+    new = rebuilt(pruner, rows, stat, mask)
+    choice.row = _with_error(choice.row, rows.matrix(), new, mask, stat, shards)
     return new
 
 
@@ -256,7 +248,7 @@ def solve_jointly(
                 track(order, f"{pruner.name}: weights"), [*order[1:], None], strict=True
             ):
                 stat, k = stats.get(rows), drops[rows.layer]
-                new, mask = pruner.solve(rows.matrix(), stat, pattern, k, shards)
+                new, mask = solved(pruner, rows, stat, pattern, k, shards)
                 counted = torch.tensor([mask.numel(), mask.numel() - int(mask.count_nonzero())])
                 row = layer_row(rows, pattern, *shards.all_reduce(counted).tolist())
                 row = _with_error(row, rows.matrix(), new, mask, stat, shards)

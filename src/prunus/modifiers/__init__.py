@@ -1,7 +1,7 @@
 """What a recipe may contain, one file each."""
 
 from prunus.modifiers.acdc import ACDC
-from prunus.modifiers.base import MODIFIERS, Context, Modifier, Run
+from prunus.modifiers.base import MODIFIERS, Context, Modifier, Run, register_modifier
 from prunus.modifiers.freeze import Freeze
 from prunus.modifiers.keep import Keep
 from prunus.modifiers.movement import MovementPruning
@@ -27,4 +27,5 @@ __all__ = [
     "TrainingRun",
     "WeightDecay",
     "pruning_event",
+    "register_modifier",
 ]
