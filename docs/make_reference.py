@@ -11,13 +11,38 @@ from pathlib import Path
 
 import prunus
 from prunus.allocators import ALLOCATORS
+from prunus.api.checkpoint import Checkpoint
+from prunus.api.results import Result, SweepResult
 from prunus.modifiers import MODIFIERS
 from prunus.pruners import PRUNERS
 
+EXTENDING = (
+    *("register_pruner", "register_allocator", "register_modifier", "register_statistic"),
+    *("Pruner", "ScorePruner", "JointPruner", "Layer", "Pattern", "Ranks"),
+    *("Statistic", "Sampling", "InputNorm", "InputGram", "BlockFisher", "SharedFisher"),
+    *("Allocator", "SignalAllocator", "Problem", "Unit", "Allocation", "filled"),
+    *("Modifier", "Context", "Run", "Window"),
+)
+HOW_TO = ", ".join(
+    f"[{thing}](how-to/{page}.md)"
+    for thing, page in (
+        ("How to add a pruner", "add-a-pruner"),
+        ("an allocator", "add-an-allocator"),
+        ("a modifier", "add-a-modifier"),
+        ("a statistic", "add-a-statistic"),
+        ("a plugin", "make-a-plugin"),
+    )
+)
+
 
 def code(text: str) -> str:
-    """A docstring's ``literals`` and `names` as Markdown code."""
-    return re.sub(r"``([^`]+)``", r"`\1`", text)
+    """A docstring's ``literals`` and `names` as Markdown code, its examples as blocks."""
+    text = re.sub(r"``([^`]+)``", r"`\1`", text)
+    parts = [
+        f"```pycon\n{part}\n```" if part.startswith(">>>") else part
+        for part in re.split(r"\n\s*\n", text)
+    ]
+    return "\n\n".join(parts)
 
 
 def signature(name: str, thing: object) -> str:
@@ -39,13 +64,18 @@ def signature(name: str, thing: object) -> str:
 def field_docs(cls: type) -> dict[str, str]:
     """The docstrings beneath the fields of a class and its bases."""
     found: dict[str, str] = {}
-    for base in reversed([c for c in cls.__mro__ if dataclasses.is_dataclass(c)]):
+    for base in reversed([c for c in cls.__mro__ if c.__module__.startswith("prunus.")]):
         tree = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
         for field, said in zip(tree.body, tree.body[1:], strict=False):  # type: ignore[attr-defined]
             text = getattr(getattr(said, "value", None), "value", None)
             if isinstance(field, ast.AnnAssign) and isinstance(text, str):
                 found[field.target.id] = " ".join(text.split())  # type: ignore[union-attr]
     return found
+
+
+def attributes(cls: type) -> list[str]:
+    """What a base class says of the attributes that are no settings."""
+    return [f"- `{name}`: {code(text)}" for name, text in field_docs(cls).items()]
 
 
 def fields(cls: type) -> list[str]:
@@ -66,6 +96,8 @@ def section(name: str, thing: object, level: int = 3) -> list[str]:
     lines += [code(inspect.getdoc(thing) or ""), ""]
     if dataclasses.is_dataclass(thing) and isinstance(thing, type):
         lines += [*fields(thing), ""]
+    elif inspect.isclass(thing) and (found := attributes(thing)):
+        lines += [*found, ""]
     if inspect.isclass(thing):
         for method, function in vars(thing).items():
             function = getattr(function, "__func__", function)
@@ -85,6 +117,13 @@ def page() -> str:
         "",
     ]
     for name in prunus.__all__:
+        if name not in EXTENDING:
+            lines += section(f"prunus.{name}", getattr(prunus, name))
+    lines += ["## What they return", ""]
+    for thing in (Result, SweepResult, Checkpoint):
+        lines += section(thing.__name__, thing)
+    lines += ["## To extend prunus", "", f"{HOW_TO}.", ""]
+    for name in EXTENDING:
         lines += section(f"prunus.{name}", getattr(prunus, name))
     lines += [
         "## What recipes can name",

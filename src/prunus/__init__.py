@@ -1,6 +1,15 @@
 """prunus prunes PyTorch models by recipe, during training or in one shot."""
 
 from prunus import _moved
+from prunus.allocators import (
+    Allocation,
+    Allocator,
+    Problem,
+    SignalAllocator,
+    Unit,
+    filled,
+    register_allocator,
+)
 from prunus.api.accelerate import Accelerated, accelerate
 from prunus.api.attach import attach
 from prunus.api.checkpoint import load, save
@@ -10,9 +19,21 @@ from prunus.api.session import Session
 from prunus.api.sweep import sweep
 from prunus.calibration.calibration import Calibration
 from prunus.calibration.fisher import Fisher, fisher
+from prunus.core.layers import Layer
+from prunus.core.patterns import Pattern
+from prunus.core.ranks import Ranks
 from prunus.engine.permute.step import Permute
 from prunus.engine.sequential.walk import Sequential
-from prunus.modifiers import NMTraining, PruningModifier
+from prunus.modifiers import (
+    Context,
+    Modifier,
+    NMTraining,
+    OneShotModifier,
+    PruningModifier,
+    Run,
+    register_modifier,
+)
+from prunus.modifiers.timing import Interval, Window
 from prunus.pruners import (
     ALPS,
     CAP,
@@ -20,13 +41,25 @@ from prunus.pruners import (
     RI,
     RIA,
     FastCAP,
+    JointPruner,
     Magnitude,
+    Pruner,
+    ScorePruner,
     SparseGPT,
     Wanda,
     list_pruners,
     register_pruner,
 )
 from prunus.recipe import Recipe
+from prunus.stats import (
+    BlockFisher,
+    InputGram,
+    InputNorm,
+    Sampling,
+    SharedFisher,
+    Statistic,
+    register_statistic,
+)
 
 _moved.install()
 
@@ -38,25 +71,52 @@ __all__ = [
     "RI",
     "RIA",
     "Accelerated",
+    "Allocation",
+    "Allocator",
+    "BlockFisher",
     "Calibration",
+    "Context",
     "FastCAP",
     "Fisher",
+    "InputGram",
+    "InputNorm",
+    "Interval",
+    "JointPruner",
+    "Layer",
     "Magnitude",
+    "Modifier",
     "NMTraining",
+    "OneShotModifier",
+    "Pattern",
     "Permute",
+    "Problem",
+    "Pruner",
     "PruningModifier",
+    "Ranks",
     "Recipe",
+    "Run",
+    "Sampling",
+    "ScorePruner",
     "Sequential",
     "Session",
+    "SharedFisher",
+    "SignalAllocator",
     "SparseGPT",
+    "Statistic",
+    "Unit",
     "Wanda",
+    "Window",
     "accelerate",
     "attach",
+    "filled",
     "fisher",
     "list_pruners",
     "load",
     "prune",
+    "register_allocator",
+    "register_modifier",
     "register_pruner",
+    "register_statistic",
     "save",
     "sparsity",
     "sweep",

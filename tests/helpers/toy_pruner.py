@@ -8,7 +8,7 @@ from torch import Tensor
 import prunus
 from prunus.core.layers import Layer
 from prunus.core.patterns import Pattern
-from prunus.pruners import Ranks
+from prunus.pruners import Ranks, ScorePruner
 from prunus.stats import InputNorm
 
 from tests.helpers.cases import Case
@@ -16,12 +16,10 @@ from tests.helpers.cases import Case
 
 @prunus.register_pruner
 @dataclass(frozen=True)
-class Toy:
+class Toy(ScorePruner):
     """Score ``|w|^power * norm(x)``; what stays is scaled by ``scale``."""
 
     name: ClassVar[str] = "toy"
-    patterns: ClassVar[tuple[str, ...]] = ("unstructured", "row", "N:M", "block")
-    allocator: ClassVar[str] = "uniform"
 
     power: float = 1.0
     """exponent of the magnitude"""

@@ -222,9 +222,9 @@ def test_registering_half_a_pruner_names_what_is_missing():
         name = "half"
         patterns = ("unstructured",)
 
-    with pytest.raises(ValueError, match="lacks allocator, statistic, scores, rebuild"):
+    with pytest.raises(ValueError, match="pruner Half lacks scores; derive it from"):
         prunus.register_pruner(Half)
-    with pytest.raises(ValueError, match="must be a frozen dataclass"):
+    with pytest.raises(ValueError, match="Linear must be a frozen dataclass: write"):
         prunus.register_pruner(nn.Linear)
 
 
@@ -234,7 +234,7 @@ def test_scores_of_the_wrong_shape_are_refused():
             return w[:, :1]
 
     data = prunus.Calibration([torch.randn(2, 8)])
-    with pytest.raises(ValueError, match="scores of shape"):
+    with pytest.raises(ValueError, match="Wrong.scores gives shape"):
         prunus.prune(small_mlp(), Wrong(), sparsity=0.5, calibration=data)
 
 

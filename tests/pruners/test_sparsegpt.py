@@ -22,7 +22,7 @@ from tests.oracles.second_order import upper_factor as slow_upper_factor
 
 def slow_choice(w, stat, pattern, drop):
     """The masks of single stripes: existing zeros go first, then dead inputs, then low scores."""
-    dead = stat.matrix("cpu").diagonal() == 0
+    dead = stat.gram("cpu").diagonal() == 0
     lowest = keep_all_but_lowest
     if pattern == "row":
         drop, lowest = drop // len(w), keep_all_but_lowest_of_rows
@@ -49,7 +49,7 @@ def test_sparsegpt_is_the_published_loop_and_loses_half_its_squared_errors(
 ):
     w, stat = problem(4, 12, seed, zeros, dead)
     drop = 32 if pattern in ("unstructured", "row") else 0
-    before = w.clone(), stat.matrix("cpu").clone()
+    before = w.clone(), stat.gram("cpu").clone()
     new, mask = solve(w, stat, pattern, drop)
     h = damped(before[1], stat.count, DAMP)
     every = int(pattern[-1]) if ":" in pattern else 128
@@ -61,12 +61,12 @@ def test_sparsegpt_is_the_published_loop_and_loses_half_its_squared_errors(
     # a dead input makes up for nothing, so in the damped H its weights count like any other
     assert sum(quadratic(h, row) for row in new - w) == pytest.approx(loss, rel=1e-10)
     assert torch.equal(w, before[0])
-    assert torch.equal(stat.matrix("cpu"), before[1])
+    assert torch.equal(stat.gram("cpu"), before[1])
 
 
 def test_dead_inputs_go_first_and_change_no_other_weight():
     w, stat = problem(4, 10, dead=3)
-    dead = stat.matrix("cpu").diagonal() == 0
+    dead = stat.gram("cpu").diagonal() == 0
     new, mask = solve(w, stat, drop=12)
     assert torch.equal(mask, ~dead.expand_as(w))
     assert torch.equal(new, w * mask)
@@ -121,7 +121,7 @@ def test_refitting_never_raises_the_error_nor_brings_weights_back(samples, patte
     better, its_mask = solve(w, stat, pattern, 24, SparseGPT(refit=True))
     assert torch.equal(mask, its_mask)
     assert bool((better[~mask] == 0).all())
-    total = stat.matrix("cpu")
+    total = stat.gram("cpu")
     for old, a, b in zip(w, new, better, strict=True):
         assert quadratic(total, b - old) <= quadratic(total, a - old) * (1 + 1e-9) + 1e-12
 

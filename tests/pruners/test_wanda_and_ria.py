@@ -38,7 +38,7 @@ def test_relative_importance_is_the_sum_of_two_shares(rows, cols, zeros, seed):
 def test_ria_is_relative_importance_times_a_power_of_the_norm():
     w, stat = problem(4, 6)
     for a in (0.5, 1.0, 2.0):
-        expected = slow_relative_importance(w) * stat.matrix("cpu").diagonal() ** (a / 2)
+        expected = slow_relative_importance(w) * stat.gram("cpu").diagonal() ** (a / 2)
         close(scores(RIA(a=a), w, stat), expected)
 
 
@@ -66,7 +66,7 @@ def test_rows_and_columns_of_zeros_have_finite_scores(pruner):
 
 def test_wanda_is_the_magnitude_times_the_norm_of_the_input():
     w, stat = problem(3, 5)
-    norm = stat.matrix("cpu").diagonal().sqrt()
+    norm = stat.gram("cpu").diagonal().sqrt()
     found = scores(Wanda(), w, stat)
     for i, j in itertools.product(range(3), range(5)):
         assert float(found[i, j]) == pytest.approx(abs(float(w[i, j])) * float(norm[j]))
@@ -87,7 +87,7 @@ def test_the_masks_of_wandas_rows_do_not_change_when_a_row_is_scaled(row, scale,
 def test_wandas_row_mask_is_the_best_one_where_inputs_are_uncorrelated(cols, data, seed):
     keep = data.draw(st.integers(0, cols))
     w, stat = problem(2, cols, seed)
-    total = stat.matrix("cpu").diagonal().diag()
+    total = stat.gram("cpu").diagonal().diag()
     masks = keep_all_but_lowest_of_rows(scores(Wanda(), w, stat), cols - keep)
     for row, mask in zip(w, masks, strict=True):
         assert torch.equal(mask, best_row_mask(row, total, keep))

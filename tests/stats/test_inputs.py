@@ -30,7 +30,7 @@ def only_layer(module, channels_inner=False):
 
 
 def whole(stat):
-    return stat.matrix("cpu")
+    return stat.gram("cpu")
 
 
 def empty_gram(layer):
@@ -109,7 +109,7 @@ def test_half_precision_inputs_are_summed_in_single_precision(dtype, step):
         matrix.update(x)
         norm.update(x)
     expected = gram(x.double())
-    assert matrix.matrix("cpu").dtype == torch.float32
+    assert matrix.gram("cpu").dtype == torch.float32
     close(whole(matrix).double(), expected, 1e-5 * float(expected.diagonal().max()))
     close(norm.norm.double(), expected.diagonal().sqrt(), 1e-5)
 

@@ -8,6 +8,8 @@ from prunus.allocators.base import (
     Problem,
     SignalAllocator,
     Unit,
+    filled,
+    register_allocator,
 )
 from prunus.allocators.erk import ERK
 from prunus.allocators.global_ranking import Global
@@ -28,4 +30,6 @@ __all__ = [
     "Table",
     "Uniform",
     "Unit",
+    "filled",
+    "register_allocator",
 ]

@@ -16,8 +16,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from prunus.allocators.base import ALLOCATORS, Allocation, Problem, filled, places
-from prunus.core.layers import Layer
+from prunus.allocators.base import (
+    Allocation,
+    Problem,
+    SignalAllocator,
+    filled,
+    places,
+    register_allocator,
+)
 
 BINS = 100  # of the histogram whose peak is where the tail begins
 
@@ -40,8 +46,9 @@ def tail_exponent(w: Tensor) -> float:
     return 1 + (len(tail) - 1) / float((tail - tail[0]).sum())
 
 
+@register_allocator
 @dataclass(frozen=True)
-class AlphaPruning:
+class AlphaPruning(SignalAllocator):
     """Sparsity from ``1 - spread`` of the target, for the lowest exponent, to ``1 + spread`` of it.
 
     The exponent is that of the spectra's tails, the mean over a block's layers. Needs no data.
@@ -56,15 +63,9 @@ class AlphaPruning:
         if not 0 <= self.spread < 1:
             raise ValueError(f"spread={self.spread} is not within [0, 1)")
 
-    def statistic(self, layer: Layer) -> None:
-        return None
-
     def signal(self, block: Sequence[tuple[Tensor, Any]]) -> float:
         """The mean exponent of the block's layers."""
         return sum(tail_exponent(w) for w, _ in block) / len(block)
 
     def allocate(self, problem: Problem) -> Allocation:
         return filled(problem, [1 + self.spread * (2 * x - 1) for x in places(problem)])
-
-
-ALLOCATORS.add(AlphaPruning.name, AlphaPruning)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
+from prunus.core.extension import check_settings, complete
 from prunus.core.layers import Layer
 from prunus.core.names import Registry
 from prunus.stats import Statistic
@@ -27,6 +29,13 @@ class Unit:
     """units that are zero already and stay so"""
 
 
+def _no_scores(k: int) -> list[int]:
+    raise ValueError(
+        "there are no scores here to rank all layers by: the pruner chooses while it solves, or "
+        "goes block by block; use allocator 'uniform', 'erk' or a table"
+    )
+
+
 @dataclass(frozen=True)
 class Problem:
     """``lowest(k)`` says how many of the k lowest-scored units of the model lie in each layer.
@@ -36,7 +45,7 @@ class Problem:
 
     units: Sequence[Unit]
     target: float | None
-    lowest: Callable[[int], list[int]]
+    lowest: Callable[[int], list[int]] = _no_scores
     signals: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -77,34 +86,50 @@ class Allocation:
         Path(path).write_text(json.dumps(self.sparsity, indent=2) + "\n")
 
 
-@runtime_checkable
-class Allocator(Protocol):
-    """A frozen dataclass; ``name`` is what recipes call it. It decides and never prunes."""
+class Allocator(ABC):
+    """A frozen dataclass of settings. It decides and never prunes."""
 
     name: ClassVar[str]
+    """what recipes call it"""
+    ranks_scores: ClassVar[bool] = False
+    """whether it calls `Problem.lowest`, for which all layers must have scores at the same time"""
 
+    @abstractmethod
     def allocate(self, problem: Problem) -> Allocation:
         """Raises ValueError if the target cannot be met."""
-        ...
 
 
-@runtime_checkable
-class SignalAllocator(Allocator, Protocol):
+class SignalAllocator(Allocator):
     """One that measures a signal in each block of layers first."""
 
     def statistic(self, layer: Layer) -> Statistic | None:
         """What to measure on calibration data for this layer, if anything."""
-        ...
+        return None
 
+    @abstractmethod
     def signal(self, block: Sequence[tuple[Tensor, Any]]) -> float:
         """A number for the layers of one block, from their weights, (rows, cols), and statistics.
 
         A layer that is in no block comes alone.
         """
-        ...
 
 
-ALLOCATORS: Registry[Allocator] = Registry("allocator")
+ALLOCATORS: Registry[Allocator] = Registry("allocator", Allocator, ("name", "allocate"))
+_A = TypeVar("_A", bound=Allocator)
+
+
+def register_allocator(cls: type[_A]) -> type[_A]:
+    """Class decorator: make an allocator known by its ``name`` to recipes and the command line.
+
+    It derives from `Allocator` or `SignalAllocator`; one that does not gets the defaults it lacks.
+    Raises ValueError if the class is not a frozen dataclass, lacks a part, or takes the name of
+    another one.
+    """
+    check_settings(cls, "allocator", ("name", "ranks_scores"))
+    if hasattr(cls, "signal"):
+        complete(cls, SignalAllocator, "allocator", ("name", "allocate", "signal"))
+    ALLOCATORS.add(getattr(cls, "name", ""), cls)
+    return cls
 
 
 def fill(shares: Sequence[float], low: Sequence[int], high: Sequence[int], total: int) -> list[int]:

@@ -10,11 +10,12 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from prunus.allocators.base import ALLOCATORS, Allocation, Problem, fill
+from prunus.allocators.base import Allocation, Allocator, Problem, fill, register_allocator
 
 
+@register_allocator
 @dataclass(frozen=True)
-class ERK:
+class ERK(Allocator):
     """Density proportional to ``sum(shape) / prod(shape)``, kernel sizes included."""
 
     name: ClassVar[str] = "erk"
@@ -25,6 +26,3 @@ class ERK:
         alive = [unit.size - unit.pruned for unit in units]
         kept = fill(shares, [0] * len(units), alive, problem.size - problem.drop)
         return Allocation(units, [u.size - k for u, k in zip(units, kept, strict=True)])
-
-
-ALLOCATORS.add(ERK.name, ERK)

@@ -14,13 +14,21 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from prunus.allocators.base import ALLOCATORS, Allocation, Problem, filled, places
+from prunus.allocators.base import (
+    Allocation,
+    Problem,
+    SignalAllocator,
+    filled,
+    places,
+    register_allocator,
+)
 from prunus.core.layers import Layer
 from prunus.stats import InputNorm
 
 
+@register_allocator
 @dataclass(frozen=True)
-class OWL:
+class OWL(SignalAllocator):
     """Blocks with more outliers among ``|w_ij| ||X_j||`` stay denser, by up to about `spread`.
 
     An outlier is more than `outlier` times the block's mean.
@@ -55,6 +63,3 @@ class OWL:
         denser = [self.spread * (2 * place - 1) for place in places(problem)]
         mean = sum(u.size * d for u, d in zip(problem.units, denser, strict=True)) / size
         return filled(problem, [min(max(target - d + mean, 0), 1) for d in denser])
-
-
-ALLOCATORS.add(OWL.name, OWL)

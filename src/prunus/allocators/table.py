@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from prunus.allocators.base import ALLOCATORS, Allocation, Problem, filled
+from prunus.allocators.base import Allocation, Allocator, Problem, filled, register_allocator
 from prunus.core.fused_qkv import split_third
 from prunus.core.names import did_you_mean
 
 
+@register_allocator
 @dataclass(frozen=True)
-class Table:
+class Table(Allocator):
     """Each layer at the sparsity written beside its name.
 
     With an overall sparsity as well (a schedule, say), all entries are scaled to meet that.
@@ -83,6 +84,3 @@ def _check_entries(entries: Mapping[str, float]) -> None:
     for name, sparsity in entries.items():
         if isinstance(sparsity, str) or not 0 <= sparsity <= 1:
             raise ValueError(f"sparsity {sparsity!r} of {name!r} is not between 0 and 1")
-
-
-ALLOCATORS.add(Table.name, Table)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from prunus.allocators.base import ALLOCATORS, Allocation, Problem, filled
+from prunus.allocators.base import Allocation, Allocator, Problem, filled, register_allocator
 
 
+@register_allocator
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(Allocator):
     """Every layer at the target, but for those that are sparser than that already."""
 
     name: ClassVar[str] = "uniform"
@@ -18,6 +19,3 @@ class Uniform:
         share, units = problem.sparsity_target, problem.units
         total = round(sum(max(share * unit.size, unit.pruned) for unit in units))
         return filled(problem, [1.0] * len(units), total)
-
-
-ALLOCATORS.add(Uniform.name, Uniform)

@@ -22,7 +22,7 @@ from prunus.calibration.memory_plan import Rows
 from prunus.core.layers import Layer
 from prunus.core.progress import track
 from prunus.core.ranks import Ranks, all_ranks, lockstep, no_error_sync
-from prunus.stats import GradientStatistic, Sampling
+from prunus.stats import Sampling, Statistic
 
 log = logging.getLogger("prunus")
 AT_ONCE = 16  # examples whose gradients are formed together
@@ -164,7 +164,7 @@ class _Exchange:
 
 
 def _update(
-    stats: Iterable[GradientStatistic],
+    stats: Iterable[Statistic],
     grads: Sequence[Tensor],
     flags: Tensor,
     alive: Sequence[Tensor | None],
@@ -184,9 +184,19 @@ def _alive(rows: Rows) -> Tensor | None:
     return rows.layer.matrix(w)[rows.begin : rows.end] != 0
 
 
+def _common_sampling(stats: Iterable[Statistic]) -> Sampling:
+    found = {stat.sampling for stat in stats if stat.sampling is not None}
+    if len(found) != 1:
+        raise ValueError(
+            f"statistics of one pass sample alike, and these want {sorted(map(str, found))}; give "
+            "those of all layers one sampling"
+        )
+    return found.pop()
+
+
 def measure_gradients(
     model: nn.Module,
-    stats: Mapping[Rows, GradientStatistic],
+    stats: Mapping[Rows, Statistic],
     calibration: Calibration,
     begin: int = 0,
     everyone: Ranks | None = None,
@@ -203,7 +213,7 @@ def measure_gradients(
     """
     everyone = everyone or Ranks()
     layers = [rows.layer for rows in stats]
-    (sampling,) = {stat.sampling for stat in stats.values()}
+    sampling = _common_sampling(stats.values())
     ranks = Ranks() if is_sharded(layers) else all_ranks()
     quota = (sampling.num_grads + ranks.rank) // ranks.world_size
     if everyone.group is None:

@@ -17,18 +17,20 @@ from prunus.core.layers import Layer
 from prunus.core.ranks import Ranks, all_ranks, row_cuts
 from prunus.core.sharding import cut_along_inputs, ranks_of
 from prunus.solvers import selection
-from prunus.stats import GradientStatistic, RowStatistic, Statistic
-from prunus.stats.base import all_reduce_statistics
+from prunus.stats import Statistic, all_reduce_statistics, checked_statistic
 
 
 def needs_of(stats: Mapping[Layer, Statistic], rows: Mapping[Layer, int]) -> list[Need]:
-    """What each layer's statistic takes; by rows where it can be split."""
+    """What each layer's statistic takes, if it has one; by rows where it can be split."""
     needs = []
-    for layer, stat in stats.items():
-        if isinstance(stat, RowStatistic) and stat.by_rows:
-            needs.append(Need(layer, rows[layer], stat.with_rows(1).nbytes))
+    for layer, count in rows.items():
+        stat = stats.get(layer)
+        if stat is None:
+            needs.append(Need(layer, max(1, count), 0))
+        elif stat.by_rows:
+            needs.append(Need(layer, count, stat.with_rows(1).nbytes))
         else:
-            needs.append(Need(layer, max(1, rows[layer]), 0, stat.nbytes))
+            needs.append(Need(layer, max(1, count), 0, stat.nbytes))
     return needs
 
 
@@ -67,7 +69,7 @@ class Measurements:
 
     def bytes_of(self, group: Sequence[Rows]) -> int:
         """What the statistics of some rows take."""
-        return sum(self._empty(rows).nbytes for rows in group) if self.stats else 0
+        return sum(self._empty(rows).nbytes for rows in group if rows.layer in self.stats)
 
     @property
     def nbytes(self) -> int:
@@ -90,18 +92,18 @@ class Measurements:
         return self.everyone.all_reduce(whole)
 
     def _measure(self, group: Sequence[Rows]) -> dict[Rows, Statistic]:
-        if not self.stats:
+        stats = {rows: self._empty(rows) for rows in group if rows.layer in self.stats}
+        if not stats:
             return {}
         assert self.calibration is not None
-        stats = {rows: self._empty(rows) for rows in group}
+        gradients = {rows: stat for rows, stat in stats.items() if stat.reads == "gradients"}
+        inputs = {rows.layer: stat for rows, stat in stats.items() if stat.reads == "inputs"}
         with all_ranks().raise_on_all_ranks():
-            gradient = {r: s for r, s in stats.items() if isinstance(s, GradientStatistic)}
-            if gradient:
-                self.used = self._gradients(gradient)
-            else:
-                by_layer = {rows.layer: stat for rows, stat in stats.items()}
-                shared = measure_inputs(self.model, by_layer, self.calibration)
-                stats = {rows: shared[rows.layer] for rows in stats}
+            if gradients:
+                self.used = self._gradients(gradients)
+            if inputs:
+                shared = measure_inputs(self.model, inputs, self.calibration)
+                stats = {rows: shared.get(rows.layer, stat) for rows, stat in stats.items()}
         all_reduce_statistics(stat for stat in stats.values() if not stat.by_rows)
         _check_finite({rows.layer: stat for rows, stat in stats.items() if stat.reads == "inputs"})
         return stats
@@ -109,14 +111,14 @@ class Measurements:
     def _empty(self, rows: Rows) -> Statistic:
         stat = self.statistic(rows.layer)
         assert stat is not None
-        if isinstance(stat, RowStatistic) and stat.by_rows:
+        if stat.by_rows:
             return stat.with_rows(len(rows))
         return stat
 
-    def _gradients(self, stats: Mapping[Rows, GradientStatistic]) -> int:
+    def _gradients(self, stats: Mapping[Rows, Statistic]) -> int:
         title = "gradients"
         if len(self.groups) > 1:
-            number = next(i for i, group in enumerate(self.groups) if set(group) == set(stats))
+            number = next(i for i, group in enumerate(self.groups) if set(stats) <= set(group))
             title = f"gradients, part {number + 1} of {len(self.groups)}"
         assert self.calibration is not None
         return measure_gradients(
@@ -138,7 +140,7 @@ def measurements(
     do not fit the memory.
     """
     needed = {layer: statistic(layer) for layer in layers}
-    stats = {layer: stat for layer, stat in needed.items() if stat is not None}
+    stats = {layer: checked_statistic(stat) for layer, stat in needed.items() if stat is not None}
     shared_out = any(stat.by_rows for stat in stats.values()) and not is_sharded(layers)
     everyone = all_ranks() if shared_out else Ranks()
     local_shares, most = {}, {}
@@ -152,7 +154,7 @@ def measurements(
     shares = list(local_shares.values())
     if not stats:
         return Measurements(model, calibration, statistic, stats, shares, [shares], everyone, begin)
-    device = next((d for s in stats.values() if (d := getattr(s, "device", None))), None)
+    device = next((stat.device for stat in stats.values() if stat.device), None)
     budget = budget_of(calibration, layers, device)
     if all_ranks().group is not None:  # every rank must make the same passes
         budgets = torch.zeros(all_ranks().world_size, dtype=torch.int64)
@@ -195,7 +197,7 @@ def check_measurable(
             "measures; exclude them, or use a pruner that needs no data"
         )
     for layer, stat in stats.items():
-        sampling = getattr(stat, "sampling", None)
+        sampling = stat.sampling
         if is_sharded([layer]) and sampling and sampling.samples == "example":
             raise ValueError(
                 f"{layer.name} is sharded by FSDP2, which hands out gradients of whole batches "

@@ -1,4 +1,4 @@
-"""What `prunus list` and `prunus show` print: the names that recipes know, and their settings."""
+"""What `prunus list` and `prunus show` print: all registered names, and their settings."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from prunus.modifiers.nm.maskings import MASKINGS
 from prunus.modifiers.schedules import CURVES
 from prunus.pruners import PRUNERS
 from prunus.recipe.schema import class_schema
+from prunus.stats import STATISTICS
 
 REGISTRIES: dict[str, Registry[Any]] = {
     "pruner": PRUNERS,
     "allocator": ALLOCATORS,
     "modifier": MODIFIERS,
+    "statistic": STATISTICS,
     "masking": MASKINGS,
 }
 PATTERNS = {
@@ -62,7 +64,7 @@ def description(name: str) -> Iterator[RenderableType]:
         yield Text(_description(cls))
         if kind == "pruner":
             yield f"patterns: {', '.join(cls.patterns)}; allocator: {cls.allocator}"
-        yield _settings(cls)
+        yield f"reads {cls.reads}" if kind == "statistic" else _settings(cls)
 
 
 def _settings(cls: Any) -> Table | str:

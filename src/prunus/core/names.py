@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from abc import ABCMeta
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Generic, TypeVar
+
+from prunus.core.extension import complete
+from prunus.core.plugins import load_plugins
 
 T = TypeVar("T")
 
@@ -24,29 +28,48 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
 
 
 class Registry(Mapping[str, type[T]], Generic[T]):
-    """Classes by the name a recipe uses. Indexing by an unknown name suggests the nearest."""
+    """Classes by the name a recipe uses. Indexing by an unknown name suggests the nearest.
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    Classes derive from `base`, or have what it ``needs`` and get the rest from there.
+    """
+
+    def __init__(self, kind: str, base: ABCMeta | None = None, needs: Sequence[str] = ()) -> None:
+        self.kind, self.base, self.needs = kind, base, needs
         self._classes: dict[str, type[T]] = {}
 
     def add(self, name: str, cls: type[T]) -> None:
-        """Raises ValueError if another class holds the name already."""
+        """Raises ValueError for half a class, and if another one holds the name already.
+
+        A class of the same module and name takes the place of the one before, as in a notebook.
+        """
+        if self.base is not None:
+            complete(cls, self.base, self.kind, self.needs)
         taken = self._classes.get(name)
-        if taken is not None and taken.__qualname__ != cls.__qualname__:
-            raise ValueError(f"{self.kind} {name!r} is taken by {taken.__qualname__}; rename yours")
+        if taken is not None and _place(taken) != _place(cls):
+            raise ValueError(
+                f"{self.kind} {cls.__qualname__}: the name {name!r} is taken by {_place(taken)}; "
+                "give it another"
+            )
         self._classes[name] = cls
 
     def __getitem__(self, name: str) -> type[T]:
+        load_plugins()
         if name not in self._classes:
             raise ValueError(f"unknown {self.kind} {name!r}{did_you_mean(name, self._classes)}")
         return self._classes[name]
 
     def __contains__(self, name: object) -> bool:
+        load_plugins()
         return name in self._classes
 
     def __iter__(self) -> Iterator[str]:
+        load_plugins()
         return iter(sorted(self._classes))
 
     def __len__(self) -> int:
+        load_plugins()
         return len(self._classes)
+
+
+def _place(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from prunus.allocators import Problem, Unit
+from prunus.allocators import Allocation, Allocator, Problem, Unit
 from prunus.calibration.memory_plan import Rows
 from prunus.core.patterns import Pattern
 from prunus.core.ranks import Ranks
@@ -23,15 +25,37 @@ def allocate(
     counts: Sequence[tuple[int, int]],
     target: float | None,
     shards: Ranks,
-    lowest: Lowest,
+    lowest: Lowest | None = None,
 ) -> list[int]:
     """Units to be gone in each whole layer, from this rank's (units, dead units) of each."""
     sizes = shards.all_reduce(torch.tensor(list(counts))).tolist()
+    if method.drop is not None:
+        names = [part.layer.name for part in rows]
+        return [max(method.drop[x], dead) for x, (_, dead) in zip(names, sizes, strict=True)]
     units = [
         Unit(part.layer.name, part.layer.shape, *size)
         for part, size in zip(rows, sizes, strict=True)
     ]
-    return list(method.allocator.allocate(Problem(units, target, lowest, method.signals)).drop)
+    problem = Problem(units, target, signals=method.signals)
+    if lowest is not None:
+        problem = replace(problem, lowest=lowest)
+    return _checked(method.allocator, problem)
+
+
+def _checked(allocator: Allocator, problem: Problem) -> list[int]:
+    """Raises ValueError for an allocation that no masks can meet."""
+    allocation, units = allocator.allocate(problem), problem.units
+    who = f"allocator {allocator.name!r} ({type(allocator).__name__})"
+    if not isinstance(allocation, Allocation) or len(allocation.drop) != len(units):
+        raise ValueError(f"{who} gave no prunus.Allocation of {len(units)} layers; see `filled`")
+    for unit, drop in zip(units, allocation.drop, strict=True):
+        if not isinstance(drop, numbers.Integral) or not unit.pruned <= drop <= unit.size:
+            raise ValueError(
+                f"{who} drops {drop!r} units of {unit.name}, where a whole number from "
+                f"{unit.pruned} (zero already) to {unit.size} is needed; `prunus.filled` rounds "
+                "and keeps within these bounds"
+            )
+    return [int(drop) for drop in allocation.drop]
 
 
 def _local_drops(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,8 +18,7 @@ from prunus.core.layers import Layer
 from prunus.core.ranks import all_ranks
 from prunus.core.sharding import gather
 from prunus.engine.method import Method
-from prunus.stats import Statistic
-from prunus.stats.base import all_reduce_statistics
+from prunus.stats import Statistic, all_reduce_statistics, checked_statistic
 
 
 def signal_statistics(allocator: Allocator, layers: Sequence[Layer]) -> dict[Layer, Statistic]:
@@ -27,25 +26,41 @@ def signal_statistics(allocator: Allocator, layers: Sequence[Layer]) -> dict[Lay
     if not isinstance(allocator, SignalAllocator):
         return {}
     stats = {layer: allocator.statistic(layer) for layer in layers}
-    return {layer: stat for layer, stat in stats.items() if stat is not None}
+    return {layer: checked_statistic(stat) for layer, stat in stats.items() if stat is not None}
+
+
+Measure = Callable[[Mapping[Layer, Statistic]], Mapping[Layer, Statistic]]
 
 
 @torch.no_grad()
-def signal(
+def _signal(
     allocator: SignalAllocator, block: Sequence[Layer], stats: Mapping[Layer, Statistic]
-) -> dict[str, float]:
-    """What the allocator sees in one block, by layer name."""
+) -> float:
     parts = [
         (layer.matrix(gather(layer.local, layer.weight.detach())), stats.get(layer))
         for layer in block
     ]
-    seen = allocator.signal(parts)
-    if not math.isfinite(seen):
+    found = allocator.signal(parts)
+    if not math.isfinite(found):
         raise ValueError(
-            f"allocator {allocator.name!r} sees {seen} in {block[0].name}: are there NaN in its "
+            f"allocator {allocator.name!r} sees {found} in {block[0].name}: are there NaN in its "
             "weights or in the calibration data? nothing was pruned"
         )
-    return {layer.name: seen for layer in block}
+    return found
+
+
+def signals_of(
+    allocator: SignalAllocator, blocks: Sequence[Sequence[Layer]], measure: Measure
+) -> dict[str, float]:
+    """What the allocator sees in each block, by layer name; ``measure`` fills the statistics."""
+    empty = signal_statistics(allocator, [layer for block in blocks for layer in block])
+    stats = measure(empty)
+    all_reduce_statistics(stats.values())
+    found: dict[str, float] = {}
+    for block in blocks:
+        signal = _signal(allocator, block, stats)
+        found |= dict.fromkeys((layer.name for layer in block), signal)
+    return found
 
 
 def with_signals(
@@ -53,16 +68,17 @@ def with_signals(
 ) -> Method:
     """The method with all that its allocator wants to see, measured on the model as it is now."""
     allocator = method.allocator
-    if not isinstance(allocator, SignalAllocator) or method.signals:
+    decided = method.signals or method.drop is not None
+    if not isinstance(allocator, SignalAllocator) or decided:
         return method
-    stats = signal_statistics(allocator, layers)
-    check_measurable(stats, f"allocator {allocator.name!r}", calibration)
-    if stats:
+
+    def measure(stats: Mapping[Layer, Statistic]) -> Mapping[Layer, Statistic]:
+        check_measurable(stats, f"allocator {method.allocator.name!r}", calibration)
+        if not stats:
+            return stats
         assert calibration is not None
         with all_ranks().raise_on_all_ranks():
-            stats = measure_inputs(model, stats, calibration)
-        all_reduce_statistics(stats.values())
-    signals: dict[str, float] = {}
-    for block in by_block(find_blocks(model), layers):
-        signals |= signal(allocator, block, stats)
-    return replace(method, signals=signals)
+            return measure_inputs(model, stats, calibration)
+
+    blocks = by_block(find_blocks(model), layers)
+    return replace(method, signals=signals_of(allocator, blocks, measure))

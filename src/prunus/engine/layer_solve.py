@@ -20,11 +20,12 @@ from prunus.core.progress import track
 from prunus.core.ranks import Ranks
 from prunus.core.sharding import shards_of
 from prunus.engine.allocation import allocate, drops_of_rows, layer_row
+from prunus.engine.checked_calls import rebuilt, refined, scores_of, solved
 from prunus.engine.method import LayerMask, LayerResult, LayerScores, LayerUpdate, Method
-from prunus.pruners import JointPruner, RefiningPruner, ScorePruner
+from prunus.pruners import JointPruner, ScorePruner
 from prunus.solvers import selection
 from prunus.solvers.least_squares import layer_error
-from prunus.stats import InputGram, Statistic
+from prunus.stats import Statistic
 
 log = logging.getLogger("prunus")
 
@@ -110,30 +111,21 @@ def _candidate(method: Method, rows: Rows, scores: Tensor) -> LayerScores:
     return LayerScores(rows, units, int(dead.count_nonzero()), total)
 
 
-def _scores(method: Method, rows: Rows, stat: Statistic | None, shards: Ranks) -> Tensor:
-    assert isinstance(method.pruner, ScorePruner)
-    w = rows.matrix()
-    scores = method.pruner.scores(w, stat, method.pattern, shards)
-    if scores.shape != w.shape:
-        raise ValueError(
-            f"pruner {method.pruner.name!r} gave scores of shape {tuple(scores.shape)} for "
-            f"{rows.layer.name}, which is {tuple(w.shape)}"
-        )
-    return scores
-
-
 @torch.no_grad()
 def score(method: Method, measured: Measurements, shards: Ranks) -> list[LayerScores]:
     """Scores for every layer, computed from the present weights.
 
     Raises ValueError for scores that are NaN or infinite.
     """
+    assert isinstance(method.pruner, ScorePruner)
     parts: dict[Rows, Tensor] = {}
     for i, group in enumerate(measured.groups):
         stats = measured[i]
         with shards.raise_on_all_ranks(), no_autocast(measured.shares):
             for rows in track(group, f"{method.pruner.name}: scores"):
-                parts[rows] = _scores(method, rows, stats.get(rows), shards)
+                parts[rows] = scores_of(
+                    method.pruner, rows, stats.get(rows), method.pattern, shards
+                )
         del stats  # or the next group would be measured beside this one
     whole = _assembled(measured, parts)
     del parts
@@ -167,9 +159,10 @@ def _with_error(
     row: LayerResult, w: Tensor, new: Tensor, mask: Tensor, stat: Statistic | None, shards: Ranks
 ) -> LayerResult:
     """The row with the error of the layer's outputs, where the statistic can tell it."""
-    if not isinstance(stat, InputGram):
+    gram = None if stat is None else stat.gram(w.device)
+    if gram is None:
         return row
-    gram, errors = stat.matrix(w.device), torch.zeros(2, dtype=torch.float64)
+    errors = torch.zeros(2, dtype=torch.float64)
     rows = max(1, selection.CHUNK // max(1, w.shape[1]))
     for parts in zip(*(torch.split(t, rows) for t in (w, new, mask)), strict=True):
         dense, kept = parts[0].to(gram.dtype), torch.where(parts[2], parts[1], 0).to(gram.dtype)
@@ -183,13 +176,12 @@ def _rebuilt(
     method: Method, rows: Rows, stat: Statistic | None, choice: LayerMask, shards: Ranks
 ) -> Tensor:
     """The new weights of some rows; the choice's mask may get better on the way."""
-    pruner, w, begin = method.pruner, rows.matrix(), choice.rows.begin
+    pruner, begin = method.pruner, choice.rows.begin
     assert isinstance(pruner, ScorePruner)
     mask = choice.mask[rows.begin - begin : rows.end - begin]
-    if isinstance(pruner, RefiningPruner):
-        mask.copy_(pruner.refine(w, stat, mask, method.pattern))
-    new = pruner.rebuild(w, stat, mask)
-    choice.row = _with_error(choice.row, w, new, mask, stat, shards)
+    mask.copy_(refined(pruner, rows, stat, mask, method.pattern))
+    new = rebuilt(pruner, rows, stat, mask)
+    choice.row = _with_error(choice.row, rows.matrix(), new, mask, stat, shards)
     return new
 
 
@@ -243,7 +235,7 @@ def solve_jointly(
     drop = [0] * len(weights)
     if pattern.fixed is None:
         counts = [(w.numel(), w.numel() - int(w.count_nonzero())) for w in weights]
-        drop = allocate(method, measured.shares, counts, target, shards, no_scores)
+        drop = allocate(method, measured.shares, counts, target, shards)
     if pattern.kind == "row" and shards.group is not None:
         drop = drops_of_rows(drop, [len(w) for w in weights], shards)
     drops = dict(zip((rows.layer for rows in measured.shares), drop, strict=True))
@@ -256,21 +248,12 @@ def solve_jointly(
                 track(order, f"{pruner.name}: weights"), [*order[1:], None], strict=True
             ):
                 stat, k = stats.get(rows), drops[rows.layer]
-                new, mask = pruner.solve(rows.matrix(), stat, pattern, k, shards)
+                new, mask = solved(pruner, rows, stat, pattern, k, shards)
                 counted = torch.tensor([mask.numel(), mask.numel() - int(mask.count_nonzero())])
                 row = layer_row(rows, pattern, *shards.all_reduce(counted).tolist())
                 row = _with_error(row, rows.matrix(), new, mask, stat, shards)
                 changes[rows.layer] = _change(rows, new, mask, measured, row)
-                if isinstance(stat, InputGram) and (
-                    following is None or stats[following] is not stat
-                ):
+                if stat is not None and (following is None or stats.get(following) is not stat):
                     stat.forget()
         del stats, stat
     return _checked(method, [changes[rows.layer] for rows in measured.shares], shards)
-
-
-def no_scores(k: int) -> list[int]:
-    raise ValueError(
-        "this pruner chooses while it solves, so there are no scores to rank all layers by; use "
-        "allocator 'uniform', 'erk' or a table"
-    )

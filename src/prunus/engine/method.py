@@ -23,6 +23,8 @@ class Method:
     allocator: Allocator
     signals: Mapping[str, float] = field(default_factory=dict)
     """what the allocator measured in each layer, where it asks for signals"""
+    drop: Mapping[str, int] | None = None
+    """units to be gone in each layer, where that was decided before"""
 
     def fit(self, layers: Sequence[Layer]) -> list[Layer]:
         """The layers as this method wants to see them.
@@ -31,10 +33,8 @@ class Method:
         """
         supports(self.pruner, self.pattern)
         _check_shapes(layers, self.pattern)
-        check = getattr(self.pruner, "check", None)  # of a pruner that has needs of its own
-        if check is not None:
-            for layer in layers:
-                check(layer.matrix_shape()[1], self.pattern)
+        for layer in layers:
+            self.pruner.check(layer.matrix_shape()[1], self.pattern)
         grouped = self.pattern.kind in ("N:M", "block")
         return [layer.with_channels_inner() for layer in layers] if grouped else list(layers)
 

@@ -24,7 +24,7 @@ from prunus.engine.allocation import select_masks
 from prunus.engine.allocator_signals import with_signals
 from prunus.engine.layer_solve import check_loaded, measure, rebuild, score, solve_jointly
 from prunus.engine.method import LayerUpdate, Method
-from prunus.pruners import JointPruner, ScorePruner, SecondOrder, stages_of_groups
+from prunus.pruners import JointPruner, ScorePruner
 from prunus.solvers import selection
 
 log = logging.getLogger("prunus")
@@ -90,8 +90,7 @@ Stage = tuple[Method, "float | None"]
 
 def stage_count(method: Method) -> int:
     """How many times a pruning step measures anew."""
-    count = getattr(method.pruner, "num_recomputations", 1)
-    pattern = method.pattern
+    count, pattern = method.pruner.num_recomputations, method.pattern
     return int(min(count, pattern.m - pattern.n) if isinstance(pattern, NM) else count)
 
 
@@ -101,10 +100,10 @@ def stages_of(method: Method, layers: Sequence[Layer], target: float | None) -> 
     Raises ValueError if there is no overall sparsity to ramp to.
     """
     pruner = method.pruner
-    if not isinstance(pruner, SecondOrder) or pruner.num_recomputations == 1:
+    if pruner.num_recomputations == 1:
         return [(method, target)]
     if isinstance(method.pattern, NM):
-        patterns = stages_of_groups(method.pattern, pruner.num_recomputations)
+        patterns = pruner.stages_of_groups(method.pattern)
         return [(replace(method, pattern=pattern), None) for pattern in patterns]
     if target is None:
         raise ValueError(
@@ -123,7 +122,7 @@ def prepare_sweep(
     Statistics and scores are computed here, once, from the weights as they are now; only a pruner
     that measures anew on the way does all of it at each call.
     """
-    if getattr(method.pruner, "num_recomputations", 1) > 1:
+    if method.pruner.num_recomputations > 1:
         return lambda target: prune_step(method, layers, target, model, calibration)
     method = with_signals(method, layers, model, calibration)
     measured, shards = measure(method, layers, model, calibration)

@@ -1,7 +1,14 @@
 """What a recipe may contain, one file each."""
 
 from prunus.modifiers.acdc import ACDC
-from prunus.modifiers.base import MODIFIERS, Context, Modifier, OneShotModifier, Run
+from prunus.modifiers.base import (
+    MODIFIERS,
+    Context,
+    Modifier,
+    OneShotModifier,
+    Run,
+    register_modifier,
+)
 from prunus.modifiers.freeze import Freeze
 from prunus.modifiers.keep import Keep
 from prunus.modifiers.movement import MovementPruning
@@ -25,4 +32,5 @@ __all__ = [
     "Run",
     "SemiSparseTraining",
     "WeightDecay",
+    "register_modifier",
 ]

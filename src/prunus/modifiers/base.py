@@ -7,12 +7,13 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import inf
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from prunus.calibration.calibration import Calibration
+from prunus.core.extension import check_parts, check_settings
 from prunus.core.layers import Layer
 from prunus.core.mask_registry import Masks
 from prunus.core.masks import local, zero_pruned
@@ -242,3 +243,19 @@ class OneShotModifier(Modifier, Protocol):
 
 
 MODIFIERS: Registry[Modifier] = Registry("modifier")
+_M = TypeVar("_M", bound=Modifier)
+
+
+def register_modifier(cls: type[_M]) -> type[_M]:
+    """Class decorator: make a modifier known by its ``name`` to recipes and the command line.
+
+    `prune` leaves it out unless it says ``one_shot``. Raises ValueError if the class is not a
+    frozen dataclass, lacks a part, or takes the name of another one.
+    """
+    check_settings(cls, "modifier", ("name", "one_shot"))
+    own = getattr(cls, "bind", None) is not Modifier.bind
+    check_parts(cls, Modifier, "modifier", ("name", "bind" if own else "bind(context)"))
+    if not hasattr(cls, "one_shot"):
+        cls.one_shot = False
+    MODIFIERS.add(cls.name, cls)
+    return cls

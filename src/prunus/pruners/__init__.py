@@ -1,13 +1,12 @@
 """The methods, one file each."""
 
 from prunus.core.ranks import Ranks
-from prunus.pruners._second_order import SecondOrder, stages_of_groups
+from prunus.pruners._second_order import SecondOrder
 from prunus.pruners.alps import ALPS
 from prunus.pruners.base import (
     PRUNERS,
     JointPruner,
     Pruner,
-    RefiningPruner,
     ScorePruner,
     list_pruners,
     register_pruner,
@@ -33,13 +32,11 @@ __all__ = [
     "Magnitude",
     "Pruner",
     "Ranks",
-    "RefiningPruner",
     "ScorePruner",
     "SecondOrder",
     "SparseGPT",
     "Wanda",
     "list_pruners",
     "register_pruner",
-    "stages_of_groups",
     "supports",
 ]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from prunus.core.layers import Layer, working_precision
 from prunus.core.patterns import NM, Block, Pattern
+from prunus.pruners.base import ScorePruner
 from prunus.solvers.least_squares import refit
 from prunus.solvers.mask_swaps import swap
 from prunus.stats import InputGram, InputNorm
@@ -30,7 +31,7 @@ def dtype_of(layer: Layer) -> torch.dtype:
 
 
 @dataclass(frozen=True)
-class Layerwise:
+class Layerwise(ScorePruner):
     """Settings of methods that score weights by a layer's inputs, and what may follow the scores.
 
     Both options look at the layer's output error ``||(w_new - w) X||``, by way of ``X^T X``.
@@ -56,17 +57,17 @@ class Layerwise:
 
     def refine(self, w: Tensor, stat: Any, mask: Tensor, pattern: Pattern) -> Tensor:
         """A keep-mask with as many weights in each row (N:M: group), and no larger an error."""
-        if not self.swap or not isinstance(stat, InputGram):
+        if not self.swap:
             return mask
         dense = working_precision(w)
-        gram = stat.matrix(w.device).to(dense.dtype)
+        gram = stat.gram(w.device).to(dense.dtype)
         if isinstance(pattern, NM):
             return swap(dense, gram, mask, PASSES, pattern.m)
         return swap(dense, gram, mask, SWAPS)
 
     def rebuild(self, w: Tensor, stat: Any, mask: Tensor) -> Tensor:
-        if not self.refit or not isinstance(stat, InputGram):
+        if not self.refit:
             return w
         dense = working_precision(w)
-        gram = stat.matrix(w.device).to(dense.dtype)
+        gram = stat.gram(w.device).to(dense.dtype)
         return refit(dense, torch.where(mask, dense, 0), gram, mask)

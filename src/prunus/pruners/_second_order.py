@@ -11,13 +11,8 @@ import torch
 from prunus.core.layers import Layer
 from prunus.core.names import did_you_mean
 from prunus.core.patterns import NM, Pattern
-from prunus.stats.block_fisher import DTYPES, SAMPLES, BlockFisher, Samples, Sampling
-
-RAMPS = {
-    "linear": lambda t, a, b: a + (b - a) * t,
-    "cubic": lambda t, a, b: b + (a - b) * (1 - t) ** 3,
-    "geometric": lambda t, a, b: 1 - (1 - a) * ((1 - b) / (1 - a)) ** t if a < 1 else b,
-}
+from prunus.pruners.base import RAMPS
+from prunus.stats import DTYPES, SAMPLES, BlockFisher, Samples, Sampling
 
 
 @dataclass(frozen=True)
@@ -64,12 +59,6 @@ class SecondOrder:
             dtype=torch.float64 if exact else DTYPES[self.dtype],
         )
 
-    def stages(self, present: float, target: float) -> list[float]:
-        """The sparsity after each recomputation, from the present one on."""
-        count = self.num_recomputations
-        inner = [RAMPS[self.ramp](k / count, present, target) for k in range(1, count)]
-        return [*inner, target]
-
     def check(self, cols: int, pattern: Pattern) -> None:
         """Raises ValueError if a group of the pattern would lie in two blocks."""
         group = pattern.m if isinstance(pattern, NM) else getattr(pattern, "cols", 1)
@@ -78,10 +67,3 @@ class SecondOrder:
             raise ValueError(
                 f"block_size={self.block_size} cuts the groups of pattern '{pattern}'; use {near}"
             )
-
-
-def stages_of_groups(pattern: NM, count: int) -> list[NM]:
-    """N falling from M to the pattern's N over at most `count` stages."""
-    steps = min(count, pattern.m - pattern.n)
-    kept = [pattern.m - round((pattern.m - pattern.n) * k / steps) for k in range(1, steps + 1)]
-    return [NM(n, pattern.m) for n in kept]

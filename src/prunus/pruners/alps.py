@@ -19,14 +19,14 @@ from prunus.core.layers import Layer, working_precision
 from prunus.core.patterns import Pattern
 from prunus.core.ranks import Ranks
 from prunus.pruners._layerwise import gram_of
-from prunus.pruners.base import register_pruner
+from prunus.pruners.base import JointPruner, register_pruner
 from prunus.solvers.admm import solve
 from prunus.stats import InputGram
 
 
 @register_pruner
 @dataclass(frozen=True)
-class ALPS:
+class ALPS(JointPruner):
     """Minimize ``||(w_new - w) X||`` over weights and masks at once, by ADMM; then refit.
 
     The strongest of the layerwise methods, and the slowest.
@@ -34,7 +34,6 @@ class ALPS:
 
     name: ClassVar[str] = "alps"
     patterns: ClassVar[tuple[str, ...]] = ("unstructured", "row", "N:M")
-    allocator: ClassVar[str] = "uniform"
 
     iterations: int = 300
     """of ADMM, at most; it ends when the mask stands still"""
@@ -57,7 +56,7 @@ class ALPS:
         self, w: Tensor, stat: InputGram, pattern: Pattern, drop: int, ranks: Ranks
     ) -> tuple[Tensor, Tensor]:
         dense, alive = working_precision(w), w != 0
-        gram = stat.matrix(w.device).to(dense.dtype)
+        gram = stat.gram(w.device).to(dense.dtype)
         if pattern.kind == "unstructured":
             first = dense.square().mul_(gram.diagonal()).masked_fill_(~alive, -1)
             keep = ranks.keep_all_but_lowest(first, drop)

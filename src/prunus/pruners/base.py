@@ -2,63 +2,86 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
+from prunus.core.extension import check_settings, complete
 from prunus.core.layers import Layer
 from prunus.core.names import Registry
-from prunus.core.patterns import Pattern
+from prunus.core.patterns import NM, Pattern
 from prunus.core.ranks import Ranks
 from prunus.stats import Statistic
 
+KINDS = ("unstructured", "row", "N:M", "N:M along outputs", "block")
+RAMPS: dict[str, Callable[[float, float, float], float]] = {
+    "linear": lambda t, a, b: a + (b - a) * t,
+    "cubic": lambda t, a, b: b + (a - b) * (1 - t) ** 3,
+    "geometric": lambda t, a, b: 1 - (1 - a) * ((1 - b) / (1 - a)) ** t if a < 1 else b,
+}
 
-@runtime_checkable
-class Pruner(Protocol):
+
+class Pruner(ABC):
     """A published method: a frozen dataclass of its hyperparameters.
 
-    ``name`` is what recipes call it, ``patterns`` the kinds it supports, ``allocator`` how the
-    paper spreads sparsity over layers. Below, ``w`` is a layer as a (rows, cols) matrix, or some
-    rows of it; it must not be changed, and holds zeros where it was pruned before.
+    Below, ``w`` is a layer as a (rows, cols) matrix, or some rows of it; it must not be changed,
+    and holds zeros where it was pruned before.
     """
 
     name: ClassVar[str]
-    patterns: ClassVar[tuple[str, ...]]
-    allocator: ClassVar[str]
+    """what recipes call it"""
+    patterns: ClassVar[tuple[str, ...]] = ("unstructured", "row", "N:M", "block")
+    """the kinds of patterns it can prune to"""
+    allocator: ClassVar[str] = "uniform"
+    """how the paper spreads sparsity over layers"""
+
+    num_recomputations: int = 1
+    """stages of a pruning step, each of which measures anew"""
+    ramp: str = "geometric"
+    """how sparsity goes up over those stages, of `RAMPS`"""
 
     def statistic(self, layer: Layer) -> Statistic | None:
         """What to measure on calibration data for this layer, if anything."""
-        ...
+        return None
+
+    def check(self, cols: int, pattern: Pattern) -> None:  # noqa: B027 (nothing to check)
+        """Raises ValueError if layers of so many columns do not go with the pattern."""
+
+    def stages(self, present: float, target: float) -> list[float]:
+        """The sparsity after each stage, from the present one on."""
+        count, ramp = self.num_recomputations, RAMPS[self.ramp]
+        return [*(ramp(k / count, present, target) for k in range(1, count)), target]
+
+    def stages_of_groups(self, pattern: NM) -> list[NM]:
+        """N falling from M to the pattern's N, over at most as many stages."""
+        steps = min(self.num_recomputations, pattern.m - pattern.n)
+        kept = [pattern.m - round((pattern.m - pattern.n) * k / steps) for k in range(1, steps + 1)]
+        return [NM(n, pattern.m) for n in kept]
 
 
-@runtime_checkable
-class ScorePruner(Pruner, Protocol):
+class ScorePruner(Pruner):
     """Scores all weights, and rebuilds the layer once the mask is known."""
 
+    @abstractmethod
     def scores(self, w: Tensor, stat: Any, pattern: Pattern, ranks: Ranks) -> Tensor:
         """(rows, cols) importances: the lowest go. `ranks` may hold other rows of the layer."""
-        ...
+
+    def refine(self, w: Tensor, stat: Any, mask: Tensor, pattern: Pattern) -> Tensor:
+        """A keep-mask of the same pattern, with as many weights in each row, before `rebuild`."""
+        return mask
 
     def rebuild(self, w: Tensor, stat: Any, mask: Tensor) -> Tensor:
         """The new weight for a keep-mask; what the mask drops is zeroed whatever stands there."""
-        ...
+        return w
 
 
-@runtime_checkable
-class RefiningPruner(ScorePruner, Protocol):
-    """Looks at the mask once more before it rebuilds."""
-
-    def refine(self, w: Tensor, stat: Any, mask: Tensor, pattern: Pattern) -> Tensor:
-        """A keep-mask of the same pattern, with as many weights in each row."""
-        ...
-
-
-@runtime_checkable
-class JointPruner(Pruner, Protocol):
+class JointPruner(Pruner):
     """Chooses the mask while it solves, so a layer's share must be known before."""
 
+    @abstractmethod
     def solve(
         self, w: Tensor, stat: Any, pattern: Pattern, drop: int, ranks: Ranks
     ) -> tuple[Tensor, Tensor]:
@@ -67,32 +90,33 @@ class JointPruner(Pruner, Protocol):
         `drop` counts the whole layer, of which `ranks` may hold other rows; for pattern `row` it
         counts the rows of `w`.
         """
-        ...
 
 
-PRUNERS: Registry[Pruner] = Registry("pruner")
-KINDS = ("unstructured", "row", "N:M", "N:M along outputs", "block")
-_P = TypeVar("_P", bound="type[Pruner]")
+PRUNERS: Registry[Pruner] = Registry("pruner", Pruner, ("name",))
+_P = TypeVar("_P", bound=Pruner)
 
 
-def register_pruner(cls: _P) -> _P:
+def register_pruner(cls: type[_P]) -> type[_P]:
     """Class decorator: make a pruner known by its ``name`` to recipes and the command line.
 
-    Raises ValueError if the class is not a frozen dataclass, lacks a part of `Pruner`, names an
-    unknown pattern kind, or takes the name of another pruner.
+    It derives from `ScorePruner` or `JointPruner`; one that does not gets the defaults it lacks.
+    Raises ValueError if the class is not a frozen dataclass, lacks a part, names an unknown pattern
+    kind, or takes the name of another pruner.
     """
-    params = getattr(cls, "__dataclass_params__", None)
-    if not dataclasses.is_dataclass(cls) or params is None or not params.frozen:
-        raise ValueError(f"{cls.__name__} must be a frozen dataclass: @dataclass(frozen=True)")
+    check_settings(cls, "pruner", ("name", "patterns", "allocator"))
     if hasattr(cls, "sweep") and not hasattr(cls, "solve"):
         warnings.warn(f"{cls.__name__}.sweep is now called solve", FutureWarning, stacklevel=2)
-        cls.solve = cls.sweep
-    solving = ("solve",) if hasattr(cls, "solve") else ("scores", "rebuild")
-    parts = ("name", "patterns", "allocator", "statistic", *solving)
-    if missing := [part for part in parts if not hasattr(cls, part)]:
-        raise ValueError(f"pruner {cls.__name__} lacks {', '.join(missing)}")
-    if unknown := set(cls.patterns) - set(KINDS):
-        raise ValueError(f"{cls.__name__}.patterns has {sorted(unknown)}; kinds are {KINDS}")
+        cls.solve = cls.sweep  # type: ignore[attr-defined]
+    joint = hasattr(cls, "solve") and not issubclass(cls, ScorePruner)
+    if joint:
+        complete(cls, JointPruner, "pruner", ("name", "solve"))
+    else:
+        complete(cls, ScorePruner, "pruner", ("name", "scores"))
+    if isinstance(cls.patterns, str) or (unknown := set(cls.patterns) - set(KINDS)):
+        wrong = cls.patterns if isinstance(cls.patterns, str) else sorted(unknown)
+        raise ValueError(
+            f"pruner {cls.__name__}: patterns has {wrong}; write a tuple of {', '.join(KINDS)}"
+        )
     PRUNERS.add(cls.name, cls)
     return cls
 

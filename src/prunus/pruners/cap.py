@@ -22,7 +22,7 @@ from prunus.core.names import did_you_mean
 from prunus.core.patterns import NM, Pattern
 from prunus.core.ranks import Ranks
 from prunus.pruners._second_order import SecondOrder
-from prunus.pruners.base import register_pruner
+from prunus.pruners.base import ScorePruner, register_pruner
 from prunus.solvers.obs import greedy_losses, greedy_losses_of_groups, group_solve, increases
 from prunus.stats.block_fisher import BlockFisher
 
@@ -31,7 +31,7 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {"increase": increases, "loss": 
 
 @register_pruner
 @dataclass(frozen=True)
-class CAP(SecondOrder):
+class CAP(SecondOrder, ScorePruner):
     """Eliminate weights one by one, the others adjusting; score: what each adds to the loss.
 
     In each block the next to go is ``argmin w_p^2 / [F^-1]_pp``, with w and F^-1 as the weights

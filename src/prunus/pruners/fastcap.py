@@ -20,15 +20,14 @@ from prunus.core.names import did_you_mean
 from prunus.core.patterns import NM, Pattern
 from prunus.core.ranks import Ranks
 from prunus.pruners._stripes import choice, stripe_counts
-from prunus.pruners.base import register_pruner
+from prunus.pruners.base import JointPruner, register_pruner
 from prunus.solvers.column_sweep import sweep_columns, upper_factor
-from prunus.stats.block_fisher import SAMPLES, Samples, Sampling
-from prunus.stats.shared_fisher import SharedFisher
+from prunus.stats import SAMPLES, Samples, Sampling, SharedFisher
 
 
 @register_pruner
 @dataclass(frozen=True)
-class FastCAP:
+class FastCAP(JointPruner):
     """Sweep over the columns with a Fisher matrix that all rows share: ``F = 2/m sum g g^T``.
 
     Score ``w^2 / U_jj^2`` with ``U^T U = F^-1``; the error of what goes is passed on to the columns
@@ -37,7 +36,6 @@ class FastCAP:
 
     name: ClassVar[str] = "fastcap"
     patterns: ClassVar[tuple[str, ...]] = ("unstructured", "N:M")
-    allocator: ClassVar[str] = "uniform"
 
     block_size: int | None = None
     """columns of the shared matrix; default: all of a row"""

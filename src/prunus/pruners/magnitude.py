@@ -14,36 +14,23 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from prunus.core.layers import Layer
 from prunus.core.patterns import Pattern
 from prunus.core.ranks import Ranks
-from prunus.pruners.base import register_pruner
+from prunus.pruners.base import KINDS, ScorePruner, register_pruner
 from prunus.stats import Statistic
 
 
 @register_pruner
 @dataclass(frozen=True)
-class Magnitude:
+class Magnitude(ScorePruner):
     """Remove the weights of the smallest absolute value: score ``|w|``; survivors stay.
 
     Needs no data. With blocks, the score of a block is the sum of its ``|w|``.
     """
 
     name: ClassVar[str] = "magnitude"
-    patterns: ClassVar[tuple[str, ...]] = (
-        "unstructured",
-        "row",
-        "N:M",
-        "N:M along outputs",
-        "block",
-    )
+    patterns: ClassVar[tuple[str, ...]] = KINDS
     allocator: ClassVar[str] = "global"
-
-    def statistic(self, layer: Layer) -> Statistic | None:
-        return None
 
     def scores(self, w: Tensor, stat: Statistic | None, pattern: Pattern, ranks: Ranks) -> Tensor:
         return w.abs()
-
-    def rebuild(self, w: Tensor, stat: Statistic | None, mask: Tensor) -> Tensor:
-        return w

@@ -14,14 +14,13 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from prunus.core.layers import Layer
 from prunus.core.patterns import Pattern
 from prunus.core.ranks import Ranks
-from prunus.stats import Statistic
+from prunus.pruners.base import ScorePruner
 
 
 @dataclass(frozen=True)
-class Movement:
+class Movement(ScorePruner):
     """Score ``-sum_t w_t g_t`` over the steps of training: what grows stays; survivors stay as they
     are.
 
@@ -30,14 +29,6 @@ class Movement:
     """
 
     name: ClassVar[str] = "movement"
-    patterns: ClassVar[tuple[str, ...]] = ("unstructured", "row", "N:M", "block")
-    allocator: ClassVar[str] = "uniform"
-
-    def statistic(self, layer: Layer) -> Statistic | None:
-        return None
 
     def scores(self, w: Tensor, stat: Tensor, pattern: Pattern, ranks: Ranks) -> Tensor:
         return stat
-
-    def rebuild(self, w: Tensor, stat: Tensor, mask: Tensor) -> Tensor:
-        return w

@@ -18,14 +18,14 @@ from torch import Tensor
 from prunus.core.patterns import Block, Pattern
 from prunus.core.ranks import Ranks
 from prunus.pruners._second_order import SecondOrder
-from prunus.pruners.base import register_pruner
+from prunus.pruners.base import ScorePruner, register_pruner
 from prunus.solvers.obs import first_order_step, saliency
 from prunus.stats.block_fisher import BlockFisher
 
 
 @register_pruner
 @dataclass(frozen=True)
-class OBS(SecondOrder):
+class OBS(SecondOrder, ScorePruner):
     """Remove the weights whose loss, after the others adjust, rises least: ``w^2 / 2 [F^-1]_ii``.
 
     A block Q of a pattern scores ``1/2 w_Q^T ([F^-1]_QQ)^-1 w_Q``. What stays moves by
@@ -33,7 +33,6 @@ class OBS(SecondOrder):
     """
 
     name: ClassVar[str] = "obs"
-    patterns: ClassVar[tuple[str, ...]] = ("unstructured", "row", "N:M", "block")
     allocator: ClassVar[str] = "global"
 
     damp: float = 1e-6

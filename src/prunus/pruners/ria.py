@@ -42,8 +42,6 @@ class RI(Layerwise):
     """
 
     name: ClassVar[str] = "ri"
-    patterns: ClassVar[tuple[str, ...]] = ("unstructured", "row", "N:M", "block")
-    allocator: ClassVar[str] = "uniform"
 
     def statistic(self, layer: Layer) -> InputStatistic | None:
         return super().statistic(layer) if self.swap or self.refit else None
@@ -58,8 +56,6 @@ class RIA(Layerwise):
     """Relative importance times the norms of the inputs: score ``RI_ij ||X_j||^a``."""
 
     name: ClassVar[str] = "ria"
-    patterns: ClassVar[tuple[str, ...]] = ("unstructured", "row", "N:M", "block")
-    allocator: ClassVar[str] = "uniform"
 
     a: float = 0.5
     """exponent of the norm; at 0 the score is that of `ri`"""

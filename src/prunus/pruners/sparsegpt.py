@@ -21,7 +21,7 @@ from prunus.core.patterns import Pattern
 from prunus.core.ranks import Ranks
 from prunus.pruners._layerwise import gram_of
 from prunus.pruners._stripes import choice, row_counts, stripe_counts
-from prunus.pruners.base import register_pruner
+from prunus.pruners.base import JointPruner, register_pruner
 from prunus.solvers.column_sweep import sweep_columns
 from prunus.solvers.least_squares import refit
 from prunus.stats import InputGram
@@ -29,7 +29,7 @@ from prunus.stats import InputGram
 
 @register_pruner
 @dataclass(frozen=True)
-class SparseGPT:
+class SparseGPT(JointPruner):
     """Sweep over the columns with ``H = 2/n X X^T``: score ``w^2 / U_jj^2`` with ``U^T U = H^-1``.
 
     The mask of 128 columns (for N:M of each M) is chosen when the sweep gets there; the error of
@@ -38,7 +38,6 @@ class SparseGPT:
 
     name: ClassVar[str] = "sparsegpt"
     patterns: ClassVar[tuple[str, ...]] = ("unstructured", "row", "N:M")
-    allocator: ClassVar[str] = "uniform"
 
     damp: float = 1e-2
     """added to the diagonal of H, relative to its mean"""
@@ -57,7 +56,7 @@ class SparseGPT:
     def solve(
         self, w: Tensor, stat: InputGram, pattern: Pattern, drop: int, ranks: Ranks
     ) -> tuple[Tensor, Tensor]:
-        dense, gram = working_precision(w), stat.matrix(w.device)
+        dense, gram = working_precision(w), stat.gram(w.device)
         dead = gram.diagonal() == 0
         counts: Sequence[int] | Sequence[Tensor] = []
         if pattern.kind == "row":

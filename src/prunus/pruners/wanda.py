@@ -30,8 +30,6 @@ class Wanda(Layerwise):
     """
 
     name: ClassVar[str] = "wanda"
-    patterns: ClassVar[tuple[str, ...]] = ("unstructured", "row", "N:M", "block")
-    allocator: ClassVar[str] = "uniform"
 
     def scores(self, w: Tensor, stat: InputStatistic, pattern: Pattern, ranks: Ranks) -> Tensor:
         return working_precision(w).abs() * stat.norm.to(w.device)

@@ -1,17 +1,31 @@
 """Statistics: what is measured on calibration data for one layer."""
 
-from prunus.stats.base import GradientStatistic, RowStatistic, Statistic
-from prunus.stats.block_fisher import BlockFisher, Sampling
+from prunus.stats.base import (
+    SAMPLES,
+    STATISTICS,
+    Samples,
+    Sampling,
+    Statistic,
+    all_reduce_statistics,
+    checked_statistic,
+    register_statistic,
+)
+from prunus.stats.block_fisher import DTYPES, BlockFisher
 from prunus.stats.inputs import InputGram, InputNorm
 from prunus.stats.shared_fisher import SharedFisher
 
 __all__ = [
+    "DTYPES",
+    "SAMPLES",
+    "STATISTICS",
     "BlockFisher",
-    "GradientStatistic",
     "InputGram",
     "InputNorm",
-    "RowStatistic",
+    "Samples",
     "Sampling",
     "SharedFisher",
     "Statistic",
+    "all_reduce_statistics",
+    "checked_statistic",
+    "register_statistic",
 ]

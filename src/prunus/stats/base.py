@@ -1,57 +1,132 @@
-"""What every statistic has in common."""
+"""What every statistic has in common, and the registry of them."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Literal, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeVar
 
+import torch
 from torch import Tensor
 
+from prunus.core.extension import complete
+from prunus.core.names import Registry
 from prunus.core.ranks import all_ranks
-from prunus.stats.block_fisher import Sampling
+
+READS = ("inputs", "gradients")
+NEEDS = ("reads", "by_rows", "update", "tensors")
+Samples = Literal["micro_batch", "example"]
+SAMPLES = ("micro_batch", "example")
 
 
-@runtime_checkable
-class Statistic(Protocol):
+@dataclass(frozen=True)
+class Sampling:
+    """How many gradients to take, each of a whole calibration batch or of one example of it."""
+
+    num_grads: int
+    samples: Samples = "micro_batch"
+
+
+class Statistic(ABC):
     """Something summed over calibration data for one layer.
 
     A sum, so that data-parallel ranks add up: `tensors` are what one all-reduce makes whole.
     """
 
-    reads: Literal["inputs", "gradients"]
+    name: ClassVar[str]
+    """what `prunus list` calls it, once registered"""
+    reads: Literal["inputs", "gradients"] = "inputs"
     """what `update` takes in"""
-    by_rows: bool
-    """whether each row of the layer has numbers of its own, so that rows can be shared out"""
+    by_rows: bool = False
+    """whether each row of the layer has numbers of its own, so that rows can be shared out; for
+    those that read gradients"""
+    sampling: Sampling | None = None
+    """of those that read gradients: how many, and of what; the same for all layers"""
+    device: str | None = None
+    """where it is held, if that was said; whose free memory then counts"""
 
+    @abstractmethod
     def update(self, t: Tensor) -> None:
         """Take in inputs as (samples, columns), or gradients as (samples, rows, columns).
 
         Columns are those of the layer's matrix.
         """
-        ...
 
-    def tensors(self) -> list[Tensor]: ...
+    @abstractmethod
+    def tensors(self) -> list[Tensor]:
+        """The sums, in place: they are zeroed, and added up over ranks."""
 
     @property
     def nbytes(self) -> int:
         """Bytes it holds, known before any data has been seen."""
-        ...
+        return sum(t.nbytes for t in self.tensors())
+
+    @property
+    def norm(self) -> Tensor | None:
+        """(columns,) the l2 norm of each input column, if it can tell."""
+        return None
+
+    def gram(self, device: torch.device | str) -> Tensor | None:
+        """(columns, columns) ``X^T X`` of the inputs on this device, if it can tell.
+
+        Errors of the layer's outputs are computed and reported by it.
+        """
+        return None
+
+    def with_rows(self, rows: int) -> Statistic:
+        """An empty one with the same settings for another number of rows: for `by_rows`."""
+        raise NotImplementedError
+
+    def permute(self, perm: Tensor) -> None:
+        """Follow the layer's columns, of which the i-th is now what ``perm[i]`` was.
+
+        One that cannot is measured again.
+        """
+        raise NotImplementedError
+
+    @property
+    def can_permute(self) -> bool:
+        return type(self).permute is not Statistic.permute
+
+    def forget(self) -> None:  # noqa: B027 (most remember nothing)
+        """Free what can be computed again from `tensors`."""
 
 
-@runtime_checkable
-class GradientStatistic(Statistic, Protocol):
-    """One that reads gradients."""
-
-    sampling: Sampling
+STATISTICS: Registry[Statistic] = Registry("statistic", Statistic, ("name", *NEEDS))
+_S = TypeVar("_S", bound=Statistic)
 
 
-@runtime_checkable
-class RowStatistic(GradientStatistic, Protocol):
-    """One whose rows can be measured apart from each other."""
+def register_statistic(cls: type[_S]) -> type[_S]:
+    """Class decorator: make a statistic known by its ``name`` to the command line.
 
-    def with_rows(self, rows: int) -> RowStatistic:
-        """An empty one with the same settings for another number of rows."""
-        ...
+    It derives from `Statistic`. Raises ValueError if the class lacks a part, or takes the name of
+    another one.
+    """
+    STATISTICS.add(getattr(cls, "name", ""), cls)
+    return cls
+
+
+def checked_statistic(stat: Any) -> Statistic:
+    """What a pruner or an allocator wants to measure, registered or not.
+
+    Raises ValueError that names the class, unless it is whole.
+    """
+    cls = type(stat)
+    complete(cls, Statistic, "statistic", NEEDS, stat)
+    assert isinstance(stat, Statistic)
+    wrong = ""
+    if stat.reads not in READS:
+        wrong = f"reads is {stat.reads!r}; write 'inputs' or 'gradients'"
+    elif stat.reads == "gradients" and not isinstance(stat.sampling, Sampling):
+        wrong = "it reads gradients; say how many, as sampling = prunus.Sampling(num_grads=256)"
+    elif stat.by_rows and stat.reads == "inputs":
+        wrong = "by_rows is for gradients; all rows of a layer see the same inputs"
+    elif stat.by_rows and cls.with_rows is Statistic.with_rows:
+        wrong = "it is by_rows; define with_rows(rows), an empty one of so many rows"
+    if wrong:
+        raise ValueError(f"statistic {cls.__name__}: {wrong}")
+    return stat
 
 
 def all_reduce_statistics(stats: Iterable[Statistic]) -> None:

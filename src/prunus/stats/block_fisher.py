@@ -8,25 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from prunus.solvers.cholesky import dual_inverse, inverse
+from prunus.stats.base import Sampling, Statistic, register_statistic
 
-Samples = Literal["micro_batch", "example"]
-SAMPLES = ("micro_batch", "example")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}  # of float64 blocks worked on at once
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How many gradients to take, each of a whole calibration batch or of one example of it."""
-
-    num_grads: int
-    samples: Samples = "micro_batch"
 
 
 @dataclass(frozen=True)
@@ -55,7 +46,8 @@ class FisherBlocks:
 PerBlock = Callable[..., Tensor]
 
 
-class BlockFisher:
+@register_statistic
+class BlockFisher(Statistic):
     """One Fisher matrix for every `block_size` consecutive weights of a row.
 
     ``F_b = damp I + 1/m sum_k g_k g_k^T`` over the m gradients of the mean loss. Blocks do not
@@ -64,8 +56,10 @@ class BlockFisher:
     the inverse is computed by its dual form.
     """
 
-    reads: Literal["inputs", "gradients"] = "gradients"
+    name: ClassVar[str] = "block_fisher"
+    reads = "gradients"
     by_rows = True
+    sampling: Sampling
 
     def __init__(
         self,

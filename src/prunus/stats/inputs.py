@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from prunus.solvers.column_sweep import upper_factor
+from prunus.stats.base import Statistic, register_statistic
 
 STEP = 1 << 25  # entries of the inputs that are made single precision at a time
 
@@ -20,11 +21,11 @@ def _single(inputs: Tensor, dtype: torch.dtype) -> list[Tensor]:
     return [part.to(dtype) for part in torch.split(inputs, rows)]
 
 
-class InputNorm:
+@register_statistic
+class InputNorm(Statistic):
     """Sum of squares of each input column, for the l2 norms ``||X_j||`` of Wanda and RIA."""
 
-    reads: Literal["inputs", "gradients"] = "inputs"
-    by_rows = False
+    name: ClassVar[str] = "input_norm"
 
     def __init__(
         self,
@@ -55,14 +56,14 @@ class InputNorm:
         return self.sum_of_squares.sqrt()
 
 
-class InputGram:
+@register_statistic
+class InputGram(Statistic):
     """The Gram matrix ``X^T X`` of a layer's inputs, (columns, columns).
 
     Held where the first inputs were, unless a `device` is given; in float64 for layers that are.
     """
 
-    reads: Literal["inputs", "gradients"] = "inputs"
-    by_rows = False
+    name: ClassVar[str] = "input_gram"
 
     def __init__(
         self, columns: int, device: str | None = None, dtype: torch.dtype = torch.float32
@@ -112,7 +113,7 @@ class InputGram:
         self._begin("cpu")
         return self._sum.diagonal().clamp(min=0).sqrt()
 
-    def matrix(self, device: torch.device | str) -> Tensor:
+    def gram(self, device: torch.device | str) -> Tensor:
         """(columns, columns) ``X^T X`` on this device; not a copy where it is there already."""
         self._begin("cpu")
         return self._sum.to(device)
@@ -124,7 +125,7 @@ class InputGram:
         """
         if self._factor is None or self._factor[0] != damp or self._factor[1].device != device:
             self._factor = None  # frees the memory first
-            gram = self.matrix(device)
+            gram = self.gram(device)
             diagonal = gram.diagonal().clone()
             scale = 2 / max(1, self.count)
             filled = torch.where(diagonal == 0, 1 / scale, diagonal)

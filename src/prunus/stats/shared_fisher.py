@@ -6,23 +6,25 @@ highly-accurate sparse vision models", 2023, https://arxiv.org/abs/2210.09223, s
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from prunus.stats.block_fisher import Sampling
+from prunus.stats.base import Sampling, Statistic, register_statistic
 
 
-class SharedFisher:
+@register_statistic
+class SharedFisher(Statistic):
     """One Fisher matrix that all rows of a layer share.
 
     ``F = 2/m sum_k sum_r g_kr g_kr^T`` over gradients k and rows r (and over the blocks of a row,
     where `block_size` cuts it), (block_size, block_size). Not damped here.
     """
 
-    reads: Literal["inputs", "gradients"] = "gradients"
-    by_rows = False
+    name: ClassVar[str] = "shared_fisher"
+    reads = "gradients"
+    sampling: Sampling
 
     def __init__(
         self,

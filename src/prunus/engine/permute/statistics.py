@@ -29,7 +29,7 @@ def follow(stats: MutableMapping[Key, Statistic], columns: Mapping[Key, Tensor])
 
     Keys beside them may share a statistic, which stays as it is for those.
     """
-    if any(not hasattr(stats[key], "permute") for key in columns):
+    if any(not stats[key].can_permute for key in columns):
         return False
     moved: dict[int, Statistic] = {}
     for key, order in columns.items():
@@ -37,7 +37,7 @@ def follow(stats: MutableMapping[Key, Statistic], columns: Mapping[Key, Tensor])
         if id(stat) not in moved:
             shared = any(stats[other] is stat for other in stats if other not in columns)
             moved[id(stat)] = copy.deepcopy(stat) if shared else stat
-            moved[id(stat)].permute(order)  # type: ignore[attr-defined]
+            moved[id(stat)].permute(order)
         stats[key] = moved[id(stat)]
     return True
 

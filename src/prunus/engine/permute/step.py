@@ -18,6 +18,7 @@ from prunus.core.names import did_you_mean
 from prunus.core.patterns import NM, Unstructured
 from prunus.core.progress import track
 from prunus.core.ranks import Ranks, all_ranks
+from prunus.engine.checked_calls import scores_of
 from prunus.engine.layer_solve import measure, no_autocast
 from prunus.engine.method import Method
 from prunus.engine.permute.folds import AppliedFold, Fold, FoldPlan
@@ -154,12 +155,11 @@ def permute_layers(
 
 def _importance(method: Method, rows: Rows, stat: Statistic | None, shards: Ranks) -> Tensor:
     """The pruner's scores; for those that choose while they solve, magnitudes times inputs."""
-    w = rows.matrix()
     if isinstance(method.pruner, ScorePruner):  # of single weights, whatever group they will be in
-        return method.pruner.scores(w, stat, Unstructured(), shards)
-    norm = getattr(stat, "norm", None)
-    size = working_precision(w).abs()
-    return size if norm is None else size * norm.to(w.device)
+        return scores_of(method.pruner, rows, stat, Unstructured(), shards)
+    norm = None if stat is None else stat.norm
+    size = working_precision(rows.matrix()).abs()
+    return size if norm is None else size * norm.to(size.device)
 
 
 def _search(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
-from prunus.allocators import Allocation, Problem, SignalAllocator
+from prunus.allocators import SignalAllocator
 from prunus.calibration.calibration import Calibration
 from prunus.calibration.example_gradients import is_sharded
 from prunus.calibration.input_pass import measure_inputs
@@ -20,32 +21,19 @@ from prunus.core.layers import Layer, unwrap
 from prunus.core.patterns import Pattern
 from prunus.core.ranks import Ranks, all_ranks
 from prunus.engine.allocation import allocate
-from prunus.engine.allocator_signals import signal, signal_statistics
-from prunus.engine.layer_solve import no_scores
+from prunus.engine.allocator_signals import signal_statistics, signals_of
 from prunus.engine.method import Method
 from prunus.engine.permute.folds import Fold
 from prunus.engine.permute.step import Permute
 from prunus.engine.sequential.lazy_weights import Weights, materialize, release
+from prunus.engine.sequential.record import BlockInput
 from prunus.engine.sequential.replay import as_calibration, carry_on
 from prunus.engine.sequential.resume import check_folder
 from prunus.engine.sequential.walk import BlockPruning, Sequential, SequentialResult, Walk
-from prunus.stats import GradientStatistic
-from prunus.stats.base import all_reduce_statistics
+from prunus.stats import Statistic, checked_statistic
 
 log = logging.getLogger("prunus")
 NO_INPUTS = "sequential: blocks need inputs; pass calibration=prunus.Calibration(...)"
-
-
-@dataclass(frozen=True)
-class _Given:
-    """Shares that were decided before."""
-
-    name: ClassVar[str] = "given"
-    drop: Mapping[str, int]
-
-    def allocate(self, problem: Problem) -> Allocation:
-        units = problem.units
-        return Allocation(units, [max(self.drop[unit.name], unit.pruned) for unit in units])
 
 
 def blocks_for(model: nn.Module, layers: Sequence[Layer], how: Sequential) -> Blocks:
@@ -67,14 +55,15 @@ def blocks_for(model: nn.Module, layers: Sequence[Layer], how: Sequential) -> Bl
 def check_sequential(method: Method, layers: Sequence[Layer]) -> None:
     """Raises ValueError for what cannot be pruned block by block."""
     name = method.pruner.name
-    if any(isinstance(method.pruner.statistic(layer), GradientStatistic) for layer in layers):
+    stats = [method.pruner.statistic(layer) for layer in layers]
+    if any(stat is not None and checked_statistic(stat).reads == "gradients" for stat in stats):
         raise ValueError(f"sequential: pruner {name!r} needs gradients of the whole model's loss")
     if is_sharded(layers):
         raise ValueError("sequential: blocks sharded by FSDP2 cannot be moved; prune all at once")
-    if method.allocator.name == "global" and method.pattern.fixed is None:
+    if method.allocator.ranks_scores and method.pattern.fixed is None:
         raise ValueError(
-            "sequential: allocator 'global' ranks all layers before the first is pruned; use "
-            "'uniform', 'owl' or another"
+            f"sequential: allocator {method.allocator.name!r} ranks all layers before the first is "
+            "pruned; use 'uniform', 'owl' or another"
         )
 
 
@@ -154,9 +143,9 @@ def _decided(method: Method, layers: Sequence[Layer], target: float | None, walk
         method = replace(method, signals=_signals(allocator, walk))
     rows = [Rows(layer, 0, layer.matrix_shape()[0]) for layer in layers]
     counts = [_units(layer, method.pattern) for layer in layers]
-    drop = allocate(method, rows, counts, target, Ranks(), no_scores)
+    drop = allocate(method, rows, counts, target, Ranks())
     fixed_drops = {layer.name: k for layer, k in zip(layers, drop, strict=True)}
-    return replace(method, allocator=_Given(fixed_drops), signals={})
+    return replace(method, drop=fixed_drops)
 
 
 def _units(layer: Layer, pattern: Pattern) -> tuple[int, int]:
@@ -172,15 +161,20 @@ def _signals(allocator: SignalAllocator, walk: Walk) -> dict[str, float]:
     everything = [layer for group in walk.layers.values() for layer in group]
     items = walk.items() if signal_statistics(allocator, everything) else []
     for number in range(len(walk.blocks)):
+        layers = walk.layers.get(number)
         with walk.block(number) as block:
-            layers = walk.layers.get(number, [])
-            stats = signal_statistics(allocator, layers)
-            if items:
-                outputs: dict[int, Any] = {}
-                data = as_calibration(items, number, None, outputs)
-                stats = measure_inputs(block, stats, data)
-                carry_on(items, number, outputs)
-            all_reduce_statistics(stats.values())
-            if layers:
-                signals |= signal(allocator, layers, stats)
+            measure = functools.partial(_measure, block, items, number)
+            signals |= signals_of(allocator, [layers] if layers else [], measure)
     return signals
+
+
+def _measure(
+    block: nn.Module, items: list[BlockInput], number: int, stats: Mapping[Layer, Statistic]
+) -> Mapping[Layer, Statistic]:
+    """Fill the statistics of one block, and carry the items on to the next one."""
+    if not items:
+        return stats
+    outputs: dict[int, Any] = {}
+    filled = measure_inputs(block, stats, as_calibration(items, number, None, outputs))
+    carry_on(items, number, outputs)
+    return filled
