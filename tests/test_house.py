@@ -9,8 +9,8 @@ import pytest
 
 SRC = Path(__file__).parent.parent / "src" / "prunus"
 LEVELS = [
-    {"names", "files", "patterns", "regexes", "schedules", "solvers", "masking", "timing"}
-    | {"structure", "training_masks"}
+    {"names", "files", "formats", "patterns", "regexes", "schedules", "solvers", "masking"}
+    | {"structure", "timing", "training_masks"}
     | {"linalg", "elimination", "column_sweep", "group_sweep", "refitting", "swapping", "admm"},
     {"layers", "ends", "fused", "selection", "stats"},
     {"pruners", "allocators", "permute"},
