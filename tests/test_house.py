@@ -13,7 +13,7 @@ LEVELS = [
     | {"structure", "timing", "training_masks"}
     | {"linalg", "elimination", "column_sweep", "group_sweep", "refitting", "swapping", "admm"},
     {"layers", "ends", "fused", "selection", "stats"},
-    {"pruners", "allocators", "permute"},
+    {"pruners", "allocators", "permute", "hardware"},
     {"calibration", "engine", "method", "distributed", "progress"}
     | {"memory", "gradients", "gradient_pass", "measuring", "shares", "solving", "tally"}
     | {

@@ -1,0 +1,20 @@
+"""What hardware makes of zeros: EIE, cycle by cycle, and energy at published constants.
+
+Everything here is a model of published machines. What a model takes on the machine at hand is
+measured, by `prunus bench`.
+"""
+
+from prunus.hardware.eie import Execution, Machine, run, run_all, snake_order
+from prunus.hardware.energy import LABEL, EventEnergy, eie_energy, layer_energy
+
+__all__ = [
+    "LABEL",
+    "EventEnergy",
+    "Execution",
+    "Machine",
+    "eie_energy",
+    "layer_energy",
+    "run",
+    "run_all",
+    "snake_order",
+]
