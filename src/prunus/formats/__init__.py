@@ -45,6 +45,7 @@ __all__ = [
     "pack_cutlass",
     "restore",
     "show_tile",
+    "size",
     "sizes",
     "smallest",
 ]
@@ -99,13 +100,17 @@ def matrix_mask(t: Tensor) -> Mask:
 
 def sizes(t: Tensor, forms: tuple[str, ...] = ("dense", "bitmask", "csr", "csc")) -> dict[str, int]:
     """Bits that each format takes for a tensor, counted without encoding it."""
-    mask, bits = matrix_mask(t), value_bits(t)
-    result = {}
-    for form in forms:
-        name, options = _parse(form)
-        sized: _Sized = FORMATS[name]  # type: ignore[assignment]
-        result[form] = sized.size(mask, bits, **options)
-    return result
+    return {form: size(t, form) for form in forms}
+
+
+def size(t: Tensor, form: str, **options: Any) -> int:
+    """Bits that `encode` would take, by the same options.
+
+    Raises ValueError where the format cannot hold the tensor.
+    """
+    name, parsed = _parse(form)
+    sized: _Sized = FORMATS[name]  # type: ignore[assignment]
+    return sized.size(matrix_mask(t), value_bits(t), **parsed, **options)
 
 
 def smallest(t: Tensor, forms: tuple[str, ...] = ("bitmask", "csr", "csc")) -> str:

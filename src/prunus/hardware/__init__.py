@@ -6,13 +6,17 @@ measured, by `prunus bench`.
 
 from prunus.hardware.eie import Execution, Machine, run, run_all, snake_order
 from prunus.hardware.energy import LABEL, EventEnergy, eie_energy, layer_energy
+from prunus.hardware.estimate import Estimate, LayerEstimate, estimate
 
 __all__ = [
     "LABEL",
+    "Estimate",
     "EventEnergy",
     "Execution",
+    "LayerEstimate",
     "Machine",
     "eie_energy",
+    "estimate",
     "layer_energy",
     "run",
     "run_all",
