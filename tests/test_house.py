@@ -12,7 +12,7 @@ LEVELS = [
     {"names", "files", "formats", "patterns", "regexes", "schedules", "solvers", "masking"}
     | {"structure", "timing", "training_masks"}
     | {"linalg", "elimination", "column_sweep", "group_sweep", "refitting", "swapping", "admm"},
-    {"layers", "ends", "fused", "selection", "stats"},
+    {"layers", "ends", "fused", "selection", "stats", "spatial"},
     {"pruners", "allocators", "permute", "hardware"},
     {"calibration", "engine", "method", "distributed", "progress"}
     | {"memory", "gradients", "gradient_pass", "measuring", "shares", "solving", "tally"}
