@@ -26,6 +26,7 @@ from prunus.spatial.modules import (
     SparseSequential,
     ToDense,
 )
+from prunus.spatial.points import ball_query, farthest_point_sampling, nearest_neighbours
 from prunus.spatial.tensor import Sites, SparseTensor
 from prunus.spatial.tuning import apply_tuning, tune
 
@@ -53,8 +54,11 @@ __all__ = [
     "SubMConv3d",
     "ToDense",
     "apply_tuning",
+    "ball_query",
     "convolve",
+    "farthest_point_sampling",
     "from_spconv",
+    "nearest_neighbours",
     "padding_share",
     "plan_groups",
     "strided_map",
