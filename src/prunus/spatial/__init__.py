@@ -13,6 +13,7 @@ from prunus.spatial.convolution import (
     SubMConv2d,
     SubMConv3d,
     from_spconv,
+    offset_pattern,
 )
 from prunus.spatial.dataflows import DATAFLOWS, convolve
 from prunus.spatial.grouping import Group, padding_share, plan_groups
@@ -59,6 +60,7 @@ __all__ = [
     "farthest_point_sampling",
     "from_spconv",
     "nearest_neighbours",
+    "offset_pattern",
     "padding_share",
     "plan_groups",
     "strided_map",

@@ -234,3 +234,11 @@ def _triple(size: Size) -> tuple[int, int, int]:
 def from_spconv(weight: Tensor) -> Tensor:
     """A weight of spconv 2, (out, *kernel, in), as ours, (out, in, *kernel)."""
     return weight.movedim(-1, 1).contiguous()
+
+
+def offset_pattern(conv: SparseConvolution) -> str:
+    """The pattern of `prunus.prune` whose units are the layer's kernel offsets, as ``"32x16"``.
+
+    A pruned offset takes no gather, no product and no scatter.
+    """
+    return f"{conv.out_channels}x{conv.in_channels}"
