@@ -77,15 +77,8 @@ def report(model: nn.Module, names: list[str], accuracies: list[str]) -> None:
     for stage, accuracy in zip(("dense", "pruned", "shared", "huffman"), accuracies, strict=True):
         bits = sum(getattr(size, stage) for size in sizes)
         layers = sum(size.dense for size in sizes) / bits
-        rows.append(
-            (
-                stage,
-                f"{(bits + rest) / 8192:.1f}",
-                f"{layers:.1f}x",
-                f"{everything / (bits + rest):.1f}x",
-                accuracy,
-            )  # fmt: skip
-        )
+        share, whole = f"{layers:.1f}x", f"{everything / (bits + rest):.1f}x"
+        rows.append((stage, f"{(bits + rest) / 8192:.1f}", share, whole, accuracy))
     print_table(("stage", "KiB in all", "pruned layers", "whole model", "accuracy"), rows)
     zeros = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
     print(f"sparsity of the pruned layers {zeros:.3f}, other parameters {rest / 8192:.1f} KiB\n")

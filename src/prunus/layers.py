@@ -159,7 +159,7 @@ class Layer:
     def output_matrix(self, y: Tensor) -> Tensor:
         """The layer's output as (samples, rows), samples in the order of `input_matrix`."""
         if hasattr(self.module, "input_matrix"):  # a sparse convolution
-            y = y.features
+            y = getattr(y, "features", y)
         elif isinstance(self.module, nn.Conv1d | nn.Conv2d):
             y = y.flatten(2).transpose(1, 2)
         y = y.reshape(-1, y.shape[-1])

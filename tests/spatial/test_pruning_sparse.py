@@ -42,9 +42,7 @@ def test_wanda_of_a_submanifold_layer_is_that_of_its_input_matrix():
     rows = torch.cat([model[0].input_matrix(x) for x, _ in batches])
     scores = weight.flatten(1).abs() * rows.square().sum(0).sqrt()
     calibration = prunus.Calibration(batches)
-    prunus.prune(
-        model, "wanda", sparsity=0.5, layers=["0"], pattern="row", calibration=calibration
-    )
+    prunus.prune(model, "wanda", sparsity=0.5, layers=["0"], pattern="row", calibration=calibration)
     kept = torch.zeros_like(scores, dtype=torch.bool)
     kept.scatter_(1, scores.argsort(1)[:, scores.shape[1] // 2 :], True)
     assert torch.equal(model[0].weight.flatten(1) != 0, kept)

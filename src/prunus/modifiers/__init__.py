@@ -9,6 +9,7 @@ from prunus.modifiers.movement import MovementPruning
 from prunus.modifiers.param_groups import LearningRate, WeightDecay
 from prunus.modifiers.prune import PruningModifier
 from prunus.modifiers.pruning_run import PruningRun, pruning_event
+from prunus.modifiers.sparse_activations import SparseActivations
 from prunus.modifiers.training_run import TrainingRun
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "PruningModifier",
     "PruningRun",
     "Run",
+    "SparseActivations",
     "TrainingRun",
     "WeightDecay",
     "pruning_event",

@@ -4,6 +4,13 @@ Names and arguments are those of spconv, so that ``import prunus.spatial as spco
 that was written for it, on a CPU too. Plain torch operations, differentiable, in any precision.
 """
 
+from prunus.spatial.activation import (
+    SiteChoice,
+    SparseInputs,
+    SubMConvOnDense,
+    run_sparse,
+    sparse_inputs,
+)
 from prunus.spatial.convolution import (
     SparseConv2d,
     SparseConv3d,
@@ -37,6 +44,7 @@ __all__ = [
     "DATAFLOWS",
     "Group",
     "KernelMap",
+    "SiteChoice",
     "Sites",
     "SparseAvgPool2d",
     "SparseAvgPool3d",
@@ -45,6 +53,7 @@ __all__ = [
     "SparseConvTensor",
     "SparseConvolution",
     "SparseGlobalAvgPool",
+    "SparseInputs",
     "SparseInverseConv2d",
     "SparseInverseConv3d",
     "SparseMaxPool2d",
@@ -53,6 +62,7 @@ __all__ = [
     "SparseTensor",
     "SubMConv2d",
     "SubMConv3d",
+    "SubMConvOnDense",
     "ToDense",
     "apply_tuning",
     "ball_query",
@@ -63,6 +73,8 @@ __all__ = [
     "offset_pattern",
     "padding_share",
     "plan_groups",
+    "run_sparse",
+    "sparse_inputs",
     "strided_map",
     "submanifold_map",
     "tune",
