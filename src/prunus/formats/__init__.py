@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from prunus.formats.base import Encoded, Mask, as_matrix, value_bits
@@ -37,6 +38,7 @@ __all__ = [
     "Huffman",
     "Mask",
     "Reset",
+    "compress",
     "encode",
     "entry_counts",
     "expected_entries",
@@ -111,6 +113,30 @@ def size(t: Tensor, form: str, **options: Any) -> int:
     name, parsed = _parse(form)
     sized: _Sized = FORMATS[name]  # type: ignore[assignment]
     return sized.size(matrix_mask(t), value_bits(t), **parsed, **options)
+
+
+_COMPACT = ("bitmask", "csr", "csc", "1:4", "2:8")
+_SAMPLE = 4096
+
+
+def compress(t: Tensor) -> Encoded:
+    """The tensor in whichever lossless format takes least.
+
+    Among them is EIE's with one element, where the tensor has at most 15 values beside zero.
+    """
+    form, options = smallest(t, _COMPACT), {}
+    if _has_few_values(t):
+        shared = {"elements": 1, "reset": "stream"}
+        if size(t, "eie", **shared) < size(t, form):
+            form, options = "eie", shared
+    return encode(t, form, **options)
+
+
+def _has_few_values(t: Tensor) -> bool:
+    flat = t.detach().reshape(-1)
+    if len(torch.unique(flat[:_SAMPLE])) > 16:  # most tensors are found out here
+        return False
+    return len(torch.unique(flat)) <= 15 + int(bool((flat == 0).any()))
 
 
 def smallest(t: Tensor, forms: tuple[str, ...] = ("bitmask", "csr", "csc")) -> str:
