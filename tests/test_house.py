@@ -35,7 +35,7 @@ LEVELS = [
     {"modifiers"},
     {"recipe", "records", "report", "results", "session", "oneshot", "checkpoint", "accelerating"}
     | {"compat"},
-    {"cli", "cli_arguments", "catalogue", "preview", "bench_table"}
+    {"cli", "cli_arguments", "cli_estimate", "catalogue", "preview", "bench_table"}
     | {"integrations", "__init__", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -1,7 +1,7 @@
 """Kernel maps: for each offset of a kernel, which input site meets which output site.
 
 A submanifold map takes one sort and one binary search for each line of offsets on one side of the
-centre: four for 3x3x3. Along a line the next neighbour is the next key, and the other side is the
+centre, four for 3x3x3: along a line the next neighbour is the next key, and the other side is the
 same pairs with input and output exchanged. See `keys`.
 """
 
@@ -69,7 +69,7 @@ class KernelMap:
             column = torch.repeat_interleave(
                 torch.arange(offsets, device=table.device), counts, output_size=len(self.target)
             )
-            table.view(-1)[self.target * offsets + column] = self.source
+            table.view(-1).scatter_(0, self.target * offsets + column, self.source)
             self._table = table
         return self._table
 
@@ -109,7 +109,7 @@ def submanifold_map(
     ]
     half = len(offsets) // 2
     before = _neighbours(keys, [grid.shift(offset) for offset in offsets[:half]])
-    pairs = [(order[found], order[at]) for found, at in before]
+    pairs = [(order.index_select(0, found), order.index_select(0, at)) for found, at in before]
     mirrored = [(target, source) for source, target in reversed(pairs)]
     empty = order[:0]
     together = [*pairs, (empty, empty), *mirrored]
@@ -128,11 +128,13 @@ def _neighbours(keys: Tensor, shifts: list[int]) -> list[tuple[Tensor, Tensor]]:
         if found is not None and hit is not None and shift == last + 1:
             # the lower bound moves on by one where the site before was there
             found = (found + hit).clamp_(max=max(0, len(keys) - 1))
+        elif shift == -1:
+            found = (torch.arange(len(keys), device=keys.device) - 1).clamp_(min=0)
         else:
             found = lower_bounds(keys, wanted)
-        hit = keys[found] == wanted if len(keys) else found.bool()
+        hit = keys.index_select(0, found) == wanted
         at = hit.nonzero().squeeze(1)
-        result.append((found[at], at))
+        result.append((found.index_select(0, at), at))
         last = shift
     return result
 
@@ -178,10 +180,11 @@ def _reach(
     source: Tensor, key: Tensor, step: int, place: Tensor, stride: int, bound: int, weight: int
 ) -> tuple[Tensor, Tensor]:
     """Of some inputs those whose offset along an axis leads to an output, and its key so far."""
-    moved = place[source] - step
+    moved = place.index_select(0, source) - step
     out = moved.div(stride, rounding_mode="floor")
     inside = ((moved >= 0) & (out * stride == moved) & (out < bound)).nonzero().squeeze(1)
-    return source[inside], key[inside] + out[inside] * weight
+    keys = key.index_select(0, inside) + out.index_select(0, inside) * weight
+    return source.index_select(0, inside), keys
 
 
 def _unique(keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,5 +193,5 @@ def _unique(keys: Tensor) -> tuple[Tensor, Tensor]:
     first = torch.ones_like(ordered, dtype=torch.bool)
     first[1:] = ordered[1:] != ordered[:-1]
     inverse = torch.empty_like(order)
-    inverse[order] = first.cumsum(0) - 1
+    inverse.scatter_(0, order, first.cumsum(0) - 1)
     return ordered[first], inverse
