@@ -5,6 +5,7 @@ from prunus.block_walk import Sequential
 from prunus.calibration import Calibration
 from prunus.checkpoint import load, save
 from prunus.curvature import Fisher, fisher
+from prunus.hardware import Estimate, estimate
 from prunus.modifiers import PruningModifier
 from prunus.oneshot import prune, sweep
 from prunus.permuting import Permute
@@ -34,6 +35,7 @@ __all__ = [
     "RIA",
     "Accelerated",
     "Calibration",
+    "Estimate",
     "FastCAP",
     "Fisher",
     "Magnitude",
@@ -46,6 +48,7 @@ __all__ = [
     "Wanda",
     "accelerate",
     "attach",
+    "estimate",
     "fisher",
     "list_pruners",
     "load",

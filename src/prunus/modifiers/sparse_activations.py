@@ -18,8 +18,9 @@ class SparseActivations:
 
     What is kept in each example are the sites of the largest norm, and the convolution outputs
     nothing at the others. The masks stay on the model when training is over, since it has learnt to
-    work with them: ``prunus.spatial.run_sparse(model, session_run.masks)`` then runs those layers
-    as submanifold convolutions, and ``masks.remove()`` takes them off.
+    work with them. They are ``masks`` of the run among the session's ``runs``:
+    `prunus.spatial.run_sparse` with them runs those layers as submanifold convolutions, and
+    ``masks.remove()`` takes them off.
     """
 
     name: ClassVar[str] = "sparse_activations"
