@@ -1,7 +1,7 @@
 """The picture of an estimate in `docs/hardware.md`: a ResNet-18 as timm initializes it.
 
-Pruned by magnitude to 90 %, all layers ranked together. It is not trained, so the shares of zeros in
-its activations are those of random weights.
+Pruned by magnitude to 90 %, all layers ranked together. It is not trained, so the shares of zeros
+in its activations are those of random weights.
 
     python research/benchmarks/estimate_picture.py [--output docs/hardware/estimate.png]
 """
