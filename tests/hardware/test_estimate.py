@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from prunus import formats, hardware
+from prunus import formats, hardware, spatial
 from prunus.hardware import Machine, estimate
 
 
@@ -162,3 +162,16 @@ def test_inputs_may_be_positional_or_by_keyword():
 def test_no_vectors_are_refused():
     with pytest.raises(ValueError, match="vectors=0; use at least 1"):
         estimate(nn.Linear(2, 2), torch.ones(1, 2), vectors=0)
+
+
+def test_sparse_convolutions_are_counted_against_the_whole_grid():
+
+    dense = sparse_input(2, 3, 6, 7) * (torch.rand(2, 1, 6, 7) < 0.3)
+    conv = sparsify(spatial.SubMConv2d(3, 5, 3, bias=False))
+    (row,) = estimate(conv, spatial.SparseTensor.from_dense(dense)).layers
+    assert row.macs == 2 * 6 * 7 * 27 * 5
+    assert row.input_sparsity == pytest.approx(float((dense == 0).float().mean()))
+    ones = nn.functional.conv2d((dense != 0).double(), (conv.weight != 0).double(), padding=1)
+    sites = (dense != 0).any(1, keepdim=True)
+    assert row.effective_macs == int((ones * sites).sum())
+    assert row.eie_cycles > 0

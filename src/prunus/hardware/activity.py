@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,7 +53,9 @@ def measure_activity(model: nn.Module, example_inputs: Any, vectors: int) -> dic
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         layer = layers[id(module)]
-        if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+        if args and hasattr(module, "input_matrix"):
+            _add_sparse(result.setdefault(layer.name, Activity()), layer, args[0], output, vectors)
+        elif args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
             _add(result.setdefault(layer.name, Activity()), layer, args[0], output, vectors)
 
     with contextlib.ExitStack() as stack:
@@ -105,6 +108,21 @@ def _add(activity: Activity, layer: Layer, x: Tensor, y: Tensor, vectors: int) -
         matrix = layer.input_matrix(some)
         picked = torch.linspace(0, len(matrix) - 1, min(vectors, len(matrix))).long()
         activity.samples.append((matrix[picked.to(matrix.device)] != 0).cpu().numpy())
+
+
+def _add_sparse(activity: Activity, layer: Layer, x: Any, y: Any, vectors: int) -> None:
+    """A sparse convolution; the dense layer is the one over the whole grid."""
+    rows, cols = layer.matrix_shape()
+    matrix = layer.input_matrix(x) != 0
+    inputs = x.batch_size * math.prod(x.spatial_shape) * x.features.shape[1]
+    activity.calls += 1
+    activity.inputs += inputs
+    activity.zeros += inputs - int((x.features != 0).sum())
+    activity.macs += y.batch_size * math.prod(y.spatial_shape) * rows * cols
+    activity.effective_macs += _linear_macs(layer, matrix)
+    activity.vectors += len(matrix)
+    picked = torch.linspace(0, len(matrix) - 1, min(vectors, len(matrix))).long()
+    activity.samples.append(matrix[picked.to(matrix.device)].cpu().numpy())
 
 
 def _linear_macs(layer: Layer, there: Tensor) -> int:
