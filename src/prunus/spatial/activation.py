@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus.spatial.convolution import SubMConv2d
+from prunus.spatial.convolution import SparseConvolution, SubMConv2d
 from prunus.spatial.tensor import Sites, SparseTensor
 
 
@@ -151,7 +151,7 @@ def run_sparse(model: nn.Module, masks: SparseInputs, dataflow: str = "implicit"
 
 def check_convolution(name: str, module: nn.Module | None) -> None:
     """Raises ValueError for what cannot run as a submanifold convolution."""
-    if not isinstance(module, nn.Conv2d):
+    if not isinstance(module, nn.Conv2d) or isinstance(module, SparseConvolution):
         kind = "nothing" if module is None else type(module).__name__
         raise ValueError(f"{name!r} is {kind}; sparse inputs are for Conv2d")
     centred = tuple(k // 2 * d for k, d in zip(module.kernel_size, module.dilation, strict=True))
