@@ -24,6 +24,7 @@ from prunus.core.patterns import Pattern
 from prunus.core.ranks import Ranks
 from prunus.engine.permute.step import Permute
 from prunus.engine.sequential.walk import Sequential
+from prunus.hardware import Estimate, estimate
 from prunus.modifiers import (
     Context,
     Modifier,
@@ -76,6 +77,7 @@ __all__ = [
     "BlockFisher",
     "Calibration",
     "Context",
+    "Estimate",
     "FastCAP",
     "Fisher",
     "InputGram",
@@ -108,6 +110,7 @@ __all__ = [
     "Window",
     "accelerate",
     "attach",
+    "estimate",
     "filled",
     "fisher",
     "list_pruners",

@@ -1,7 +1,8 @@
 """Saving sparse models: safetensors, dense or compact, written atomically.
 
-Dense files have the plain model's keys, so any loader reads them. Compact files store a sparse
-tensor as one bit for each weight and the values that are left: ``name.bits`` and ``name.values``.
+Dense files have the plain model's keys, so any loader reads them. Compact files store each sparse
+tensor in whichever of `prunus.formats` takes least, its parts as ``name.part``; those that were
+written before there was a choice have ``name.bits`` and ``name.values``, and are read as ever.
 Both carry the masks and the recipe in the metadata. A mask is where the stored weight is not zero,
 but for the few kept weights that happen to be zero, whose positions are written beside it.
 """
@@ -20,11 +21,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from prunus import formats
 from prunus.api.results import Result
 from prunus.api.session import Session
 from prunus.core.files import atomic_write
 from prunus.core.layers import clean_name, unwrap
-from prunus.core.masks import local, pack, unpack
+from prunus.core.masks import local, unpack
 from prunus.core.names import did_you_mean
 from prunus.core.ranks import Ranks
 from prunus.core.sharding import gather, ranks_of, shard
@@ -104,13 +106,13 @@ def _write(
             if t.dim() > 1 and t.is_floating_point() and bool((t == 0).any())
         }
     header: dict[str, Any] = {
-        "version": 1,
+        "version": 2 if compact else 1,
         "recipe": None if pruning is None else pruning.recipe.to_yaml(),
         "masks": _written(masks, state),
     }
     tensors = {name: t.detach().contiguous() for name, t in state.items()}
     if compact:
-        tensors, header["compact"], header["aliases"] = _compact(tensors)
+        tensors, header["formats"], header["aliases"] = _compact(tensors)
     tensors = _unshared(tensors)
     with atomic_write(path) as draft:
         try:
@@ -162,10 +164,10 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _compact(
     tensors: dict[str, Tensor],
-) -> tuple[dict[str, Tensor], dict[str, list[int]], dict[str, str]]:
-    """Tensors in the smaller of both forms, the shapes of the sparse ones, and tied names."""
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]], dict[str, str]]:
+    """Tensors in their smallest format, how the sparse ones are stored, and tied names."""
     result: dict[str, Tensor] = {}
-    shapes: dict[str, list[int]] = {}
+    stored: dict[str, dict[str, Any]] = {}
     aliases: dict[str, str] = {}
     first: dict[tuple[int, torch.Size], str] = {}
     for name, t in tensors.items():
@@ -174,15 +176,14 @@ def _compact(
             aliases[name] = first[key]
             continue
         first[key] = name
-        kept = t != 0
-        bits = pack(kept)
-        values = t[kept]
-        if t.is_floating_point() and bits.nbytes + values.nbytes < t.nbytes:
-            result[f"{name}.bits"], result[f"{name}.values"] = bits, values
-            shapes[name] = list(t.shape)
-        else:
+        encoded = formats.compress(t) if t.is_floating_point() else None
+        if encoded is None or encoded.nbytes >= t.nbytes:
             result[name] = t
-    return result, shapes, aliases
+            continue
+        parts = encoded.tensors()
+        result.update((f"{name}.{part}", tensor) for part, tensor in parts.items())
+        stored[name] = {"format": encoded.name, "parts": list(parts), **encoded.options()}
+    return result, stored, aliases
 
 
 def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Checkpoint:
@@ -216,6 +217,10 @@ def _expand(stored: dict[str, Tensor], header: Mapping[str, Any]) -> dict[str, T
         dense = torch.zeros(shape, dtype=values.dtype)
         dense[unpack(bits, shape)] = values
         state[name] = dense
+    for name, options in header.get("formats", {}).items():
+        form, parts = options.pop("format"), options.pop("parts")
+        tensors = {part: state.pop(f"{name}.{part}") for part in parts}
+        state[name] = formats.restore(form, tensors, options).decode()
     for name, other in header.get("aliases", {}).items():
         state[name] = state[other]
     return state

@@ -50,7 +50,8 @@ class _Inputs:
 
     def take(self, layer: Layer, x: Tensor) -> None:
         first = layer not in self.leaders
-        version = 0 if x.is_inference() else x._version
+        features = getattr(x, "features", x)  # of a sparse tensor
+        version = 0 if features.is_inference() else features._version
         leader = layer
         if self.last is not None and self.last[1] is x and self.last[2] == version:
             leader = self.leaders[self.last[0]] if _see_alike(self.last[0], layer) else layer

@@ -1,4 +1,4 @@
-"""The command line: ``prunus list | show | check | schema | convert | prune | bench | report``.
+"""The command line: ``prunus list | show | check | schema | convert | prune | bench | estimate ...``.
 
 A model or a loader is named ``package.module:function``; the function is called without arguments.
 """
@@ -26,6 +26,7 @@ from prunus.cli.arguments import (
 )
 from prunus.cli.bench import bench as bench_table
 from prunus.cli.catalogue import description, listing
+from prunus.cli.estimate import estimate
 from prunus.cli.preview import preview, timetable
 from prunus.core.files import atomic_write
 from prunus.integrations.sparseml.convert import convert as convert_recipe
@@ -36,6 +37,7 @@ from prunus.recipe import Recipe, json_schema
 app = typer.Typer(
     help=prunus.__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
+app.command()(estimate)
 out = Console(markup=False, emoji=False)  # `attn.qkv[q]` is a name, not markup
 
 ModelOption = Annotated[str, typer.Option(help="package.module:function that returns the model")]

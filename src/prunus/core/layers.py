@@ -155,7 +155,7 @@ class Layer:
     def no_input_matrix(self) -> str:
         """Why `input_matrix` has no form for this layer; empty if it has."""
         conv = self.module
-        if isinstance(conv, nn.Linear) or _is_conv1d(conv):
+        if isinstance(conv, nn.Linear) or _is_conv1d(conv) or hasattr(conv, "input_matrix"):
             return ""
         if not isinstance(conv, nn.Conv1d | nn.Conv2d) or conv.groups != 1:
             return (
@@ -168,7 +168,9 @@ class Layer:
 
     def output_matrix(self, y: Tensor) -> Tensor:
         """The layer's output as (samples, rows), samples in the order of `input_matrix`."""
-        if isinstance(self.module, nn.Conv1d | nn.Conv2d):
+        if hasattr(self.module, "input_matrix"):  # a sparse convolution
+            y = getattr(y, "features", y)
+        elif isinstance(self.module, nn.Conv1d | nn.Conv2d):
             y = y.flatten(2).transpose(1, 2)
         y = y.reshape(-1, y.shape[-1])
         return y if self.qkv_part is None else y.chunk(3, 1)[self.qkv_part]
@@ -183,6 +185,8 @@ class Layer:
         if isinstance(self.module, nn.Linear) or _is_conv1d(self.module):
             return x.detach().reshape(-1, x.shape[-1])
         conv: Any = self.module
+        if hasattr(conv, "input_matrix"):  # a sparse convolution
+            return self._channels_last(conv.input_matrix(x))
         one_d = isinstance(conv, nn.Conv1d)
         x, ones = (x.unsqueeze(-2), (1,)) if one_d else (x, ())
         zeros = (0,) if one_d else ()
@@ -193,11 +197,14 @@ class Layer:
             padding=zeros + conv.padding,
             stride=ones + conv.stride,
         )
-        samples = patches.transpose(1, 2).flatten(0, 1)
-        if self.channels_inner:
-            kernels = samples.reshape(len(samples), conv.in_channels, -1)
-            samples = kernels.transpose(1, 2).flatten(1)
-        return samples
+        return self._channels_last(patches.transpose(1, 2).flatten(0, 1))
+
+    def _channels_last(self, samples: Tensor) -> Tensor:
+        """(samples, columns of ``weight.flatten(1)``) in the order of the matrix."""
+        if not self.channels_inner:
+            return samples
+        kernels = samples.reshape(len(samples), self.channels(), -1)
+        return kernels.transpose(1, 2).flatten(1)
 
     def with_channels_inner(self) -> Layer:
         return replace(self, channels_inner=True)

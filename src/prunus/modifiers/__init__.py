@@ -16,6 +16,7 @@ from prunus.modifiers.nm.modifier import NMTraining
 from prunus.modifiers.optimizer_groups import LearningRate, WeightDecay
 from prunus.modifiers.prune import PruningModifier
 from prunus.modifiers.semi_sparse import SemiSparseTraining
+from prunus.modifiers.sparse_activations import SparseActivations
 
 __all__ = [
     "ACDC",
@@ -31,6 +32,7 @@ __all__ = [
     "PruningModifier",
     "Run",
     "SemiSparseTraining",
+    "SparseActivations",
     "WeightDecay",
     "register_modifier",
 ]
