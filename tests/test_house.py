@@ -117,7 +117,7 @@ def test_programs_use_public_names_only():
 
 def test_tests_lie_as_the_code_does():
     tests = Path(__file__).parent
-    beside = {"oracles", "helpers", "distributed", "research"}
+    beside = {"oracles", "helpers", "distributed", "research", "data"}
     folders = {path.relative_to(tests) for path in tests.rglob("*") if path.is_dir()}
     for path in sorted(folders):
         if path.name not in ("__pycache__", "data") and path.parts[0] not in beside:

@@ -8,7 +8,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import prunus
-from prunus.cli_estimate import estimate
+from prunus.cli.estimate import estimate
 
 
 def build():

@@ -1,4 +1,4 @@
-"""The command line: ``prunus list | show | check | schema | convert | prune | bench | estimate ...``.
+"""The command line: ``prunus list | show | check | prune | bench | estimate | ...``.
 
 A model or a loader is named ``package.module:function``; the function is called without arguments.
 """
