@@ -16,11 +16,9 @@ HEADS = (
     "kv_heads",
     "n_kv_heads",
 )
+TOTALS = ("attn_dim", "val_attn_dim", "key_attn_dim", "all_head_size", "out_dim", "inner_dim")
 WIDTHS = (
-    "all_head_size",
-    "attn_dim",
     "attention_dim",
-    "inner_dim",
     "split_size",
     "embed_dim",
     "attn_size",
@@ -30,6 +28,8 @@ WIDTHS = (
     "dim",
     "d_model",
 )
+PARTS = (*WIDTHS, "width", "chunk_size", "hidden_dim", "hidden_features", "part_size")
+SHAPES = ("shape", "scale_shape", "bias_shape")
 RMS_EPS = ("eps", "variance_epsilon", "epsilon")
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LabelMap:
     """``ids`` is int32; ``zero`` says that a masked position holds zero."""
 

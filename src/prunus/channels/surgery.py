@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus.channels.attributes import HEADS, RMS_EPS, WIDTHS, has_offset_weight
+from prunus.channels.attributes import HEADS, PARTS, RMS_EPS, SHAPES, TOTALS, WIDTHS, has_offset_weight
 from prunus.channels.groups import Channels
 from prunus.channels.labels import compact
 from prunus.channels.roles import inputs_first
@@ -32,6 +32,16 @@ class Change:
         if getattr(owner, name) != value:
             self.attributes.append((owner, name, getattr(owner, name)))
             setattr(owner, name, value)
+
+    def attributes_by_module(self, model: nn.Module) -> dict[str, dict[str, Any]]:
+        """Module -> attribute -> value now, of all that changed; the config is ``config``."""
+        names = {id(module): name for name, module in model.named_modules()}
+        names[id(getattr(model, "config", None))] = "config"
+        found: dict[str, dict[str, Any]] = {}
+        for owner, attribute, _ in self.attributes:
+            if id(owner) in names:
+                found.setdefault(names[id(owner)], {})[attribute] = getattr(owner, attribute)
+        return found
 
     def undo(self) -> None:
         for t, data, grad in reversed(self.tensors):
@@ -91,8 +101,12 @@ def cut(model: nn.Module, found: Channels, gone: Tensor, change: Change) -> None
         t = tensors[name]
         change.data(t, select(t.data, axes), None if t.grad is None else select(t.grad, axes))
     _follow_splits(model, found, gone, change)
+    _follow_parts(model, found, gone, change)
     for name in {parameter.rpartition(".")[0] for parameter in kept}:
-        _follow_shapes(model.get_submodule(name), found.trace.modes.get(name), change)
+        module, prefix = model.get_submodule(name), f"{name}." if name else ""
+        _follow_shapes(module, found.trace.modes.get(name), change)
+        own = {n: before[prefix + n] for n, _ in module.named_parameters(recurse=False)}
+        _follow_shape_attributes(module, own, change)
     for module, kind in {n.module: n.kind for n in found.trace.norms}.items():
         if kind == "rms" and f"{module}.weight" in kept:
             old = before[f"{module}.weight"][-1]
@@ -133,6 +147,38 @@ def _follow_shapes(module: nn.Module, mode: str | None, change: Change) -> None:
         change.attribute(module, "num_channels", shape[0])
     elif isinstance(getattr(module, "normalized_shape", None), tuple):
         change.attribute(module, "normalized_shape", shape)
+
+
+def _follow_shape_attributes(
+    module: nn.Module, sizes: Mapping[str, tuple[int, ...]], change: Change
+) -> None:
+    """A parameter that is viewed in a shape which the module keeps, such as ``(channels, 1, 1)``.
+
+    ``sizes`` are the shapes of the module's own parameters before they were cut.
+    """
+    for attribute in SHAPES:
+        shape = vars(module).get(attribute)
+        if not isinstance(shape, tuple):
+            continue
+        new = list(shape)
+        for name, p in module.named_parameters(recurse=False):
+            for old, now in zip(sizes.get(name, p.shape), p.shape, strict=True):
+                if old != now and old in new:
+                    new[len(new) - 1 - new[::-1].index(old)] = now
+        change.attribute(module, attribute, tuple(new))
+
+
+def _follow_parts(model: nn.Module, found: Channels, gone: Tensor, change: Change) -> None:
+    """Modules that split an axis into parts of a length they state."""
+    seen: set[tuple[str, str]] = set()
+    for part in found.trace.parts:
+        lost = int(gone[found.components[part.ids.long()]].sum())
+        module, old = model.get_submodule(part.module), part.ids.numel()
+        for attribute in PARTS if lost else ():
+            value = vars(module).get(attribute)
+            if type(value) is int and value == old and (part.module, attribute) not in seen:
+                seen.add((part.module, attribute))
+                change.attribute(module, attribute, old - lost)
 
 
 def _follow_convolution(
@@ -186,6 +232,9 @@ def _follow_heads(
         elif attribute in WIDTHS and value == width:
             seen.add((name, attribute))
             change.attribute(module, attribute, width // old * new)
+        elif attribute in TOTALS and value % old == 0:
+            seen.add((name, attribute))
+            change.attribute(module, attribute, value // old * new)
 
 
 def _correct_rms(module: Any, old: int, change: Change) -> None:

@@ -36,7 +36,10 @@ class Printed(abc.ABC):
         for row in self.cells():
             table.add_row(*map(Text, row))
         text = io.StringIO()
-        Console(file=text, width=110, color_system=None).print(table, *map(Text, self.notes()))
+        console = Console(file=text, width=110, color_system=None)
+        console.print(table)
+        for note in self.notes():
+            console.print(Text(note), soft_wrap=True)
         return text.getvalue().rstrip("\n")
 
     def _repr_html_(self) -> str:

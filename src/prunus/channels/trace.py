@@ -67,6 +67,14 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Part:
+    """One of the equal parts that an axis was split into."""
+
+    ids: Tensor
+    module: str
+
+
+@dataclass(frozen=True)
 class Cost:
     """Multiply-accumulates of one operation: ``constant`` times the number of labels kept."""
 
@@ -93,6 +101,7 @@ class Trace:
     parameters: dict[str, list[tuple[int, Tensor]]] = field(default_factory=dict)
     """name -> (axis, labels) of a parameter or buffer"""
     splits: list[Split] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
     costs: list[Cost] = field(default_factory=list)
     norms: list[Norm] = field(default_factory=list)
     heads: list[Tensor] = field(default_factory=list)
@@ -243,8 +252,12 @@ def _named(enter: Callable[[str, nn.Module, Any], None], name: str) -> Any:
 
 
 def label_parameters(trace: Trace, model: nn.Module) -> None:
-    """A label for each slice along each axis of each parameter and buffer, but kernels' axes."""
-    named = [*model.named_parameters(), *model.named_buffers()]
+    """A label for each slice along each axis of each parameter and buffer, but kernels' axes.
+
+    Buffers of integers are positions, not channels.
+    """
+    buffers = [(name, t) for name, t in model.named_buffers() if t.is_floating_point()]
+    named = [*model.named_parameters(), *buffers]
     for name, t in named:
         dims = range(2) if t.dim() >= 3 and _is_kernel(model, name) else range(t.dim())
         axes, maps = [], []

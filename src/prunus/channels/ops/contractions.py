@@ -136,6 +136,9 @@ def attention(trace: Trace, op: Operation) -> None:
     q, k, v = (trace.labelled(t) for t in op.args[:3])
     heads = q.shape[1]
     k, v = _repeated(trace, k, heads), _repeated(trace, v, heads)
+    if op.kwargs.get("scale") is None and heads == 1:
+        # the scale follows from the width of the only head
+        q, k = (replace(t, maps=trace.fixed(t.maps, [3], op.reason)) for t in (q, k))
     turned = Labelled(
         (*k.shape[:-2], k.shape[-1], k.shape[-2]),
         [replace(m, ids=m.ids.transpose(-1, -2)) for m in k.maps],

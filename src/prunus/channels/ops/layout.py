@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prunus.channels.attributes import head_counts
 from prunus.channels.labels import Labelled, LabelMap, compact, mapped
-from prunus.channels.trace import Operation, Split, Trace, all_zero, handles
+from prunus.channels.trace import Operation, Part, Split, Trace, all_zero, handles
 
 aten = torch.ops.aten
 SAME = "clone alias detach contiguous _to_copy lift_fresh lift lift_fresh_copy positive resolve_conj"
@@ -113,7 +113,9 @@ def _equal_parts(
             folded = m.ids.unflatten(dim, (-1, part))
             first = folded.narrow(dim, 0, 1)
             trace.coupling.unite(first, folded, op.reason)
-            results.append(replace(m, ids=compact(first.squeeze(dim))))
+            ids = compact(first.squeeze(dim))
+            trace.parts.append(Part(ids.flatten(), trace.where))
+            results.append(replace(m, ids=ids))
         else:
             results += trace.fixed([m], [dim], f"{op.reason} cuts at fixed positions")
     return results
