@@ -28,6 +28,7 @@ WIDTHS = (
     "dim",
     "d_model",
 )
+OWN = ("hidden_dim", "hidden_size", "intermediate_dim", "intermediate_size", "dim", "embed_dim")
 PARTS = (*WIDTHS, "width", "chunk_size", "hidden_dim", "hidden_features", "part_size")
 SHAPES = ("shape", "scale_shape", "bias_shape")
 RMS_EPS = ("eps", "variance_epsilon", "epsilon")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus.channels.attributes import HEADS, PARTS, RMS_EPS, SHAPES, TOTALS, WIDTHS, has_offset_weight
+from prunus.channels.attributes import HEADS, OWN, PARTS, RMS_EPS, SHAPES, TOTALS, WIDTHS, has_offset_weight
 from prunus.channels.groups import Channels
 from prunus.channels.labels import compact
 from prunus.channels.roles import inputs_first
@@ -156,16 +156,24 @@ def _follow_shape_attributes(
 
     ``sizes`` are the shapes of the module's own parameters before they were cut.
     """
+    changed = {
+        old: now
+        for name, p in module.named_parameters(recurse=False)
+        for old, now in zip(sizes[name], p.shape, strict=True)
+        if old != now
+    }
     for attribute in SHAPES:
         shape = vars(module).get(attribute)
-        if not isinstance(shape, tuple):
-            continue
-        new = list(shape)
-        for name, p in module.named_parameters(recurse=False):
-            for old, now in zip(sizes.get(name, p.shape), p.shape, strict=True):
-                if old != now and old in new:
+        if isinstance(shape, tuple):
+            new = list(shape)
+            for old, now in changed.items():
+                if old in new:  # of equal sizes the last: channels come after positions
                     new[len(new) - 1 - new[::-1].index(old)] = now
-        change.attribute(module, attribute, tuple(new))
+            change.attribute(module, attribute, tuple(new))
+    for attribute in OWN:
+        value = vars(module).get(attribute)
+        if type(value) is int and value in changed:
+            change.attribute(module, attribute, changed[value])
 
 
 def _follow_parts(model: nn.Module, found: Channels, gone: Tensor, change: Change) -> None:
@@ -238,10 +246,10 @@ def _follow_heads(
 
 
 def _correct_rms(module: Any, old: int, change: Change) -> None:
-    """Of C channels C' are left: the mean square grows by C / C', so the weight makes up for it."""
+    """Of C channels C' are left: the masked mean square is C' / C of theirs."""
     weight: Tensor = module.weight
     new = weight.shape[-1]
-    factor = (new / old) ** 0.5
+    factor = (old / new) ** 0.5
     scaled = weight.data * factor
     if has_offset_weight(module):
         scaled = (weight.data + 1) * factor - 1

@@ -16,6 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from prunus.channels.inputs import run
 from prunus.channels.labels import Coupling, Labelled, LabelMap, Shape
 
+_BUFFERS = ("running_mean", "running_var", "weight", "bias")
 ZeroRule = Callable[[Sequence["bool | None"]], bool]
 Handler = Callable[["Trace", "Operation"], None]
 HANDLERS: dict[str, Handler] = {}
@@ -179,13 +180,22 @@ class Trace:
         """`m`, united with the maps that vary over one of its axes, and the others."""
         ids, flags, rest = m.ids, {i: m.zero}, []
         for other, more in joined:
-            if any(a > 1 and b > 1 for a, b in zip(other.shape, ids.shape, strict=True)):
-                self.coupling.unite(other, ids, reason)
-                ids = torch.maximum(*torch.broadcast_tensors(other, ids))
-                flags = {**more, **flags}
-            else:
+            shared = [d for d, s in enumerate(ids.shape) if s > 1 and other.shape[d] > 1]
+            if not shared:
                 rest.append((other, more))
+                continue
+            self.coupling.unite(other, ids, reason)
+            # along an axis that only one of them has, all labels are one now
+            ids, other = _narrowed(ids, shared), _narrowed(other, shared)
+            ids, flags = torch.maximum(ids, other), {**more, **flags}
         return [*rest, (ids, flags)]
+
+
+def _narrowed(ids: Tensor, axes: Sequence[int]) -> Tensor:
+    for d in range(ids.dim()):
+        if d not in axes:
+            ids = ids.narrow(d, 0, 1)
+    return ids
 
 
 class Recorder(TorchDispatchMode):
@@ -254,9 +264,10 @@ def _named(enter: Callable[[str, nn.Module, Any], None], name: str) -> Any:
 def label_parameters(trace: Trace, model: nn.Module) -> None:
     """A label for each slice along each axis of each parameter and buffer, but kernels' axes.
 
-    Buffers of integers are positions, not channels.
+    Of the buffers only statistics and scales are channels; others (rotary frequencies, positions,
+    masks) are of fixed size.
     """
-    buffers = [(name, t) for name, t in model.named_buffers() if t.is_floating_point()]
+    buffers = [(n, t) for n, t in model.named_buffers() if n.rpartition(".")[2] in _BUFFERS]
     named = [*model.named_parameters(), *buffers]
     for name, t in named:
         dims = range(2) if t.dim() >= 3 and _is_kernel(model, name) else range(t.dim())

@@ -47,7 +47,6 @@ def contract(trace: Trace, a: Labelled, b: Labelled, reason: str) -> tuple[Shape
     if any(d < n for i in (inner_a, inner_b) if i for d in i.axes):
         why = f"{reason} contracts within heads"
         a_maps, b_maps = trace.fixed(a_maps, [k], why), trace.fixed(b_maps, [dims - 2], why)
-        _note_heads(trace, [i.ids for i in (*a_maps, *b_maps) if any(d < n for d in i.axes)])
     elif inner_a and inner_b:
         ids_a, ids_b = inner_a.ids.flatten(), inner_b.ids.flatten()
         trace.coupling.unite(ids_a, ids_b, reason)
@@ -58,12 +57,34 @@ def contract(trace: Trace, a: Labelled, b: Labelled, reason: str) -> tuple[Shape
     else:
         why = f"{reason} contracts it with a tensor of fixed size"
         a_maps, b_maps = trace.fixed(a_maps, [k], why), trace.fixed(b_maps, [dims - 2], why)
+    a_maps = _whole_heads(trace, a_maps, b_maps, n, reason)
+    b_maps = _whole_heads(trace, b_maps, a_maps, n, reason)
+    batched = [i.ids for i in (*a_maps, *b_maps) if any(d < n for d in i.axes)]
+    _note_heads(trace, [ids.narrow(n, 0, 1).narrow(m, 0, 1) for ids in batched])
     left = Labelled((*a.shape[:-1], 1), a_maps)
     right = Labelled((*b.shape[:-2], 1, b.shape[-1]), b_maps)
     shape = (*a.shape[:-1], b.shape[-1])
     maps = trace.combine([left, right], shape, any_zero, reason)
     _cost(trace, shape, maps, a.shape[-1], factor)
     return shape, maps
+
+
+def _whole_heads(
+    trace: Trace, maps: Sequence[LabelMap], others: Sequence[LabelMap], n: int, reason: str
+) -> list[LabelMap]:
+    """What varies over heads and within them, where the other factor's heads are fixed, stays.
+
+    Else each head would lose the same positions, and code says how large a head is.
+    """
+    labelled = {d for m in others for d in m.axes}
+    results = []
+    for m in maps:
+        batch = [d for d in m.axes if d < n]
+        if batch and len(m.axes) > len(batch) and not labelled & set(batch):
+            trace.freeze([m], f"{reason} has heads of fixed number")
+        else:
+            results.append(m)
+    return results
 
 
 def _note_heads(trace: Trace, heads: Sequence[Tensor]) -> None:

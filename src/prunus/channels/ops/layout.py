@@ -146,17 +146,17 @@ def concatenated(trace: Trace, parts: Sequence[Labelled], dim: int, reason: str)
     )
     along = [[m for m in p.maps if m.along(dim)] for p in parts]
     if any(along):
-        results = trace.combine(
-            [Labelled(shape, results), _joined(trace, parts, along, dim)],
-            tuple(sum(p.shape[dim] for p in parts) if d == dim else s for d, s in enumerate(shape)),
-            all_zero,
-            reason,
-        )
+        # only the axes that vary: the others have been compared already
+        axes = {d for m in results for d in m.axes}
+        narrow = tuple(s if d in axes else 1 for d, s in enumerate(shape))
+        whole = tuple(sum(p.shape[dim] for p in parts) if d == dim else s for d, s in enumerate(shape))
+        operands = [Labelled(narrow, results), _joined(parts, along, dim)]
+        results = trace.combine(operands, whole, all_zero, reason)
     return results
 
 
 def _joined(
-    trace: Trace, parts: Sequence[Labelled], along: Sequence[Sequence[LabelMap]], dim: int
+    parts: Sequence[Labelled], along: Sequence[Sequence[LabelMap]], dim: int
 ) -> Labelled:
     """One map along `dim`; positions of parts without labels are 0."""
     axes = {d for maps in along for m in maps for d in m.axes} - {dim}
@@ -220,6 +220,16 @@ def indexed(trace: Trace, op: Operation) -> None:
     maps = trace.fixed(trace.maps.get(x, ()), dims, f"{op.reason} looks positions up")
     rest: tuple[Any, ...] = op.args[1:]
     trace.put(op.out, mapped(x.shape, maps, lambda ids: op.func(ids, *rest, **op.kwargs)).maps)
+
+
+@handles("index_add")
+def index_added(trace: Trace, op: Operation) -> None:
+    """Rows are added to rows; across them both are united."""
+    target, dim, _, source = op.args[:4]
+    maps = trace.fixed(trace.maps.get(source, ()), [dim % source.dim()], op.reason)
+    shape = tuple(1 if d == dim % source.dim() else s for d, s in enumerate(source.shape))
+    operands = [trace.labelled(target), Labelled(shape, maps)]
+    trace.put(op.out, trace.combine(operands, tuple(target.shape), all_zero, op.reason))
 
 
 @handles("embedding")
