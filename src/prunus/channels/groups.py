@@ -116,7 +116,11 @@ class Channels(Printed):
             yield g.name, g.kind, str(g.size), str(g.width), exact, str(len(g.slots))
 
     def notes(self) -> Sequence[str]:
-        lines = [f"stays whole: {name}: {reason}" for name, reason in self.refused.items()]
+        partly = {name for group in self.groups for name in group.writers}
+        lines = [
+            f"stays {'in part' if name in partly else 'whole'}: {name}: {reason}"
+            for name, reason in self.refused.items()
+        ]
         return lines + [f"unknown operation: {n} in {w}" for n, w in self.trace.unknown.items()]
 
 
