@@ -29,7 +29,8 @@ def follow_config(model: nn.Module, found: Channels, gone: Tensor, change: Chang
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
         return []
-    for group, kept in _kept(found, gone):
+    alike = {(g.kind, bool(g.norms), g.size, kept): g for g, kept in _kept(found, gone)}
+    for (*_, kept), group in alike.items():
         _follow(config, group, kept, change)
     if rebuilds(model):
         return []

@@ -16,8 +16,9 @@ from prunus.channels.inputs import random_like, run
 from prunus.channels.surgery import masks
 from prunus.channels.trace import output_tensors, quiet
 
-# of the largest output: what another order of summation may differ by
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+# of the largest output: what another order of summation may differ by; in float64 too transformers
+# has norms that compute in float32
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 HALF = 5e-2
 SEEDS = (0, 1)
 
