@@ -5,7 +5,7 @@ layers, and have their BatchNorm estimated anew on the same calibration images; 
 that of the validation images. Torch-Pruning's row is its group magnitude with the same numbers of
 channels (``pip install torch-pruning``; without it the row is left out).
 
-    python research/benchmarks/channels_resnet20.py --weights resnet20.safetensors --data cifar.tar.gz
+    python research/benchmarks/channels_resnet20.py --weights WEIGHTS --data cifar10.tar.gz
 """
 
 from __future__ import annotations
@@ -101,7 +101,17 @@ def rows_of(
             scores, share = [], 0.0
             for data in seeds:
                 pruned = copy.deepcopy(model)
-                result = shrink(pruned, x, name, {"macs": target}, calibration=data, compensate=False if update == "none" else update, measure=False, exclude=args.exclude, allocator=args.allocator)
+                result = shrink(
+                    pruned,
+                    x,
+                    name,
+                    {"macs": target},
+                    calibration=data,
+                    compensate=False if update == "none" else update,
+                    measure=False,
+                    exclude=args.exclude,
+                    allocator=args.allocator,
+                )
                 share = result.after.macs / result.before.macs
                 scores.append(accuracy(pruned))
             rows.append(row(name, update, share, scores))
@@ -120,7 +130,9 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True, help="tar of train and val folders")
     parser.add_argument("--targets", type=float, nargs="+", default=[0.5, 0.35])
-    parser.add_argument("--images", type=int, default=1024, help="of the training split, to calibrate")
+    parser.add_argument(
+        "--images", type=int, default=1024, help="of the training split, to calibrate"
+    )
     parser.add_argument("--val", type=int, default=10000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--criteria", nargs="+", default=list(CRITERIA))
@@ -140,7 +152,9 @@ def main() -> None:
     print(f"dense: {100 * top1(model, val, val_labels):.2f} on {len(val)} images\n")
     for target in args.targets:
         rows = rows_of(model, target, seeds, lambda m: top1(m, val, val_labels), args)
-        print(f"\n{target:g} of the multiply-accumulates, {args.images} images, {args.seeds} seeds\n")
+        print(
+            f"\n{target:g} of the multiply-accumulates, {args.images} images, {args.seeds} seeds\n"
+        )
         print_table(("criterion", "compensation", "share left", "top-1", "spread"), rows)
 
 

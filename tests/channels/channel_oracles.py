@@ -5,7 +5,7 @@ import copy
 import torch
 
 from prunus.channels.inputs import run
-from prunus.channels.trace import output_tensors
+from prunus.channels.recording import output_tensors
 
 
 def randomized(model, seed=0):

@@ -10,7 +10,6 @@ from channel_oracles import as_double, error, masked_copy, outputs, randomized
 from prunus.channels import channels, shrink
 
 
-
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", EXACT)
 def test_the_shrunk_model_computes_what_the_masked_one_does(name, seed):

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
+from channel_oracles import error, masked_copy, randomized
 
-from channel_oracles import as_double, error, masked_copy, randomized
 from prunus.channels import channels, shrink
 from prunus.channels.shapes import load, save
 
@@ -30,15 +30,53 @@ def build(name, **more):
     t = transformers
     makers = {
         "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**GQA, **more)),
-        "llama tied": lambda: t.LlamaForCausalLM(t.LlamaConfig(**SIZES, tie_word_embeddings=True, **more)),
+        "llama tied": lambda: t.LlamaForCausalLM(
+            t.LlamaConfig(**SIZES, tie_word_embeddings=True, **more)
+        ),
         "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**GQA, **more)),
         "qwen3": lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**GQA, head_dim=4, **more)),
-        "mixtral": lambda: t.MixtralForCausalLM(t.MixtralConfig(**GQA, num_local_experts=3, experts_implementation="eager", **more)),
-        "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(**NAMED, n_embd=16, n_layer=2, n_head=4, n_positions=32, **more)),
-        "opt": lambda: t.OPTForCausalLM(t.OPTConfig(**NAMED, hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=32, word_embed_proj_dim=16, **more)),
+        "mixtral": lambda: t.MixtralForCausalLM(
+            t.MixtralConfig(**GQA, num_local_experts=3, experts_implementation="eager", **more)
+        ),
+        "gpt2": lambda: t.GPT2LMHeadModel(
+            t.GPT2Config(**NAMED, n_embd=16, n_layer=2, n_head=4, n_positions=32, **more)
+        ),
+        "opt": lambda: t.OPTForCausalLM(
+            t.OPTConfig(
+                **NAMED,
+                hidden_size=16,
+                ffn_dim=24,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=32,
+                word_embed_proj_dim=16,
+                **more,
+            )
+        ),
         "bert": lambda: t.BertForMaskedLM(t.BertConfig(**SIZES, **more)),
-        "vit": lambda: t.ViTForImageClassification(t.ViTConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8, num_labels=5, **more)),
-        "t5": lambda: t.T5ForConditionalGeneration(t.T5Config(vocab_size=40, d_model=16, d_ff=24, d_kv=4, num_layers=2, num_heads=4, decoder_start_token_id=0)),
+        "vit": lambda: t.ViTForImageClassification(
+            t.ViTConfig(
+                hidden_size=16,
+                intermediate_size=24,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                image_size=16,
+                patch_size=8,
+                num_labels=5,
+                **more,
+            )
+        ),
+        "t5": lambda: t.T5ForConditionalGeneration(
+            t.T5Config(
+                vocab_size=40,
+                d_model=16,
+                d_ff=24,
+                d_kv=4,
+                num_layers=2,
+                num_heads=4,
+                decoder_start_token_id=0,
+            )
+        ),
     }
     torch.manual_seed(0)
     return randomized(makers[name]())
@@ -78,7 +116,15 @@ def test_widths_under_rms_norms_are_exact_with_their_correction(name):
     (width,) = (g for g in found.groups if g.norms)
     assert width.exact
     dense = copy.deepcopy(model)
-    result = shrink(model, x, "random", allocator={width.name: 0.5}, layers=[width.name], width=True, measure=False)
+    result = shrink(
+        model,
+        x,
+        "random",
+        allocator={width.name: 0.5},
+        layers=[width.name],
+        width=True,
+        measure=False,
+    )
     assert error(masked_copy(dense, found, result.gone), model, x) < 1e-6
     assert model.config.hidden_size == 8
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prunus.allocators import ALLOCATORS, Allocator, Problem, Table, Unit
-from prunus.channels.groups import Channels, Group
+from prunus.channels.groups import Group
 
 Cost = Callable[[Mapping[str, Sequence[int]]], float]
 STEPS = 40
@@ -94,7 +94,7 @@ def allocate(
     cost: Cost | None,
     limit: float,
 ) -> dict[str, list[int]]:
-    """Group -> units to go, such that ``cost`` of them is at most ``limit``, by as little as can be.
+    """Group -> units to go, so that their ``cost`` is at most ``limit``, by as little as can be.
 
     The allocator is asked for more and more sparsity until the cost is met, by bisection; then
     groups get back what the last step took too much. Without a cost it is asked once, with no

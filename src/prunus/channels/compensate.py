@@ -33,7 +33,8 @@ def refitted(w: Tensor, moments: InputMoments, keep: Tensor, has_bias: bool, dam
     # the damping pulls towards the weights as they are
     pull = kept - second[keep][:, keep]
     target += w.double()[:, keep] @ pull
-    return torch.linalg.solve(kept, target.t()).t()
+    weights: Tensor = torch.linalg.solve(kept, target.t()).t()
+    return weights
 
 
 def lossy_readers(model: nn.Module, found: Channels, gone: Tensor) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What a model costs when units are gone: parameters and multiply-accumulates, without running it."""
+"""Parameters and multiply-accumulates of what is left when units are gone, without running it."""
 
 from __future__ import annotations
 

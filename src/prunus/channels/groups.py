@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from prunus.channels.costs import CostModel
 from prunus.channels.labels import compact
+from prunus.channels.recording import trace_model
 from prunus.channels.roles import module_of, role
 from prunus.channels.table import Printed
-from prunus.channels.trace import Trace, trace_model
+from prunus.channels.trace import Trace
 
 Kind = Literal["channel", "head", "kv_group", "block"]
 
@@ -97,7 +98,7 @@ class Channels(Printed):
     def __getitem__(self, name: str) -> Group:
         return next(group for group in self.groups if group.name == name)
 
-    def __iter__(self) -> Iterable[Group]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Group]:
         return iter(self.groups)
 
     def __len__(self) -> int:
@@ -179,7 +180,7 @@ def _slots(
     ]
 
 
-def _signatures(slots: Sequence[tuple[str, int, str, Tensor]], count: int) -> np.ndarray:  # type: ignore[type-arg]
+def _signatures(slots: Sequence[tuple[str, int, str, Tensor]], count: int) -> np.ndarray:
     """(count,) a number for each component that says how many positions it has in which axis."""
     random = np.random.default_rng(0)
     total = np.zeros(count, np.uint64)
@@ -231,7 +232,10 @@ def _refuse(
 
 def _kinds(trace: Trace, components: Tensor) -> dict[int, Kind]:
     kinds: dict[int, Kind] = {}
-    named: tuple[tuple[Kind, list[Tensor]], ...] = (("head", trace.heads), ("kv_group", trace.shared_heads))
+    named: tuple[tuple[Kind, list[Tensor]], ...] = (
+        ("head", trace.heads),
+        ("kv_group", trace.shared_heads),
+    )
     for kind, found in named:
         for ids in found:
             kinds.update(dict.fromkeys(torch.unique(components[ids.long()]).tolist(), kind))

@@ -60,7 +60,9 @@ def compact(ids: Tensor) -> Tensor:
     return ids
 
 
-def mapped(shape: Sequence[int], maps: Sequence[LabelMap], op: Callable[[Tensor], Tensor]) -> Labelled:
+def mapped(
+    shape: Sequence[int], maps: Sequence[LabelMap], op: Callable[[Tensor], Tensor]
+) -> Labelled:
     """What a layout operation makes of the maps of a tensor of this shape."""
     results = [replace(m, ids=compact(op(m.ids.expand(tuple(shape))))) for m in maps]
     return Labelled((), [m for m in results if m.ids.numel() > 1])
@@ -81,7 +83,8 @@ class Coupling:
 
     def unite(self, a: Tensor, b: Tensor, reason: str) -> None:
         """Positions of broadcastable maps that stand for one another go together."""
-        a, b = torch.broadcast_tensors(a, b)
+        shape = torch.broadcast_shapes(a.shape, b.shape)  # type: ignore[no-untyped-call]
+        a, b = a.expand(shape), b.expand(shape)
         lone = (a == 0) != (b == 0)
         if lone.any():
             self.freeze((a + b)[lone], f"{reason} joins it with positions that stay")

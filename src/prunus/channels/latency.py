@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from prunus.channels.inputs import device_of, run
-from prunus.channels.trace import quiet
+from prunus.channels.recording import quiet
 
 SECONDS = 0.5
 ROUNDS = (5, 50)

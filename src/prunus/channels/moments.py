@@ -21,7 +21,11 @@ def is_reader(model: nn.Module, name: str) -> bool:
     """Whether the layer's inputs can be seen as rows of a matrix."""
     module = model.get_submodule(name)
     if isinstance(module, nn.Conv1d | nn.Conv2d):
-        return module.groups == 1 and not isinstance(module.padding, str) and module.padding_mode == "zeros"
+        return (
+            module.groups == 1
+            and not isinstance(module.padding, str)
+            and module.padding_mode == "zeros"
+        )
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
@@ -49,7 +53,7 @@ def input_matrix(module: Any, x: Tensor) -> Tensor:
         x.unsqueeze(-2) if one else x,
         ones + module.kernel_size,
         ones + module.dilation,
-        zeros + tuple(module.padding),
+        (*zeros, *module.padding),
         ones + module.stride,
     )
     return patches.transpose(1, 2).flatten(0, 1)

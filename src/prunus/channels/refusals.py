@@ -28,8 +28,13 @@ def check_shrinkable(model: nn.Module) -> None:
             raise ValueError(
                 f"{where} is parametrized; call torch.nn.utils.parametrize.remove_parametrizations"
             )
-        if any(hook.__class__.__module__ == "torch.nn.utils.prune" for hook in module._forward_pre_hooks.values()):
-            raise ValueError(f"{where} is pruned by torch.nn.utils; call torch.nn.utils.prune.remove")
+        if any(
+            hook.__class__.__module__ == "torch.nn.utils.prune"
+            for hook in module._forward_pre_hooks.values()
+        ):
+            raise ValueError(
+                f"{where} is pruned by torch.nn.utils; call torch.nn.utils.prune.remove"
+            )
         if "quant" in type(module).__module__ or type(module).__name__.startswith("Linear8bit"):
             raise ValueError(f"{where} is quantized; shrink the model first and quantize it then")
     _check_tensors(model)

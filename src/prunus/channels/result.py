@@ -86,5 +86,3 @@ def stored_bytes(model: nn.Module) -> int:
     """What the weights take in a file, tied ones once."""
     found = {t.data_ptr() or id(t): t for t in model.state_dict().values() if isinstance(t, Tensor)}
     return sum(t.numel() * t.element_size() for t in found.values())
-
-

@@ -17,17 +17,13 @@ def _regex(pattern: str) -> re.Pattern[str]:
         raise ValueError(f"pattern {pattern!r} is not a regular expression: {error}") from None
 
 
-def _matching(groups: Sequence[Group], patterns: Sequence[str], what: str, every: bool) -> set[str]:
-    """Names of groups of which a writer (or, with ``every``, any module) matches a pattern."""
+def _matching(groups: Sequence[Group], patterns: Sequence[str], what: str) -> set[str]:
+    """Names of groups of which a module that writes the channels matches a pattern."""
     patterns = [patterns] if isinstance(patterns, str) else patterns
     chosen: set[str] = set()
     for pattern in patterns:
         regex = _regex(pattern)
-        hits = {
-            g.name
-            for g in groups
-            if any(map(regex.fullmatch, [g.name, *(g.modules if every else g.writers)]))
-        }
+        hits = {g.name for g in groups if any(map(regex.fullmatch, [g.name, *g.writers]))}
         if not hits:
             names = [name for g in groups for name in g.writers]
             raise ValueError(f"{what}: {pattern!r} matches no group{did_you_mean(pattern, names)}")
@@ -45,10 +41,10 @@ def chosen_groups(
     offered = [g for g in found.groups if width or not g.norms]
     groups = offered
     if layers is not None:
-        names = _matching(found.groups, layers, "layers", every=False)
+        names = _matching(found.groups, layers, "layers")
         groups = [g for g in found.groups if g.name in names]
     if exclude:
-        names = _matching(found.groups, exclude, "exclude", every=True)
+        names = _matching(found.groups, exclude, "exclude")
         groups = [g for g in groups if g.name not in names]
     if not groups:
         reasons = [f"{name}: {reason}" for name, reason in list(found.refused.items())[:3]]

@@ -25,16 +25,43 @@ VERSION = 1
 
 def remember(model: nn.Module, result: Shrunk) -> None:
     """Note on the model what has changed since it was built; shrinking again adds to it."""
-    known: dict[str, Any] = getattr(model, MEMORY, None) or {"attributes": {}, "removed": []}
+    known = memory(model)
     attributes = {name: dict(values) for name, values in known["attributes"].items()}
     for module, values in result.attributes.items():
         attributes.setdefault(module, {}).update(values)
     setattr(model, MEMORY, {"attributes": attributes, "removed": list(known["removed"])})
 
 
+def memory(model: nn.Module) -> dict[str, Any]:
+    """Attributes that changed, by the modules' names of today, and blocks removed, in order."""
+    known: dict[str, Any] = getattr(model, MEMORY, None) or {"attributes": {}, "removed": []}
+    return known
+
+
+def remember_removed(model: nn.Module, container: str, index: int) -> None:
+    """Note that a block is gone; those after it are called by the number before."""
+    known = memory(model)
+    attributes = {
+        renumbered(name, container, index): values
+        for name, values in known["attributes"].items()
+        if not f"{name}.".startswith(f"{container}.{index}.")
+    }
+    removed = [*known["removed"], [container, index]]
+    setattr(model, MEMORY, {"attributes": attributes, "removed": removed})
+
+
+def renumbered(name: str, container: str, index: int) -> str:
+    if not name.startswith(f"{container}."):
+        return name
+    number, *rest = name.removeprefix(f"{container}.").split(".")
+    if number.isdigit() and int(number) > index:
+        number = str(int(number) - 1)
+    return ".".join([container, number, *rest])
+
+
 def description(model: nn.Module) -> dict[str, Any]:
     """What `load` needs to know: the shape of each tensor, and attributes that changed."""
-    known = getattr(model, MEMORY, None) or {"attributes": {}, "removed": []}
+    known = memory(model)
     shapes = {name: list(t.shape) for name, t in _tensors(model).items()}
     return {"version": VERSION, "shapes": shapes, **known}
 
@@ -70,24 +97,44 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> None:
     stored = load_file(path)
     text = json.loads(beside(path).read_text())
     if text.get("version") != VERSION:
-        raise ValueError(f"'{beside(path)}' has version {text.get('version')}; this reads {VERSION}")
-    _check(model, text, stored, path)
+        raise ValueError(
+            f"'{beside(path)}' has version {text.get('version')}; this reads {VERSION}"
+        )
+    removed: list[tuple[nn.Module, dict[str, nn.Module | None]]] = []
+    try:
+        for container, index in text["removed"]:
+            removed.append(drop(model, container, index))
+        _check(model, text, stored, path)
+    except BaseException:
+        for owner, modules in reversed(removed):
+            owner._modules = modules
+        raise
     reshape(model, text)
     model.load_state_dict(stored)
+
+
+def drop(
+    model: nn.Module, container: str, index: int
+) -> tuple[nn.Module, dict[str, nn.Module | None]]:
+    """Take a block out of a list; returns the list and its modules as they were."""
+    owner = model.get_submodule(container)
+    before = dict(owner._modules)
+    left = [module for name, module in before.items() if name != str(index)]
+    if len(left) == len(before):
+        raise ValueError(f"{container} has no block {index}; it has {len(before)}")
+    owner._modules = {str(i): module for i, module in enumerate(left)}
+    return owner, before
 
 
 def _check(
     model: nn.Module, text: Mapping[str, Any], stored: Mapping[str, Tensor], path: Any
 ) -> None:
-    shapes, tensors = text["shapes"], _tensors(model)
-    gone = tuple(f"{name}." for name in text["removed"])
-    for name, t in tensors.items():
-        if name.startswith(gone) if gone else False:
-            continue
-        shape = shapes.get(name)
-        if gone or (shape is not None and len(shape) == t.dim()):
-            continue
-        raise ValueError(f"'{path}' was saved from another model: it has no {name!r} of {t.dim()} axes")
+    shapes = text["shapes"]
+    for name, t in _tensors(model).items():
+        if len(shapes.get(name, ())) != t.dim():
+            raise ValueError(
+                f"'{path}' was saved from another model: it has no {name!r} of {t.dim()} axes"
+            )
     for name, t in stored.items():
         if name not in shapes or list(t.shape) != shapes[name]:
             raise ValueError(f"'{path}' and its JSON file disagree about {name!r}")

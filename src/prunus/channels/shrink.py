@@ -6,12 +6,12 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from prunus.allocators import Allocator
 from prunus.calibration import Calibration
 from prunus.channels.allocate import Choice, Cost, allocate
+from prunus.channels.checking import check_same
 from prunus.channels.compensate import Compensation, Update
 from prunus.channels.configs import follow_config
 from prunus.channels.criteria import CRITERIA, Criterion, Evidence
@@ -22,7 +22,7 @@ from prunus.channels.result import Row, Shrunk, Size, stored_bytes
 from prunus.channels.selecting import chosen_groups
 from prunus.channels.shapes import remember
 from prunus.channels.surgery import Change, cut, gone_mask, kept_positions
-from prunus.channels.verify import difference, masked, outputs, probes
+from prunus.channels.verify import masked, outputs, probes
 from prunus.channels.zeros import zero_units
 from prunus.recalibration import recalibrate
 
@@ -150,7 +150,9 @@ def _allocated(
 
 def _parsed(target: Mapping[str, float]) -> tuple[str, float]:
     if len(target) != 1 or next(iter(target)) not in TARGETS:
-        raise ValueError(f"target={dict(target)!r}; use one of {', '.join(TARGETS)}: {{'macs': 0.5}}")
+        raise ValueError(
+            f"target={dict(target)!r}; use one of {', '.join(TARGETS)}: {{'macs': 0.5}}"
+        )
     kind, limit = next(iter(target.items()))
     if not limit > 0:
         raise ValueError(f"target {kind}={limit}; use a fraction up to 1, or a number above it")
@@ -214,63 +216,6 @@ def _renormalize(model: nn.Module, calibration: Calibration, change: Change) -> 
             for buffer in norm.buffers():
                 change.data(buffer, buffer.data.clone())
         recalibrate(model, calibration)
-
-
-def check_same(
-    model: nn.Module,
-    expected: Sequence[Sequence[Tensor]],
-    inputs: Sequence[Any],
-    found: Channels,
-    gone: Mapping[str, Sequence[int]],
-) -> None:
-    """Raises ValueError, naming the module and the operation, unless the outputs are as expected."""
-    try:
-        reason = difference(expected, outputs(model, inputs))
-    except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as error:
-        place = failing_module(model, inputs)
-        near = [name for name in gone if name.startswith(place.rpartition(".")[0] or place)]
-        raise ValueError(
-            f"{place or 'the model'} cannot be made smaller: {error}; its code has a size of its "
-            f"own. Nothing was changed; exclude {', '.join(map(repr, near[:3])) or 'it'}"
-        ) from error
-    if reason:
-        inexact = [name for name in gone if not found[name].exact]
-        hint = f"; exclude one of {', '.join(list(gone)[:5])}" if not inexact else ""
-        raise ValueError(f"the smaller model computes something else: {reason}; nothing was changed{hint}")
-
-
-def failing_module(model: nn.Module, inputs: Sequence[Any]) -> str:
-    """The innermost module that raises an error."""
-    stack: list[str] = []
-    with _entered(model, stack):
-        try:
-            outputs(model, inputs)
-        except Exception:  # noqa: BLE001 (it has been seen already; only the place is wanted)
-            return stack[-1] if stack else ""
-    return ""
-
-
-class _entered:  # noqa: N801
-    """While in force, ``stack`` holds the names of the modules that are running."""
-
-    def __init__(self, model: nn.Module, stack: list[str]) -> None:
-        self.model, self.stack = model, stack
-        self.handles: list[Any] = []
-
-    def __enter__(self) -> None:
-        for name, module in self.model.named_modules():
-            self.handles.append(module.register_forward_pre_hook(self._push(name)))
-            self.handles.append(module.register_forward_hook(self._pop))
-
-    def _push(self, name: str) -> Any:
-        return lambda module, args: self.stack.append(name)
-
-    def _pop(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.stack.pop()
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
 
 
 def _size(

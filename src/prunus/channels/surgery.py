@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus.channels.attributes import HEADS, OWN, PARTS, RMS_EPS, SHAPES, TOTALS, WIDTHS, has_offset_weight
+from prunus.channels.attributes import (
+    HEADS,
+    OWN,
+    PARTS,
+    RMS_EPS,
+    SHAPES,
+    TOTALS,
+    WIDTHS,
+    has_offset_weight,
+)
 from prunus.channels.groups import Channels
 from prunus.channels.labels import compact
 from prunus.channels.roles import inputs_first
@@ -103,10 +112,10 @@ def cut(model: nn.Module, found: Channels, gone: Tensor, change: Change) -> None
     _follow_splits(model, found, gone, change)
     _follow_parts(model, found, gone, change)
     for name in {parameter.rpartition(".")[0] for parameter in kept}:
-        module, prefix = model.get_submodule(name), f"{name}." if name else ""
-        _follow_shapes(module, found.trace.modes.get(name), change)
-        own = {n: before[prefix + n] for n, _ in module.named_parameters(recurse=False)}
-        _follow_shape_attributes(module, own, change)
+        owner, prefix = model.get_submodule(name), f"{name}." if name else ""
+        _follow_shapes(owner, found.trace.modes.get(name), change)
+        own = {n: before[prefix + n] for n, _ in owner.named_parameters(recurse=False)}
+        _follow_shape_attributes(owner, own, change)
     for module, kind in {n.module: n.kind for n in found.trace.norms}.items():
         if kind == "rms" and f"{module}.weight" in kept:
             old = before[f"{module}.weight"][-1]
@@ -214,7 +223,9 @@ def _follow_splits(model: nn.Module, found: Channels, gone: Tensor, change: Chan
         old = components.shape[axes[0]]
         new = old - int(lost.sum())
         width = split.ids.numel() // max(1, _thirds(split.ids, axes[0]))
-        _follow_heads(model.get_submodule(split.module), split.module, (old, new, width), seen, change)
+        _follow_heads(
+            model.get_submodule(split.module), split.module, (old, new, width), seen, change
+        )
 
 
 def _thirds(ids: Tensor, free: int) -> int:

@@ -13,8 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 from prunus.channels.groups import Channels
 from prunus.channels.inputs import random_like, run
+from prunus.channels.recording import output_tensors, quiet
 from prunus.channels.surgery import masks
-from prunus.channels.trace import output_tensors, quiet
 
 # of the largest output: what another order of summation may differ by; in float64 too transformers
 # has norms that compute in float32
@@ -45,7 +45,11 @@ class _KeptStatistics(TorchFunctionMode):
         if keep is None or len(shape) != 1:
             return F.layer_norm(x, shape, weight, bias, eps)
         kept = F.layer_norm(
-            x[..., keep], (int(keep.sum()),), weight[keep], None if bias is None else bias[keep], eps
+            x[..., keep],
+            (int(keep.sum()),),
+            weight[keep],
+            None if bias is None else bias[keep],
+            eps,
         )
         out = torch.zeros_like(x)
         out[..., keep] = kept

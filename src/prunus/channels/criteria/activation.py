@@ -35,7 +35,9 @@ class Activation:
                 m = moments[slot.module]
                 found.append(by_column(m.absolute / m.count, slot, m.kernel))
             if found:
-                scores[group.name] = torch.stack([f / f.mean().clamp_min(1e-30) for f in found]).mean(0)
+                scores[group.name] = torch.stack(
+                    [f / f.mean().clamp_min(1e-30) for f in found]
+                ).mean(0)
         return scores
 
 

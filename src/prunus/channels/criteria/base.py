@@ -37,7 +37,7 @@ class Evidence:
         return self.calibration
 
     def slices(self, slot: Slot, values: Tensor | None = None) -> Tensor:
-        """(units, entries) what each unit owns of the slot's parameter, or of ``values`` like it."""
+        """(units, entries) what each unit owns of the parameter, or of ``values`` like it."""
         t = (self.tensors[slot.parameter] if values is None else values).detach()
         index = slot.index.to(t.device)
         return t.movedim(slot.dim, 0)[index.flatten()].reshape(len(index), -1)
@@ -49,7 +49,9 @@ class Evidence:
     def inputs(self, groups: Sequence[Group], gram: bool, what: str) -> dict[str, InputMoments]:
         """Moments of what each reader of the groups is given, from one pass over the data."""
         names = {slot.module for group in groups for slot in self.readers(group)}
-        missing = {n for n in names if n not in self.moments or (gram and self.moments[n].gram is None)}
+        missing = {
+            n for n in names if n not in self.moments or (gram and self.moments[n].gram is None)
+        }
         if missing:
             self.moments.update(input_moments(self.model, self.data(what), missing, gram))
         return {name: self.moments[name] for name in names}

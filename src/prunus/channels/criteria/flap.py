@@ -1,8 +1,9 @@
 """Fluctuation: what a channel varies by cannot be put into a bias.
 
 Y. An et al., "Fluctuation-based adaptive structured pruning for large language models" (FLAP),
-2024, https://arxiv.org/abs/2312.11983: ``var(x_j) * ||W_:j||^2``, and the mean of what goes is added
-to the reader's bias. Their scores are standardized in each layer before they are ranked together.
+2024, https://arxiv.org/abs/2312.11983: ``var(x_j) * ||W_:j||^2``, and the mean of what goes is
+added to the bias of the reader. Scores are standardized in each layer before they are ranked
+together, as there.
 """
 
 from __future__ import annotations

@@ -70,7 +70,8 @@ class Side:
         eye = torch.eye(blocks.shape[-1], dtype=w.dtype, device=w.device)
         gone = blocks.diagonal(dim1=1, dim2=2).abs().amax(1) <= 0
         blocks = torch.where(gone[:, None, None], eye, blocks)
-        return (w * torch.linalg.solve(blocks, w)).sum((1, 2)) / self.energy
+        losses: Tensor = (w * torch.linalg.solve(blocks, w)).sum((1, 2)) / self.energy
+        return losses
 
     def remove(self, unit: int) -> None:
         """Update all other columns for the loss of this unit's, and forget it."""

@@ -16,7 +16,9 @@ from prunus.channels.labels import Labelled, LabelMap, Shape
 from prunus.channels.trace import Cost, Operation, Trace, all_zero, any_zero, handles
 
 
-def _cost(trace: Trace, shape: Shape, maps: Sequence[LabelMap], inner: int, k: Tensor | None) -> None:
+def _cost(
+    trace: Trace, shape: Shape, maps: Sequence[LabelMap], inner: int, k: Tensor | None
+) -> None:
     """``prod(shape) * inner`` products; labelled axes count what is kept of them."""
     labelled = {d for m in maps for d in m.axes}
     constant = math.prod(s for d, s in enumerate(shape) if d not in labelled)
@@ -165,7 +167,9 @@ def attention(trace: Trace, op: Operation) -> None:
         [replace(m, ids=m.ids.transpose(-1, -2)) for m in k.maps],
     )
     shape, scores = contract(trace, q, turned, op.reason)
-    mask = next((t for t in (op.kwargs.get("attn_mask"), *op.args[3:]) if isinstance(t, Tensor)), None)
+    mask = next(
+        (t for t in (op.kwargs.get("attn_mask"), *op.args[3:]) if isinstance(t, Tensor)), None
+    )
     if mask is not None:
         operands = [Labelled(shape, scores), trace.labelled(mask)]
         scores = trace.combine(operands, shape, all_zero, op.reason)
@@ -179,9 +183,7 @@ def _repeated(trace: Trace, x: Labelled, heads: int) -> Labelled:
     copies = heads // x.shape[1]
     if copies == 1:
         return x
-    maps = [
-        replace(m, ids=m.ids.repeat_interleave(copies, 1)) if m.along(1) else m for m in x.maps
-    ]
+    maps = [replace(m, ids=m.ids.repeat_interleave(copies, 1)) if m.along(1) else m for m in x.maps]
     return Labelled((x.shape[0], heads, *x.shape[2:]), maps)
 
 
@@ -205,11 +207,16 @@ def convolution(trace: Trace, op: Operation) -> None:
     inner = (w.shape[0] // groups if transposed else w.shape[1]) * kernel
     positions = x.shape[2:].numel() if transposed else math.prod(shape[2:])
     counted = (shape[0], shape[1], positions) + ((kernel,) if factor is not None else ())
-    counted_maps = [] if out is None else [LabelMap(out.ids.reshape(1, -1, *(1,) * (len(counted) - 2)))]
+    counted_maps = (
+        [] if out is None else [LabelMap(out.ids.reshape(1, -1, *(1,) * (len(counted) - 2)))]
+    )
     _cost(trace, counted, counted_maps, inner, factor)
     if bias is not None:
         b = trace.labelled(bias)
-        b = Labelled((1, *b.shape, *spatial), [replace(m, ids=m.ids.reshape(1, -1, *spatial)) for m in b.maps])
+        b = Labelled(
+            (1, *b.shape, *spatial),
+            [replace(m, ids=m.ids.reshape(1, -1, *spatial)) for m in b.maps],
+        )
         maps = trace.combine([Labelled(shape, maps), b], shape, all_zero, op.reason)
     trace.put(op.out, maps)
 

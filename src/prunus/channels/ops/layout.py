@@ -14,7 +14,9 @@ from prunus.channels.labels import Labelled, LabelMap, compact, mapped
 from prunus.channels.trace import Operation, Part, Split, Trace, all_zero, handles
 
 aten = torch.ops.aten
-SAME = "clone alias detach contiguous _to_copy lift_fresh lift lift_fresh_copy positive resolve_conj"
+SAME = (
+    "clone alias detach contiguous _to_copy lift_fresh lift lift_fresh_copy positive resolve_conj"
+)
 VIEWS = "view _unsafe_view reshape _reshape_alias"
 MOVES = (
     "permute transpose t squeeze unsqueeze roll flip pixel_shuffle pixel_unshuffle movedim repeat "
@@ -24,31 +26,37 @@ MOVES = (
 
 @handles(*SAME.split())
 def same(trace: Trace, op: Operation) -> None:
-    trace.put(op.out, trace.maps.get(op.args[0], ()))
+    trace.put(op.out, trace.of(op.args[0]))
 
 
 @handles("as_strided", "as_strided_")
 def restrided(trace: Trace, op: Operation) -> None:
     """Only where the shape stays, as after pooling in channels-last order."""
     x, size = op.args[:2]
-    if tuple(op.out.shape) == tuple(size) and x.numel() == op.out.numel() and x.dim() == op.out.dim():
-        trace.put(op.out, trace.maps.get(x, ()))
+    if (
+        tuple(op.out.shape) == tuple(size)
+        and x.numel() == op.out.numel()
+        and x.dim() == op.out.dim()
+    ):
+        trace.put(op.out, trace.of(x))
     else:
-        trace.freeze(trace.maps.get(x, ()), op.reason)
+        trace.freeze(trace.of(x), op.reason)
 
 
 @handles(*MOVES.split())
 def moved(trace: Trace, op: Operation) -> None:
     x = op.args[0]
-    maps = trace.maps.get(x, ())
-    trace.put(op.out, mapped(x.shape, maps, lambda ids: op.func(ids, *op.args[1:], **op.kwargs)).maps)
+    maps = trace.of(x)
+    trace.put(
+        op.out, mapped(x.shape, maps, lambda ids: op.func(ids, *op.args[1:], **op.kwargs)).maps
+    )
 
 
 @handles(*VIEWS.split())
 def viewed(trace: Trace, op: Operation) -> None:
     x, out = op.args[0], op.out
     results = []
-    for m in trace.maps.get(x, ()):
+    for m in trace.of(x):
         ids = compact(m.ids.expand(x.shape).reshape(out.shape))
         if sum(s > 1 for s in ids.shape) > len(m.axes):
             trace.splits.append(Split(ids, trace.where))
@@ -60,7 +68,7 @@ def viewed(trace: Trace, op: Operation) -> None:
 def expanded(trace: Trace, op: Operation) -> None:
     """Copies along an axis of as many heads as the module says it has are removable with them."""
     x, out = op.args[0], op.out
-    maps = list(mapped(x.shape, trace.maps.get(x, ()), lambda ids: ids.expand(out.shape)).maps)
+    maps = list(mapped(x.shape, trace.of(x), lambda ids: ids.expand(out.shape)).maps)
     trace.put(out, maps + _copies(trace, x, out))
 
 
@@ -81,7 +89,7 @@ def selected(trace: Trace, op: Operation) -> None:
     """One position of an axis is named in the code, so none of that axis can go."""
     x = op.args[0]
     dim = op.argument(1, "dim", 0) % x.dim()
-    maps = trace.fixed(trace.maps.get(x, ()), [dim], f"{op.reason} names positions")
+    maps = trace.fixed(trace.of(x), [dim], f"{op.reason} names positions")
     maps = [replace(m, ids=m.ids.squeeze(dim)) for m in maps]
     for out in op.out if isinstance(op.out, list | tuple) else [op.out]:
         trace.put(out, maps)
@@ -92,7 +100,7 @@ def sliced(trace: Trace, op: Operation) -> None:
     x, out = op.args[0], op.out
     dim = op.argument(1, "dim", 0) % x.dim()
     size, part = x.shape[dim], out.shape[dim]
-    maps = trace.maps.get(x, ())
+    maps = trace.of(x)
     if part != size:
         start = op.argument(2, "start") or 0
         start = max(0, start + size) if start < 0 else start
@@ -110,7 +118,7 @@ def _equal_parts(
         if not m.along(dim):
             results.append(m)
         elif part > 1:
-            folded = m.ids.unflatten(dim, (-1, part))
+            folded = m.ids.reshape(*m.ids.shape[:dim], -1, part, *m.ids.shape[dim + 1 :])
             first = folded.narrow(dim, 0, 1)
             trace.coupling.unite(first, folded, op.reason)
             ids = compact(first.squeeze(dim))
@@ -126,7 +134,7 @@ def split(trace: Trace, op: Operation) -> None:
     x, dim = op.args[0], op.argument(2, "dim", 0) % op.args[0].dim()
     sizes = {part.shape[dim] for part in op.out}
     part = sizes.pop() if len(sizes) == 1 and len(op.out) > 1 else 0
-    maps: Sequence[LabelMap] = trace.maps.get(x, ())
+    maps: Sequence[LabelMap] = trace.of(x)
     if len(op.out) > 1:
         maps = _equal_parts(trace, op, maps, dim, part)
     for out in op.out:
@@ -139,7 +147,10 @@ def concatenated(trace: Trace, parts: Sequence[Labelled], dim: int, reason: str)
     across = [replace(p, maps=[m for m in p.maps if not m.along(dim)]) for p in parts]
     shape = tuple(1 if d == dim else parts[0].shape[d] for d in range(dims))
     results = trace.combine(
-        [replace(p, shape=tuple(1 if d == dim else s for d, s in enumerate(p.shape))) for p in across],
+        [
+            replace(p, shape=tuple(1 if d == dim else s for d, s in enumerate(p.shape)))
+            for p in across
+        ],
         shape,
         all_zero,
         reason,
@@ -149,15 +160,15 @@ def concatenated(trace: Trace, parts: Sequence[Labelled], dim: int, reason: str)
         # only the axes that vary: the others have been compared already
         axes = {d for m in results for d in m.axes}
         narrow = tuple(s if d in axes else 1 for d, s in enumerate(shape))
-        whole = tuple(sum(p.shape[dim] for p in parts) if d == dim else s for d, s in enumerate(shape))
+        whole = tuple(
+            sum(p.shape[dim] for p in parts) if d == dim else s for d, s in enumerate(shape)
+        )
         operands = [Labelled(narrow, results), _joined(parts, along, dim)]
         results = trace.combine(operands, whole, all_zero, reason)
     return results
 
 
-def _joined(
-    parts: Sequence[Labelled], along: Sequence[Sequence[LabelMap]], dim: int
-) -> Labelled:
+def _joined(parts: Sequence[Labelled], along: Sequence[Sequence[LabelMap]], dim: int) -> Labelled:
     """One map along `dim`; positions of parts without labels are 0."""
     axes = {d for maps in along for m in maps for d in m.axes} - {dim}
     pieces = []
@@ -167,7 +178,9 @@ def _joined(
         pieces.append(ids.expand(shape))
     ids = torch.cat(pieces, dim)
     zero = all(m.zero for maps in along for m in maps)
-    shape_out = [sum(p.shape[dim] for p in parts) if d == dim else s for d, s in enumerate(parts[0].shape)]
+    shape_out = [
+        sum(p.shape[dim] for p in parts) if d == dim else s for d, s in enumerate(parts[0].shape)
+    ]
     shape_out = [s if d == dim or d in axes else 1 for d, s in enumerate(shape_out)]
     return Labelled(tuple(shape_out), [LabelMap(compact(ids), zero)])
 
@@ -184,7 +197,7 @@ def stacked(trace: Trace, op: Operation) -> None:
     dim = op.argument(1, "dim", 0) % op.out.dim()
     parts = []
     for t in op.args[0]:
-        maps = [replace(m, ids=m.ids.unsqueeze(dim)) for m in trace.maps.get(t, ())]
+        maps = [replace(m, ids=m.ids.unsqueeze(dim)) for m in trace.of(t)]
         parts.append(Labelled(tuple(t.unsqueeze(dim).shape), maps))
     trace.put(op.out, concatenated(trace, parts, dim, op.reason))
 
@@ -195,7 +208,7 @@ def padded(trace: Trace, op: Operation) -> None:
     x, pads = op.args[0], list(op.args[1])
     touched = [x.dim() - 1 - i // 2 for i in range(0, len(pads), 2) if pads[i] or pads[i + 1]]
     results = []
-    for m in trace.maps.get(x, ()):
+    for m in trace.of(x):
         own = list(pads)
         for i in range(0, len(pads), 2):
             if not m.along(x.dim() - 1 - i // 2):
@@ -213,11 +226,11 @@ def indexed(trace: Trace, op: Operation) -> None:
     if op.name == "index":
         dims = [d for d, i in enumerate(op.args[1]) if i is not None]
         if any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in op.args[1]):
-            trace.freeze(trace.maps.get(x, ()), f"{op.reason} by a mask")
+            trace.freeze(trace.of(x), f"{op.reason} by a mask")
             return
     else:
         dims = [op.args[1] % x.dim()]
-    maps = trace.fixed(trace.maps.get(x, ()), dims, f"{op.reason} looks positions up")
+    maps = trace.fixed(trace.of(x), dims, f"{op.reason} looks positions up")
     rest: tuple[Any, ...] = op.args[1:]
     trace.put(op.out, mapped(x.shape, maps, lambda ids: op.func(ids, *rest, **op.kwargs)).maps)
 
@@ -226,7 +239,7 @@ def indexed(trace: Trace, op: Operation) -> None:
 def index_added(trace: Trace, op: Operation) -> None:
     """Rows are added to rows; across them both are united."""
     target, dim, _, source = op.args[:4]
-    maps = trace.fixed(trace.maps.get(source, ()), [dim % source.dim()], op.reason)
+    maps = trace.fixed(trace.of(source), [dim % source.dim()], op.reason)
     shape = tuple(1 if d == dim % source.dim() else s for d, s in enumerate(source.shape))
     operands = [trace.labelled(target), Labelled(shape, maps)]
     trace.put(op.out, trace.combine(operands, tuple(target.shape), all_zero, op.reason))
@@ -235,7 +248,7 @@ def index_added(trace: Trace, op: Operation) -> None:
 @handles("embedding")
 def embedding(trace: Trace, op: Operation) -> None:
     weight, index = op.args[:2]
-    maps = trace.fixed(trace.maps.get(weight, ()), [0], f"{op.reason} looks positions up")
+    maps = trace.fixed(trace.of(weight), [0], f"{op.reason} looks positions up")
     shape = (1,) * index.dim() + (-1,)
     trace.put(op.out, [replace(m, ids=m.ids.reshape(shape)) for m in maps])
 
@@ -243,7 +256,7 @@ def embedding(trace: Trace, op: Operation) -> None:
 @handles("im2col")
 def patches(trace: Trace, op: Operation) -> None:
     x = op.args[0]
-    fixed = trace.fixed(trace.maps.get(x, ()), [0, *range(2, x.dim())], op.reason)
+    fixed = trace.fixed(trace.of(x), [0, *range(2, x.dim())], op.reason)
     kernel = op.args[1][0] * op.args[1][1]
     results = []
     for m in fixed:

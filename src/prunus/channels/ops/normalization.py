@@ -15,13 +15,13 @@ def _by_channel(trace: Trace, t: Tensor | None, dims: int) -> Labelled | None:
     if t is None:
         return None
     spatial = (1,) * (dims - 2)
-    maps = [replace(m, ids=m.ids.reshape(1, -1, *spatial)) for m in trace.maps.get(t, ())]
+    maps = [replace(m, ids=m.ids.reshape(1, -1, *spatial)) for m in trace.of(t)]
     return Labelled((1, t.shape[0], *spatial), maps)
 
 
 def _channelwise(trace: Trace, op: Operation, x: Tensor, affine: Sequence[Tensor | None]) -> None:
     found = [_by_channel(trace, t, x.dim()) for t in affine]
-    operands = [Labelled(tuple(x.shape), trace.maps.get(x, ())), *(o for o in found if o)]
+    operands = [Labelled(tuple(x.shape), trace.of(x)), *(o for o in found if o)]
     weight, bias = found[0], found[1]
     # x times the weight is zero where either is, and the bias must be as well
     rule = any_zero if weight is not None else all_zero
@@ -44,9 +44,9 @@ def batch_norm(trace: Trace, op: Operation) -> None:
     running = [t for t in op.args[3:5] if isinstance(t, Tensor)]
     if not running:  # statistics of this very tensor, as in a standardized weight
         others = [0, *range(2, x.dim())]
-        moving = [m for m in trace.maps.get(x, ()) if any(map(m.along, others))]
+        moving = [m for m in trace.of(x) if any(map(m.along, others))]
         trace.freeze(moving, f"{op.reason} takes statistics over a removable axis")
-        trace.put(x, [m for m in trace.maps.get(x, ()) if m not in moving])
+        trace.put(x, [m for m in trace.of(x) if m not in moving])
     _channelwise(trace, op, x, [weight, bias, *running])
 
 
@@ -72,7 +72,7 @@ def _normalized_over(
 ) -> None:
     """A width that is one with other axes (heads) stays; a width of its own is noted."""
     maps: list[LabelMap] = []
-    for m in trace.maps.get(x, ()):
+    for m in trace.of(x):
         if not any(map(m.along, dims)):
             maps.append(m)
         elif set(m.axes) - set(dims):
@@ -92,7 +92,7 @@ def group_norm(trace: Trace, op: Operation) -> None:
     """Whole groups go, or equal positions of every group, whichever leaves the finer choice."""
     x, weight, bias = op.args[:3]
     groups = op.args[6] if op.name == "native_group_norm" else op.args[1]
-    channels = trace.fixed(trace.maps.get(x, ()), [0, *range(2, x.dim())], op.reason)
+    channels = trace.fixed(trace.of(x), [0, *range(2, x.dim())], op.reason)
     whole = x.shape[1] // groups < groups
     trace.modes[trace.where] = "whole" if whole else "within"
     for m in channels:

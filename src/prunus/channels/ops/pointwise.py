@@ -15,19 +15,105 @@ from prunus.channels.trace import (
     never_zero,
 )
 
-KEEP_ZERO = (
-    "relu gelu silu tanh hardtanh hardswish leaky_relu elu mish neg abs erf sqrt sin sign prelu "
-    "native_dropout dropout celu selu softshrink hardshrink _prelu_kernel square trunc round sinh "
-    "asinh atan expm1 log1p relu6 positive"
-).split()
-LOSE_ZERO = (
-    "sigmoid hardsigmoid softplus exp log log2 cos rsqrt reciprocal log_sigmoid_forward pow "
-    "threshold logical_not bitwise_not isnan isinf isfinite erfc floor ceil exp2"
-).split()
-PRODUCTS = "mul".split()
-SUMS = "add sub rsub lerp maximum minimum where copy clamp_min clamp_max clamp masked_fill".split()
-OTHERS = "ge gt le lt eq ne bitwise_and bitwise_or logical_and logical_or atan2 fmod remainder".split()
-LIKE = "zeros_like ones_like full_like empty_like rand_like randn_like bernoulli zero fill".split()
+KEEP_ZERO = [
+    "relu",
+    "gelu",
+    "silu",
+    "tanh",
+    "hardtanh",
+    "hardswish",
+    "leaky_relu",
+    "elu",
+    "mish",
+    "neg",
+    "abs",
+    "erf",
+    "sqrt",
+    "sin",
+    "sign",
+    "prelu",
+    "native_dropout",
+    "dropout",
+    "celu",
+    "selu",
+    "softshrink",
+    "hardshrink",
+    "_prelu_kernel",
+    "square",
+    "trunc",
+    "round",
+    "sinh",
+    "asinh",
+    "atan",
+    "expm1",
+    "log1p",
+    "relu6",
+    "positive",
+]
+LOSE_ZERO = [
+    "sigmoid",
+    "hardsigmoid",
+    "softplus",
+    "exp",
+    "log",
+    "log2",
+    "cos",
+    "rsqrt",
+    "reciprocal",
+    "log_sigmoid_forward",
+    "pow",
+    "threshold",
+    "logical_not",
+    "bitwise_not",
+    "isnan",
+    "isinf",
+    "isfinite",
+    "erfc",
+    "floor",
+    "ceil",
+    "exp2",
+]
+PRODUCTS = ["mul"]
+SUMS = [
+    "add",
+    "sub",
+    "rsub",
+    "lerp",
+    "maximum",
+    "minimum",
+    "where",
+    "copy",
+    "clamp_min",
+    "clamp_max",
+    "clamp",
+    "masked_fill",
+]
+OTHERS = [
+    "ge",
+    "gt",
+    "le",
+    "lt",
+    "eq",
+    "ne",
+    "bitwise_and",
+    "bitwise_or",
+    "logical_and",
+    "logical_or",
+    "atan2",
+    "fmod",
+    "remainder",
+]
+LIKE = [
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "empty_like",
+    "rand_like",
+    "randn_like",
+    "bernoulli",
+    "zero",
+    "fill",
+]
 
 
 def _elementwise(trace: Trace, op: Operation, rule: ZeroRule) -> None:
@@ -56,7 +142,9 @@ def product(trace: Trace, op: Operation) -> None:
 
 @handles("div", "addcmul", "addcdiv")
 def quotient(trace: Trace, op: Operation) -> None:
-    _elementwise(trace, op, (lambda flags: bool(flags[0])) if "div" == op.name.rstrip("_") else all_zero)
+    _elementwise(
+        trace, op, (lambda flags: bool(flags[0])) if op.name.rstrip("_") == "div" else all_zero
+    )
 
 
 @handles(*SUMS)
@@ -69,10 +157,15 @@ def addition(trace: Trace, op: Operation) -> None:
 @handles("copy_")
 def copy(trace: Trace, op: Operation) -> None:
     target, source = op.args[:2]
-    if target not in trace.maps and target.numel() * target.element_size() < target.untyped_storage().nbytes():
-        trace.freeze(trace.maps.get(source, ()), f"{op.reason} writes into a part of a tensor")
+    if (
+        target not in trace.maps
+        and target.numel() * target.element_size() < target.untyped_storage().nbytes()
+    ):
+        trace.freeze(trace.of(source), f"{op.reason} writes into a part of a tensor")
         return
-    trace.put(target, trace.combine([trace.labelled(source)], tuple(target.shape), all_zero, op.reason))
+    trace.put(
+        target, trace.combine([trace.labelled(source)], tuple(target.shape), all_zero, op.reason)
+    )
 
 
 @handles(*LIKE)

@@ -1,4 +1,4 @@
-"""Sums, means, softmax and pooling: what is reduced over a removable axis must stay, or be exact."""
+"""Sums, means, softmax and pooling: a removable axis that is reduced stays, or is exact."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _dims(op: Operation, position: int) -> list[int]:
 def _reduced(trace: Trace, op: Operation, dims: Sequence[int], exact: bool) -> None:
     """``exact``: zeros do not change the result, so a masked axis may be summed over."""
     x, results = op.args[0], []
-    for m in trace.maps.get(x, ()):
+    for m in trace.of(x):
         if not any(map(m.along, dims)):
             results.append(m)
         elif set(m.axes) - set(dims):
@@ -54,7 +54,20 @@ def total(trace: Trace, op: Operation) -> None:
     _reduced(trace, op, _dims(op, 1), exact=True)
 
 
-@handles("mean", "amax", "amin", "var", "std", "var_mean", "max", "min", "logsumexp", "prod", "any", "all")
+@handles(
+    "mean",
+    "amax",
+    "amin",
+    "var",
+    "std",
+    "var_mean",
+    "max",
+    "min",
+    "logsumexp",
+    "prod",
+    "any",
+    "all",
+)
 def reduced(trace: Trace, op: Operation) -> None:
     _reduced(trace, op, _dims(op, 1), exact=False)
 
@@ -68,7 +81,7 @@ def norm(trace: Trace, op: Operation) -> None:
 def along(trace: Trace, op: Operation) -> None:
     """Each position depends on all the others of the axis."""
     x, dim = op.args[0], op.args[1] % op.args[0].dim()
-    maps = trace.fixed(trace.maps.get(x, ()), [dim], op.reason)
+    maps = trace.fixed(trace.of(x), [dim], op.reason)
     trace.put(op.out, [replace(m, zero=False) for m in maps])
 
 
@@ -77,6 +90,6 @@ def pooled(trace: Trace, op: Operation) -> None:
     x, spatial = op.args[0], {"1": 1, "2": 2, "3": 3}
     count = next((n for digit, n in spatial.items() if f"{digit}d" in op.name), 2)
     dims = range(x.dim() - count, x.dim())
-    maps = trace.fixed(trace.maps.get(x, ()), dims, op.reason)
+    maps = trace.fixed(trace.of(x), dims, op.reason)
     for out in op.out if isinstance(op.out, tuple) else [op.out]:
         trace.put(out, maps)
