@@ -31,6 +31,7 @@ LEVELS = [
         "finished_blocks",
         "execution",
         "semi_sparse",
+        "channels",
     },
     {"modifiers"},
     {"recipe", "records", "report", "results", "session", "oneshot", "checkpoint", "accelerating"}

@@ -3,6 +3,7 @@
 from prunus.accelerating import Accelerated, accelerate
 from prunus.block_walk import Sequential
 from prunus.calibration import Calibration
+from prunus.channels import channels, drop_blocks, shrink
 from prunus.checkpoint import load, save
 from prunus.curvature import Fisher, fisher
 from prunus.modifiers import PruningModifier
@@ -46,12 +47,15 @@ __all__ = [
     "Wanda",
     "accelerate",
     "attach",
+    "channels",
+    "drop_blocks",
     "fisher",
     "list_pruners",
     "load",
     "prune",
     "register_pruner",
     "save",
+    "shrink",
     "sparsity",
     "sweep",
 ]

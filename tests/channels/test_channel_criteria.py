@@ -5,7 +5,6 @@ import itertools
 
 import pytest
 import torch
-from channel_oracles import randomized
 from torch import nn
 from torch.nn import functional as F
 
@@ -13,6 +12,8 @@ import prunus
 from prunus.channels import CRITERIA, Evidence, channels, shrink
 from prunus.channels.criteria.obs import Side, eliminate
 from prunus.channels.moments import input_matrix, weight_matrix
+
+from channel_oracles import randomized
 
 
 def network():

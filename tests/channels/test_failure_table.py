@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-from awkward_channel_models import EXACT, INEXACT, REFUSED
-from channel_oracles import as_double, error, masked_copy, outputs, randomized
 
 from prunus.channels import channels, shrink
+
+from awkward_channel_models import EXACT, INEXACT, REFUSED
+from channel_oracles import as_double, error, masked_copy, outputs, randomized
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -4,14 +4,16 @@ import copy
 
 import pytest
 import torch
-from awkward_channel_models import Heads, Residual
-from channel_oracles import error, masked_copy, outputs, randomized
+import torch.nn.utils.prune
 from torch import nn
 from torch.nn import functional as F
 
 import prunus
 from prunus.channels import channels, drop_blocks, follow, load, save, shrink, unit_masks
 from prunus.channels.command import groups_command, shrink_command
+
+from awkward_channel_models import Heads, Residual
+from channel_oracles import error, masked_copy, outputs, randomized
 
 
 def network(seed=0):

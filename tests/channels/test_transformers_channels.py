@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-from channel_oracles import error, masked_copy, randomized
 
 from prunus.channels import channels, shrink
 from prunus.channels.shapes import load, save
+
+from channel_oracles import error, masked_copy, randomized
 
 transformers = pytest.importorskip("transformers")
 

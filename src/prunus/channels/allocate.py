@@ -85,7 +85,9 @@ def family(name: str) -> str:
 def allocator_of(allocator: str | Allocator | Mapping[str, float]) -> Allocator:
     if isinstance(allocator, str):
         return ALLOCATORS[allocator]()
-    return Table(allocator) if isinstance(allocator, Mapping) else allocator
+    if isinstance(allocator, Mapping):
+        return Table({**allocator, "*": allocator.get("*", 0.0)})  # what is not named stays whole
+    return allocator
 
 
 def allocate(

@@ -35,8 +35,8 @@ def follow_config(model: nn.Module, found: Channels, gone: Tensor, change: Chang
     if rebuilds(model):
         return []
     return [
-        "the config cannot express these shapes: save with prunus.channels.save, which writes them "
-        "beside the weights, or use uniform=True"
+        "the config cannot express these shapes: save() of prunus.channels writes them beside the "
+        "weights, and uniform=True keeps to what it can express"
     ]
 
 

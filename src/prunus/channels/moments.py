@@ -16,6 +16,8 @@ from prunus.calibration import Calibration, undisturbed
 from prunus.channels.roles import inputs_first
 from prunus.progress import track
 
+MEMORY = 4 << 30  # bytes of Gram matrices in one pass
+
 
 def is_reader(model: nn.Module, name: str) -> bool:
     """Whether the layer's inputs can be seen as rows of a matrix."""
@@ -116,10 +118,36 @@ def damped(gram: Tensor, share: float) -> Tensor:
 def input_moments(
     model: nn.Module, calibration: Calibration, names: Collection[str], gram: bool
 ) -> dict[str, InputMoments]:
-    """Moments for each of the layers, by name, from one pass over the data.
+    """Moments for each of the layers, by name, from one pass over the data if memory allows.
 
     Raises ValueError if there were no data, or a layer was not called.
     """
+    found: dict[str, InputMoments] = {}
+    for part in _portions(model, names, gram):
+        found.update(_one_pass(model, calibration, part, gram))
+    idle = [name for name, m in found.items() if m.count == 0]
+    if idle:
+        raise ValueError(f"the calibration data never reached {', '.join(idle[:3])}; is it empty?")
+    return found
+
+
+def _portions(model: nn.Module, names: Collection[str], gram: bool) -> list[list[str]]:
+    """Layers whose Gram matrices fit the memory together; each portion is a pass over the data."""
+    portions: list[list[str]] = [[]]
+    total = 0
+    for name in names:
+        size = 4 * weight_matrix(model.get_submodule(name)).shape[1] ** 2 if gram else 0
+        if total + size > MEMORY and portions[-1]:
+            portions.append([])
+            total = 0
+        portions[-1].append(name)
+        total += size
+    return portions
+
+
+def _one_pass(
+    model: nn.Module, calibration: Calibration, names: Collection[str], gram: bool
+) -> dict[str, InputMoments]:
     modules = {name: model.get_submodule(name) for name in names}
     found = {name: InputMoments.empty(module, gram) for name, module in modules.items()}
 
@@ -132,7 +160,4 @@ def input_moments(
         with undisturbed(model, calibration), torch.no_grad():
             for batch in track(calibration, "inputs of layers"):
                 calibration.run(model, batch)
-    idle = [name for name, m in found.items() if m.count == 0]
-    if idle:
-        raise ValueError(f"the calibration data never reached {', '.join(idle[:3])}; is it empty?")
     return found
