@@ -203,19 +203,40 @@ def _grouped(
     members: dict[int, list[int]] = {}
     for component in dict.fromkeys(np.concatenate([s[3].numpy() for s in slots]).tolist()):
         members.setdefault(int(signatures[component]), []).append(component)
-    groups: list[Group] = []
     refused: dict[str, str] = {}
+    offered: list[list[int]] = []
     for units in members.values():
         frozen = next((reasons[u] for u in units if u in reasons), None)
         free = [u for u in units if u not in reasons]
         if frozen:
             _refuse(refused, slots, units, frozen)
         if len(free) > 1:
-            names = {g.name for g in groups}
-            groups.append(_group(slots, torch.tensor(free), kinds, norms, names))
+            offered.append(free)
         elif free:
             _refuse(refused, slots, free, "it is a single unit")
+    groups: list[Group] = []
+    for units, found in zip(offered, _slots_of(slots, offered, count), strict=True):
+        groups.append(_group(found, torch.tensor(units), kinds, norms, {g.name for g in groups}))
     return groups, refused
+
+
+def _slots_of(
+    slots: Sequence[tuple[str, int, str, Tensor]], groups: Sequence[Sequence[int]], count: int
+) -> list[list[Slot]]:
+    """The slots of each of the groups, which are lists of components."""
+    owner, order = torch.full((count,), -1), torch.zeros(count, dtype=torch.long)
+    for i, units in enumerate(groups):
+        owner[torch.tensor(units)] = i
+        order[torch.tensor(units)] = torch.arange(len(units))
+    found: list[list[Slot]] = [[] for _ in groups]
+    for name, dim, what, components in slots:
+        owners = owner[components]
+        for i in torch.unique(owners[owners >= 0]).tolist():
+            here = (owners == i).nonzero().flatten()
+            unit = order[components[here]]
+            index = here[torch.argsort(unit, stable=True)].view(len(groups[i]), -1)
+            found[i].append(Slot(name, dim, index, what))
+    return found
 
 
 def _refuse(
@@ -253,26 +274,16 @@ def _norms(trace: Trace, components: Tensor, count: int) -> list[tuple[str, str,
 
 
 def _group(
-    slots: Sequence[tuple[str, int, str, Tensor]],
+    slots: Sequence[Slot],
     units: Tensor,
     kinds: Mapping[int, Kind],
     norms: Sequence[tuple[str, str, Tensor]],
     names: set[str],
 ) -> Group:
-    order = torch.full((int(units.max()) + 1,), -1)
-    order[units] = torch.arange(len(units))
-    found = []
-    for name, dim, what, components in slots:
-        here = (components < len(order)).nonzero().flatten()
-        unit = order[components[here]]
-        here, unit = here[unit >= 0], unit[unit >= 0]
-        if len(here):
-            index = here[torch.argsort(unit, stable=True)].view(len(units), -1)
-            found.append(Slot(name, dim, index, what))
     inside = {module: kind for module, kind, mask in norms if bool(mask[units].any())}
-    group = Group("", kinds.get(int(units[0]), "channel"), found, units, inside)
-    base = group.writers[0] or "model"
+    kind = kinds.get(int(units[0]), "channel")
+    base = Group("", kind, slots, units, inside).writers[0] or "model"
     name, n = base, 2
     while name in names:
         name, n = f"{base}#{n}", n + 1
-    return Group(name, group.kind, found, units, inside)
+    return Group(name, kind, slots, units, inside)

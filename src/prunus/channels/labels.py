@@ -19,6 +19,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 Shape = tuple[int, ...]
+MANY = 4096  # pairs from which on duplicates are dropped
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,14 +84,17 @@ class Coupling:
 
     def unite(self, a: Tensor, b: Tensor, reason: str) -> None:
         """Positions of broadcastable maps that stand for one another go together."""
-        shape = torch.broadcast_shapes(a.shape, b.shape)  # type: ignore[no-untyped-call]
-        a, b = a.expand(shape), b.expand(shape)
+        a, b = torch.broadcast_tensors(a, b)  # type: ignore[no-untyped-call]
         lone = (a == 0) != (b == 0)
         if lone.any():
             self.freeze((a + b)[lone], f"{reason} joins it with positions that stay")
         pairs = (a != b) & ~lone
-        if pairs.any():
-            self.edges.append(torch.unique(torch.stack([a[pairs], b[pairs]], 1), dim=0))
+        found = torch.stack([a[pairs], b[pairs]], 1)
+        if len(found) > MANY:  # as one number each, because sorting rows is slow
+            keys = torch.unique(found[:, 0].long() << 32 | found[:, 1].long())
+            found = torch.stack([keys >> 32, keys & 0xFFFFFFFF], 1).int()
+        if len(found):
+            self.edges.append(found)
 
     def freeze(self, ids: Tensor, reason: str) -> None:
         found = torch.unique(ids)
