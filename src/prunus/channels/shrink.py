@@ -61,6 +61,7 @@ def shrink(
     Raises ValueError where the model, a name or the target cannot be served, and where the smaller
     model does not compute what the model with masked units does; the model is then as it was.
 
+    >>> import torch
     >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
     >>> result = shrink(net, torch.zeros(1, 4), target={"params": 0.5}, measure=False)
     >>> net[0].out_features, result.after.params
