@@ -15,7 +15,7 @@ LEVELS = (
     ("stats", "report"),
     ("pruners", "allocators", "hardware"),
     ("calibration",),
-    ("engine", "execution"),
+    ("engine", "execution", "channels"),
     ("modifiers",),
     ("recipe",),
     ("api",),

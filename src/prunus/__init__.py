@@ -19,6 +19,7 @@ from prunus.api.session import Session
 from prunus.api.sweep import sweep
 from prunus.calibration.calibration import Calibration
 from prunus.calibration.fisher import Fisher, fisher
+from prunus.channels import channels, drop_blocks, shrink
 from prunus.core.layers import Layer
 from prunus.core.patterns import Pattern
 from prunus.core.ranks import Ranks
@@ -110,6 +111,8 @@ __all__ = [
     "Window",
     "accelerate",
     "attach",
+    "channels",
+    "drop_blocks",
     "estimate",
     "filled",
     "fisher",
@@ -121,6 +124,7 @@ __all__ = [
     "register_pruner",
     "register_statistic",
     "save",
+    "shrink",
     "sparsity",
     "sweep",
 ]

@@ -1,4 +1,4 @@
-"""The command line: ``prunus list | show | check | prune | bench | estimate | ...``.
+"""The command line: ``prunus list | show | check | prune | bench | estimate | shrink ...``.
 
 A model or a loader is named ``package.module:function``; the function is called without arguments.
 """
@@ -28,6 +28,7 @@ from prunus.cli.bench import bench as bench_table
 from prunus.cli.catalogue import description, listing
 from prunus.cli.estimate import estimate
 from prunus.cli.preview import preview, timetable
+from prunus.cli.shrink import groups, shrink
 from prunus.core.files import atomic_write
 from prunus.integrations.sparseml.convert import convert as convert_recipe
 from prunus.modifiers import Context, OneShotModifier
@@ -37,7 +38,8 @@ from prunus.recipe import Recipe, json_schema
 app = typer.Typer(
     help=prunus.__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
-app.command()(estimate)
+for command in (estimate, groups, shrink):
+    app.command()(command)
 out = Console(markup=False, emoji=False)  # `attn.qkv[q]` is a name, not markup
 
 ModelOption = Annotated[str, typer.Option(help="package.module:function that returns the model")]
