@@ -72,7 +72,7 @@ def prepare(name: str) -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     model: Any = timm.create_model(name).eval()
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             module.running_mean.normal_()  # type: ignore[union-attr]
             module.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
     for p in model.parameters():

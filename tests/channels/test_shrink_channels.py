@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.utils.prune
 from torch import nn
-from typer.testing import CliRunner
 from torch.nn import functional as F
+from typer.testing import CliRunner
 
 import prunus
 from prunus.channels import channels, drop_blocks, follow, load, save, shrink, unit_masks

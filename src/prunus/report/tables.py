@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import html
 import io
-import math
 import os
 from collections.abc import Iterable, Sequence
 from typing import Literal
@@ -19,8 +18,9 @@ from prunus.report.records import Recorder, is_main
 
 
 def share(part: int, whole: int) -> str:
-    """``part / whole`` to four places, rounded down: 1.0000 only where nothing is left."""
-    return f"{math.floor(10_000 * part / max(1, whole)) / 10_000:.4f}"
+    """``part / whole`` to four places; 1.0000 only where nothing is left."""
+    text = f"{part / max(1, whole):.4f}"
+    return "0.9999" if text == "1.0000" and part < whole else text
 
 
 class Printable(abc.ABC):
