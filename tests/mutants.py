@@ -141,6 +141,7 @@ def _run_tests(tree: Path, tests: list[str]) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (COMPUTING, COMPUTING))
     os.chdir(tree)
     sys.path[:0] = [str(tree / "src"), str(tree)]
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])  # of the ranks
     log = os.open(tree / "tests.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)

@@ -43,3 +43,18 @@ def test_zeros_in_blocks_and_groups_that_stay_are_pruned_in_the_mask_too(pruner,
     for name, mask in result.masks.items():
         assert not (mask & dead[name]).any()
         assert torch.equal(model.get_parameter(name) != 0, mask)
+
+
+class Negative(prunus.Magnitude):
+    def scores(self, w, stat, pattern, ranks):
+        return super().scores(w, stat, pattern, ranks) - 100
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "row"])
+def test_what_is_pruned_goes_before_the_lowest_score_there_is(pattern):
+    model = small_mlp()
+    prunus.prune(model, "magnitude", sparsity=0.5, pattern=pattern)
+    dead = {name: p == 0 for name, p in model.named_parameters()}
+    result = prunus.prune(model, Negative(), sparsity=0.75, pattern=pattern)
+    assert result.sparsity == pytest.approx(0.75, abs=1e-3)
+    assert not any((mask & dead[name]).any() for name, mask in result.masks.items())
