@@ -83,7 +83,8 @@ def fields(cls: type) -> list[str]:
     docs, lines = field_docs(cls), []
     for field in dataclasses.fields(cls):
         default = field.default
-        shown = "" if default is dataclasses.MISSING else f" (default `{default!r}`)"
+        hidden = default is dataclasses.MISSING or callable(default)  # which has no text to show
+        shown = "" if hidden else f" (default `{default!r}`)"
         said = f": {code(docs[field.name])}" if field.name in docs else ""
         lines.append(f"- `{field.name.rstrip('_')}`{shown}{said}")
     return lines

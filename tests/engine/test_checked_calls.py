@@ -8,6 +8,7 @@ from torch import nn
 
 import prunus
 from prunus.engine import checked_calls
+from prunus.pruners import PRUNERS
 
 
 def mlp():
@@ -272,7 +273,9 @@ def test_a_name_that_is_a_setting_is_refused():
         prunus.register_pruner(Named)
 
 
-def test_a_class_that_derives_from_nothing_gets_the_defaults():
+def test_a_class_that_derives_from_nothing_gets_the_defaults(monkeypatch):
+    monkeypatch.setattr(PRUNERS, "_classes", dict(PRUNERS._classes))
+
     @prunus.register_pruner
     @dataclass(frozen=True)
     class Old:

@@ -19,7 +19,11 @@ from prunus.stats import Statistic
 
 @dataclass(frozen=True)
 class Unit:
-    """What an allocator decides about: a layer, counted in the pattern's units."""
+    """What an allocator decides about: a layer, counted in the pattern's units.
+
+    >>> prunus.Unit("fc", shape=(4, 4), size=16, pruned=2)
+    Unit(name='fc', shape=(4, 4), size=16, pruned=2)
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -41,6 +45,11 @@ class Problem:
     """``lowest(k)`` says how many of the k lowest-scored units of the model lie in each layer.
 
     ``signals`` are what a `SignalAllocator` measured, by layer name.
+
+    >>> units = [prunus.Unit("a", (4, 4), 16, 0), prunus.Unit("b", (4, 8), 32, 0)]
+    >>> problem = prunus.Problem(units, target=0.5)
+    >>> problem.size, problem.drop
+    (48, 24)
     """
 
     units: Sequence[Unit]
@@ -71,7 +80,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class Allocation:
-    """Units to be gone in each layer, in the order of the problem's units."""
+    """Units to be gone in each layer, in the order of the problem's units.
+
+    >>> prunus.Allocation([prunus.Unit("fc", (4, 4), 16, 0)], drop=[12]).sparsity
+    {'fc': 0.75}
+    """
 
     units: Sequence[Unit]
     drop: Sequence[int]
@@ -87,7 +100,17 @@ class Allocation:
 
 
 class Allocator(ABC):
-    """A frozen dataclass of settings. It decides and never prunes."""
+    """A frozen dataclass of settings. It decides and never prunes.
+
+    >>> @dataclass(frozen=True)
+    ... class FirstHalf(prunus.Allocator):
+    ...     name = "first_half"
+    ...     def allocate(self, problem):
+    ...         return prunus.filled(problem, [0.5] + [1.0] * (len(problem.units) - 1))
+    >>> units = [prunus.Unit("a", (4, 4), 16, 0), prunus.Unit("b", (4, 4), 16, 0)]
+    >>> FirstHalf().allocate(prunus.Problem(units, target=0.75)).drop
+    [8, 16]
+    """
 
     name: ClassVar[str]
     """what recipes call it"""
@@ -100,7 +123,19 @@ class Allocator(ABC):
 
 
 class SignalAllocator(Allocator):
-    """One that measures a signal in each block of layers first."""
+    """One that measures a signal in each block of layers first.
+
+    >>> @dataclass(frozen=True)
+    ... class Size(prunus.SignalAllocator):
+    ...     name = "size"
+    ...     def signal(self, block):
+    ...         return float(sum(w.abs().sum() for w, _ in block))
+    ...     def allocate(self, problem):
+    ...         return prunus.filled(problem, [1 / problem.signals[u.name] for u in problem.units])
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    >>> prunus.prune(model, "magnitude", sparsity=0.5, allocator=Size()).sparsity
+    0.5
+    """
 
     def statistic(self, layer: Layer) -> Statistic | None:
         """What to measure on calibration data for this layer, if anything."""
@@ -124,6 +159,16 @@ def register_allocator(cls: type[_A]) -> type[_A]:
     It derives from `Allocator` or `SignalAllocator`; one that does not gets the defaults it lacks.
     Raises ValueError if the class is not a frozen dataclass, lacks a part, or takes the name of
     another one.
+
+    >>> @prunus.register_allocator
+    ... @dataclass(frozen=True)
+    ... class Example(prunus.Allocator):
+    ...     name = "example"
+    ...     def allocate(self, problem):
+    ...         return prunus.filled(problem, [1.0] * len(problem.units))
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    >>> prunus.prune(model, "magnitude", sparsity=0.5, allocator="example").sparsity
+    0.5
     """
     check_settings(cls, "allocator", ("name", "ranks_scores"))
     if hasattr(cls, "signal"):
@@ -176,7 +221,12 @@ def places(problem: Problem) -> list[float]:
 
 
 def filled(problem: Problem, rates: Sequence[float], total: int | None = None) -> Allocation:
-    """Sparsities in proportion to `rates`, scaled to meet the target, or `total` units, exactly."""
+    """Sparsities in proportion to `rates`, scaled to meet the target, or `total` units, exactly.
+
+    >>> units = [prunus.Unit("a", (4, 4), 16, 0), prunus.Unit("b", (4, 4), 16, 0)]
+    >>> prunus.filled(prunus.Problem(units, target=0.5), rates=[1.0, 3.0]).drop
+    [4, 12]
+    """
     sizes = [unit.size for unit in problem.units]
     shares = [rate * size for rate, size in zip(rates, sizes, strict=True)]
     pruned = [unit.pruned for unit in problem.units]

@@ -32,7 +32,14 @@ from prunus.report.tables import Printable
 
 @dataclass
 class Accelerated(Printable):
-    """How each pruned layer of a model runs now, with what was measured."""
+    """How each pruned layer of a model runs now, with what was measured.
+
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> accelerated = prunus.accelerate(model, torch.randn(2, 8))
+    >>> accelerated.verdict
+    'nothing accelerates this here: no layer has zeros; prune the model first'
+    >>> accelerated.restore()
+    """
 
     model: nn.Module = field(repr=False)
     rows: list[LayerExecution]
@@ -152,6 +159,12 @@ def accelerate(model: nn.Module, example: Any = None, *, rows: int = 128) -> Acc
     Raises what the forward pass raises, and ValueError for ``rows`` below 1; the model is then as
     it was. The backward pass of an accelerated layer raises RuntimeError, as does giving it another
     weight.
+
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> result = prunus.prune(model, "magnitude", sparsity=0.9)
+    >>> accelerated = prunus.accelerate(model, torch.randn(2, 8))
+    >>> [row.name for row in accelerated.rows]
+    ['0']
     """
     if rows < 1:
         raise ValueError(f"rows={rows}: a layer is given at least 1 row; use batch times tokens")

@@ -25,7 +25,7 @@ from prunus import formats
 from prunus.api.results import Result
 from prunus.api.session import Session
 from prunus.core.files import atomic_write
-from prunus.core.layers import clean_name, unwrap
+from prunus.core.layers import clean_name, is_sharded, unwrap
 from prunus.core.masks import local, unpack
 from prunus.core.names import did_you_mean
 from prunus.core.ranks import Ranks
@@ -40,7 +40,15 @@ KEY = "prunus"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds. ``state_dict`` is dense, whatever form the file has."""
+    """What a file holds. ``state_dict`` is dense, whatever form the file has.
+
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    >>> result = prunus.prune(model, "magnitude", sparsity=0.5)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     prunus.save(model, f"{folder}/model.safetensors", pruning=result)
+    ...     prunus.load(f"{folder}/model.safetensors")
+    Checkpoint(4 tensors, 1 masks, sparsity 0.5000)
+    """
 
     state_dict: dict[str, Tensor]
     masks: dict[str, Tensor]
@@ -75,13 +83,19 @@ def save(
 
     Raises OSError if the disk is full or the path not writable, and ValueError for a model whose
     state is not all tensors with data; the old file is then intact.
+
+    >>> model = nn.Linear(4, 4)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     prunus.save(model, f"{folder}/model.safetensors")
+    ...     os.listdir(folder)
+    ['model.safetensors']
     """
     parts = {clean_name(name): t for name, t in unwrap(model).state_dict().items()}
     for name, t in parts.items():
         if not isinstance(t, Tensor) or t.is_meta:
             what = "is on the meta device" if isinstance(t, Tensor) else "is no tensor"
             raise ValueError(f"{name!r} {what}; safetensors files hold tensors with data only")
-    cuts = (ranks_of(t) for t in parts.values() if hasattr(t, "to_local"))
+    cuts = (ranks_of(t) for t in parts.values() if is_sharded(t))
     shards = next(cuts, Ranks())
     state = _gathered(parts, parts)
     if isinstance(pruning, Session) and not pruning.closed:
@@ -191,6 +205,13 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Checkp
 
     Raises ValueError if it is no safetensors file, or does not fit the model, which is then
     untouched.
+
+    >>> model, again = nn.Linear(4, 4), nn.Linear(4, 4)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     prunus.save(model, f"{folder}/model.safetensors")
+    ...     checkpoint = prunus.load(f"{folder}/model.safetensors", again)
+    >>> torch.equal(model.weight, again.weight)
+    True
     """
     try:
         with safetensors.safe_open(path, framework="pt") as file:

@@ -22,7 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Result(Recorded):
-    """What a one-shot run did, layer by layer."""
+    """What a one-shot run did, layer by layer.
+
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+    >>> result = prunus.prune(model, "magnitude", sparsity=0.5)
+    >>> result.sparsity, result.rows[0].zeros, result.left_dense
+    (0.5, 32, ['1'])
+    """
 
     rows: list[LayerResult]
     masks: Mapping[str, Tensor]
@@ -88,7 +94,13 @@ class Result(Recorded):
 
 @dataclass
 class SweepResult(Recorded):
-    """What an evaluation said at each sparsity."""
+    """What an evaluation said at each sparsity.
+
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+    >>> zeros = lambda m: prunus.sparsity(m)["0"]
+    >>> prunus.sweep(model, "magnitude", [0.25, 0.5], evaluate=zeros).values
+    {0.25: {'value': 0.25}, 0.5: {'value': 0.5}}
+    """
 
     values: dict[float, dict[str, float]]
     recorder: Recorder = field(default_factory=Recorder, repr=False)
@@ -139,7 +151,15 @@ class SparsityTable(Printable):
 
 
 def sparsity(model: nn.Module) -> SparsityTable:
-    """Zeros of every Linear, convolution and attention weight (of this rank's part)."""
+    """Zeros of every Linear, convolution and attention weight (of this rank's part).
+
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    >>> nn.init.zeros_(model[0].weight).shape
+    torch.Size([2, 2])
+    >>> table = prunus.sparsity(model)
+    >>> table["0"], float(table)
+    (1.0, 0.5)
+    """
     rows = []
     for layer in all_layers(model):
         part = local(layer.weight.detach())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.calibration.memory_plan import parse_bytes
-from prunus.core.layers import reshard
+from prunus.core.layers import is_sharded, reshard
 from prunus.core.ranks import all_ranks, lockstep, no_error_sync
 
 Batch = Any
@@ -27,6 +27,11 @@ class Calibration:
 
     A batch is a tensor, a pair ``(inputs, targets)``, or a mapping passed as ``model(**batch)``.
     Batches are moved to the model's device; the iterable is re-iterated for each pruning step.
+
+    >>> batches = [(torch.randn(2, 4), torch.tensor([0, 1])) for _ in range(3)]
+    >>> data = prunus.Calibration(batches, nn.functional.cross_entropy, num_batches=2)
+    >>> len(list(data)), data.loss(nn.Linear(4, 2), batches[0]).shape
+    (2, torch.Size([]))
     """
 
     batches: Iterable[Batch]
@@ -161,7 +166,7 @@ def undisturbed(model: nn.Module, calibration: Calibration) -> Iterator[None]:
 
 def needs_all_ranks(model: nn.Module) -> bool:
     """Whether a forward pass has collectives in it."""
-    return any(hasattr(p, "to_local") for p in model.parameters()) or any(
+    return any(map(is_sharded, model.parameters())) or any(
         isinstance(m, nn.SyncBatchNorm) for m in model.modules()
     )
 

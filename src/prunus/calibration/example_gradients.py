@@ -16,15 +16,12 @@ from prunus.calibration.calibration import Batch, Calibration
 from prunus.core.layers import Layer, unwrap
 from prunus.core.masks import local
 from prunus.core.ranks import no_error_sync
+from prunus.core.sharding import any_sharded
 
 log = logging.getLogger("prunus")
 
 Grads = list["Tensor | None"]
 """For each layer (samples, rows, cols); None if the loss does not depend on it."""
-
-
-def is_sharded(layers: Sequence[Layer]) -> bool:
-    return any(hasattr(layer.weight, "to_local") for layer in layers)
 
 
 @contextlib.contextmanager
@@ -57,7 +54,7 @@ def micro_batch_gradients(
     weights = [layer.weight for layer in layers]
     found: Sequence[Tensor | None]
     with torch.autocast(loss.device.type, enabled=False):  # a backward pass runs outside of it
-        if is_sharded(layers):  # FSDP2 gathers and reduces in a backward pass only
+        if any_sharded(layers):  # FSDP2 gathers and reduces in a backward pass only
             with no_error_sync():
                 loss.backward()  # type: ignore[no-untyped-call]
             found = [w.grad for w in weights]

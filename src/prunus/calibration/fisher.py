@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from prunus.calibration.calibration import Calibration
-from prunus.calibration.example_gradients import is_sharded
 from prunus.calibration.gradient_pass import measure_gradients
 from prunus.calibration.measurements import budget_of, check_measurable
 from prunus.calibration.memory_plan import Rows
@@ -16,12 +15,20 @@ from prunus.core.layers import Layer
 from prunus.core.names import did_you_mean
 from prunus.core.ranks import Ranks, all_ranks
 from prunus.core.selection import select
+from prunus.core.sharding import any_sharded
 from prunus.pruners import SecondOrder
 from prunus.stats import BlockFisher
 
 
 class Fisher(Mapping[str, BlockFisher]):
-    """Layer name -> `BlockFisher`. What takes or gives one tensor for each layer has its shape."""
+    """Layer name -> `BlockFisher`. What takes or gives one tensor for each layer has its shape.
+
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    >>> data = prunus.Calibration([(torch.randn(2, 4), torch.randn(2, 2))], nn.functional.mse_loss)
+    >>> f = prunus.fisher(model, data, settings=prunus.OBS(block_size=2))
+    >>> list(f), f.diag()["0"].shape, f.inverse_block("0", 1).shape
+    (['0'], torch.Size([4, 4]), torch.Size([2, 2]))
+    """
 
     def __init__(self, blocks: Mapping[Layer, BlockFisher]) -> None:
         self._layers = {layer.name: layer for layer in blocks}
@@ -82,6 +89,11 @@ def fisher(
     changed, nor disturbed in its training.
 
     Raises ValueError if it does not fit the calibration's memory, and for bad or empty data.
+
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    >>> data = prunus.Calibration([(torch.randn(2, 4), torch.randn(2, 2))], nn.functional.mse_loss)
+    >>> prunus.fisher(model, data, layers="1").diag()["1"].shape
+    torch.Size([2, 4])
     """
     settings = settings or SecondOrder()
     names = (layers,) if isinstance(layers, str) else layers
@@ -90,7 +102,7 @@ def fisher(
     stats = {layer: settings.statistic(layer) for layer in chosen}
     check_measurable(stats, "fisher", calibration)
     by_rows = {Rows(layer, 0, stat.rows): stat for layer, stat in stats.items()}
-    everyone = Ranks() if is_sharded(chosen) else all_ranks()
+    everyone = Ranks() if any_sharded(chosen) else all_ranks()
     with torch.no_grad(), all_ranks().raise_on_all_ranks():
         need = sum(stat.nbytes for stat in stats.values())
         budget = budget_of(calibration, chosen, settings.device)

@@ -14,7 +14,6 @@ from prunus.calibration.example_gradients import (
     ExampleGradients,
     Grads,
     gradients_on,
-    is_sharded,
     micro_batch_gradients,
 )
 from prunus.calibration.gradient_checks import ABSENT, BAD, GOOD, UNREACHED, GradientChecks
@@ -22,6 +21,7 @@ from prunus.calibration.memory_plan import Rows
 from prunus.core.layers import Layer
 from prunus.core.progress import track
 from prunus.core.ranks import Ranks, all_ranks, lockstep, no_error_sync
+from prunus.core.sharding import any_sharded
 from prunus.stats import Sampling, Statistic
 
 log = logging.getLogger("prunus")
@@ -47,7 +47,7 @@ def _packets(
     at_once: int,
 ) -> Iterator[Packet]:
     batches = calibration.stretch(begin) if quota else iter(())
-    if is_sharded(layers):  # a forward pass gathers weights from all ranks
+    if any_sharded(layers):  # a forward pass gathers weights from all ranks
         batches = lockstep(batches, all_ranks(), all_needed=True)
     examples = ExampleGradients(model, layers, calibration, at_once)
     taken = 0
@@ -92,7 +92,7 @@ class _Exchange:
 
     def __init__(self, local_rows: Sequence[Rows], everyone: Ranks, at_once: int) -> None:
         self.local_rows, self.everyone, self.at_once = local_rows, everyone, at_once
-        self.sharded = is_sharded([rows.layer for rows in local_rows])
+        self.sharded = any_sharded([rows.layer for rows in local_rows])
         if everyone.group is None:
             return
         table = torch.zeros(everyone.world_size, len(local_rows), 2, dtype=torch.int64)
@@ -214,7 +214,7 @@ def measure_gradients(
     everyone = everyone or Ranks()
     layers = [rows.layer for rows in stats]
     sampling = _common_sampling(stats.values())
-    ranks = Ranks() if is_sharded(layers) else all_ranks()
+    ranks = Ranks() if any_sharded(layers) else all_ranks()
     quota = (sampling.num_grads + ranks.rank) // ranks.world_size
     if everyone.group is None:
         quota = max(1, quota)

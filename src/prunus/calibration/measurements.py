@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from prunus.calibration.calibration import Calibration
-from prunus.calibration.example_gradients import is_sharded
 from prunus.calibration.gradient_pass import measure_gradients
 from prunus.calibration.input_pass import measure_inputs
 from prunus.calibration.memory_plan import Need, Rows, free_bytes, parse_bytes, plan
-from prunus.core.layers import Layer
+from prunus.core.layers import Layer, is_sharded
 from prunus.core.ranks import Ranks, all_ranks, row_cuts
-from prunus.core.sharding import cut_along_inputs, ranks_of
+from prunus.core.sharding import any_sharded, cut_along_inputs, ranks_of
 from prunus.solvers import selection
 from prunus.stats import Statistic, all_reduce_statistics, checked_statistic
 
@@ -141,7 +140,7 @@ def measurements(
     """
     needed = {layer: statistic(layer) for layer in layers}
     stats = {layer: checked_statistic(stat) for layer, stat in needed.items() if stat is not None}
-    shared_out = any(stat.by_rows for stat in stats.values()) and not is_sharded(layers)
+    shared_out = any(stat.by_rows for stat in stats.values()) and not any_sharded(layers)
     everyone = all_ranks() if shared_out else Ranks()
     local_shares, most = {}, {}
     for layer in layers:
@@ -149,7 +148,7 @@ def measurements(
         cuts = row_cuts(rows, everyone.world_size, unit)
         local_shares[layer] = Rows(layer, *cuts[everyone.rank])
         most[layer] = max(end - start for start, end in cuts)
-        if is_sharded(layers):  # the first rank has the most
+        if any_sharded(layers):  # the first rank has the most
             most[layer] = -(-layer.matrix_shape()[0] // ranks_of(layer.weight).world_size)
     shares = list(local_shares.values())
     if not stats:
@@ -198,7 +197,7 @@ def check_measurable(
         )
     for layer, stat in stats.items():
         sampling = stat.sampling
-        if is_sharded([layer]) and sampling and sampling.samples == "example":
+        if is_sharded(layer.weight) and sampling and sampling.samples == "example":
             raise ValueError(
                 f"{layer.name} is sharded by FSDP2, which hands out gradients of whole batches "
                 "only; use samples='micro_batch'"

@@ -79,7 +79,8 @@ def _settings(cls: Any) -> Table | str:
 
 
 def _description(cls: type) -> str:
-    return (inspect.getdoc(cls) or "").replace("``", "").replace("`", "'")
+    text = (inspect.getdoc(cls) or "").split("\n\n>>>")[0]  # without its example
+    return text.replace("``", "").replace("`", "'")
 
 
 def _default(field: dataclasses.Field[Any]) -> str:

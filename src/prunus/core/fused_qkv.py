@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from prunus.core.layers import Layer
+from prunus.core.layers import Layer, is_sharded
 
 THIRDS = "qkv"
 # these stack all of q, then all of k, then all of v
@@ -49,7 +49,7 @@ def _no_thirds(layer: Layer, parents: dict[str, nn.Module]) -> str:
     by_head = getattr(holder, "head_first", False) or hasattr(holder, "key_dim")
     if by_head or (last == "c_attn" and layer.kind != "Conv1D"):
         return "q, k and v lie head by head here, not in thirds; prune the whole layer"
-    if hasattr(layer.weight, "to_local"):
+    if is_sharded(layer.weight):
         return "the weight is sharded, and a shard is no third; prune the whole layer, or use DDP"
     rows, cols = layer.matrix_shape()
     if rows != 3 * cols:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from prunus.core.masks import local
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -24,6 +24,11 @@ _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight
 def clean_name(name: str) -> str:
     """The name, in an `unwrap`ped model, without what wrappers inside it put into it."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def is_sharded(t: Tensor) -> bool:
+    """Whether ranks hold parts of it (FSDP2's DTensors)."""
+    return hasattr(t, "to_local")
 
 
 def reshard(model: nn.Module) -> None:
@@ -66,6 +71,11 @@ class Layer:
     runs over kernel positions first and input channels last, so that groups of columns are groups
     of input channels; without, columns are in the order of ``weight.flatten(1)``. With ``qkv_part``
     only that third of the rows is meant: 0, 1, 2 for q, k, v in a fused weight.
+
+    >>> conv = nn.Conv2d(3, 8, kernel_size=2)
+    >>> layer = prunus.Layer("stem", "stem.weight", conv, conv.weight)
+    >>> layer.kind, layer.shape, layer.matrix_shape()
+    ('Conv2d', (8, 3, 2, 2), (8, 12))
     """
 
     name: str
@@ -110,11 +120,11 @@ class Layer:
 
     @property
     def _inputs_first(self) -> bool:
-        return isinstance(self.module, _TRANSPOSED) or _is_conv1d(self.module)
+        return isinstance(self.module, TRANSPOSED) or _is_conv1d(self.module)
 
     @property
     def _groups(self) -> int:
-        return self.module.groups if isinstance(self.module, _TRANSPOSED) else 1
+        return self.module.groups if isinstance(self.module, TRANSPOSED) else 1
 
     @property
     def rows_dim(self) -> int:
@@ -213,7 +223,7 @@ class Layer:
 def _weights_of(module: nn.Module) -> list[str]:
     if isinstance(module, nn.MultiheadAttention):
         return [name for name in _ATTENTION if getattr(module, name) is not None]
-    if isinstance(module, (nn.Linear, *CONVS, *_TRANSPOSED)) or _is_conv1d(module):
+    if isinstance(module, (nn.Linear, *CONVS, *TRANSPOSED)) or _is_conv1d(module):
         return ["weight"]
     return []
 

@@ -24,7 +24,15 @@ from prunus.solvers.selection import (
 
 
 class Pattern(Protocol):
-    """``kind`` is what pruners list as supported; ``fixed`` the sparsity a pattern implies."""
+    """``kind`` is what pruners list as supported; ``fixed`` the sparsity a pattern implies.
+
+    >>> from prunus.core.patterns import parse_pattern
+    >>> pattern = parse_pattern("2:4")
+    >>> pattern.kind, pattern.fixed
+    ('N:M', 0.5)
+    >>> pattern.mask(torch.tensor([[0.1, 0.4, 0.3, 0.2]]), drop=0)
+    tensor([[False,  True,  True, False]])
+    """
 
     @property
     def kind(self) -> str: ...

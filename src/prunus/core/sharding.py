@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prunus.core.layers import Layer
+from prunus.core.layers import Layer, is_sharded
 from prunus.core.mask_registry import Masks
 from prunus.core.patterns import Pattern
 from prunus.core.ranks import Ranks
@@ -19,6 +19,11 @@ def _cuts(weight: Tensor) -> list[tuple[int, int]]:
     """(mesh dimension, tensor dimension) of each way the weight is cut."""
     placements = getattr(weight, "placements", ())
     return [(i, p.dim) for i, p in enumerate(placements) if p.is_shard()]
+
+
+def any_sharded(layers: Sequence[Layer]) -> bool:
+    """Whether ranks hold parts of one of the layers."""
+    return any(is_sharded(layer.weight) for layer in layers)
 
 
 def ranks_of(weight: Tensor) -> Ranks:
@@ -95,7 +100,7 @@ def _as_sharded(part: Tensor, like: Any) -> Any:
 
 def gather(part: Tensor, like: Tensor) -> Tensor:
     """The whole of a tensor cut as the DTensor `like`; `part` itself where that is no DTensor."""
-    if not hasattr(like, "to_local"):
+    if not is_sharded(like):
         return part
     whole: Tensor = _as_sharded(part.contiguous(), like).full_tensor()
     return whole
@@ -113,7 +118,7 @@ def scatter(whole: Tensor, like: Tensor) -> Tensor:
 
 def shard(whole: Tensor, like: Tensor) -> Tensor:
     """A whole tensor that every rank has, cut as `like`; itself where that is no DTensor."""
-    if not hasattr(like, "to_local"):
+    if not is_sharded(like):
         return whole
     result: Tensor = _as_sharded(scatter(whole, like).contiguous(), like)
     return result

@@ -30,6 +30,11 @@ class ALPS(JointPruner):
     """Minimize ``||(w_new - w) X||`` over weights and masks at once, by ADMM; then refit.
 
     The strongest of the layerwise methods, and the slowest.
+
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> data = prunus.Calibration([torch.randn(16, 8)])
+    >>> prunus.prune(model, prunus.ALPS(iterations=50), sparsity=0.5, calibration=data).sparsity
+    0.5
     """
 
     name: ClassVar[str] = "alps"

@@ -29,6 +29,12 @@ class Pruner(ABC):
 
     Below, ``w`` is a layer as a (rows, cols) matrix, or some rows of it; it must not be changed,
     and holds zeros where it was pruned before.
+
+    >>> pruner = prunus.CAP(block_size=64)
+    >>> pruner.name, pruner.allocator, pruner.patterns
+    ('cap', 'global', ('unstructured', 'row', 'N:M'))
+    >>> isinstance(pruner, prunus.Pruner)
+    True
     """
 
     name: ClassVar[str]
@@ -63,7 +69,18 @@ class Pruner(ABC):
 
 
 class ScorePruner(Pruner):
-    """Scores all weights, and rebuilds the layer once the mask is known."""
+    """Scores all weights, and rebuilds the layer once the mask is known.
+
+    >>> @dataclass(frozen=True)
+    ... class Largest(prunus.ScorePruner):
+    ...     name = "largest"
+    ...     def scores(self, w, stat, pattern, ranks):
+    ...         return -w.abs()
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    >>> result = prunus.prune(model, Largest(), sparsity=0.5)
+    >>> result.rows[0].zeros
+    2
+    """
 
     @abstractmethod
     def scores(self, w: Tensor, stat: Any, pattern: Pattern, ranks: Ranks) -> Tensor:
@@ -79,7 +96,18 @@ class ScorePruner(Pruner):
 
 
 class JointPruner(Pruner):
-    """Chooses the mask while it solves, so a layer's share must be known before."""
+    """Chooses the mask while it solves, so a layer's share must be known before.
+
+    >>> @dataclass(frozen=True)
+    ... class Halves(prunus.JointPruner):
+    ...     name = "halves"
+    ...     def solve(self, w, stat, pattern, drop, ranks):
+    ...         mask = ranks.keep_all_but_lowest(w.abs(), drop)
+    ...         return w / 2, mask
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    >>> prunus.prune(model, Halves(), sparsity=0.5).sparsity
+    0.5
+    """
 
     @abstractmethod
     def solve(
@@ -102,6 +130,16 @@ def register_pruner(cls: type[_P]) -> type[_P]:
     It derives from `ScorePruner` or `JointPruner`; one that does not gets the defaults it lacks.
     Raises ValueError if the class is not a frozen dataclass, lacks a part, names an unknown pattern
     kind, or takes the name of another pruner.
+
+    >>> @prunus.register_pruner
+    ... @dataclass(frozen=True)
+    ... class Example(prunus.ScorePruner):
+    ...     name = "example"
+    ...     def scores(self, w, stat, pattern, ranks):
+    ...         return w.square()
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    >>> prunus.prune(model, "example", sparsity=0.5).sparsity
+    0.5
     """
     check_settings(cls, "pruner", ("name", "patterns", "allocator"))
     if hasattr(cls, "sweep") and not hasattr(cls, "solve"):
@@ -122,7 +160,11 @@ def register_pruner(cls: type[_P]) -> type[_P]:
 
 
 def list_pruners() -> list[str]:
-    """Names of all registered pruners, sorted."""
+    """Names of all registered pruners, sorted.
+
+    >>> "cap" in prunus.list_pruners()
+    True
+    """
     return list(PRUNERS)
 
 

@@ -36,6 +36,13 @@ class CAP(SecondOrder, ScorePruner):
 
     In each block the next to go is ``argmin w_p^2 / [F^-1]_pp``, with w and F^-1 as the weights
     gone so far have left them. What stays is ``w - F^-1[:, P] (F^-1_PP)^-1 w_P``.
+
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> batches = [(torch.randn(4, 8), torch.randn(4, 2)) for _ in range(4)]
+    >>> data = prunus.Calibration(batches, nn.functional.mse_loss)
+    >>> pruner = prunus.CAP(block_size=4, damp=1e-4)
+    >>> prunus.prune(model, pruner, sparsity=0.5, calibration=data).sparsity
+    0.5
     """
 
     name: ClassVar[str] = "cap"

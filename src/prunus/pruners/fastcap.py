@@ -32,6 +32,12 @@ class FastCAP(JointPruner):
 
     Score ``w^2 / U_jj^2`` with ``U^T U = F^-1``; the error of what goes is passed on to the columns
     to the right. Needs few gradients and little memory.
+
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> batches = [(torch.randn(4, 8), torch.randn(4, 2)) for _ in range(4)]
+    >>> data = prunus.Calibration(batches, nn.functional.mse_loss)
+    >>> prunus.prune(model, prunus.FastCAP(num_grads=4), sparsity=0.5, calibration=data).sparsity
+    0.5
     """
 
     name: ClassVar[str] = "fastcap"

@@ -26,6 +26,10 @@ class Magnitude(ScorePruner):
     """Remove the weights of the smallest absolute value: score ``|w|``; survivors stay.
 
     Needs no data. With blocks, the score of a block is the sum of its ``|w|``.
+
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> prunus.prune(model, prunus.Magnitude(), sparsity=0.5).sparsity
+    0.5
     """
 
     name: ClassVar[str] = "magnitude"

@@ -30,6 +30,12 @@ class OBS(SecondOrder, ScorePruner):
 
     A block Q of a pattern scores ``1/2 w_Q^T ([F^-1]_QQ)^-1 w_Q``. What stays moves by
     ``-F^-1 (w_P / diag(F^-1)_P)`` for the weights P that went.
+
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> batches = [(torch.randn(4, 8), torch.randn(4, 2)) for _ in range(4)]
+    >>> data = prunus.Calibration(batches, nn.functional.mse_loss)
+    >>> prunus.prune(model, prunus.OBS(block_size=4), sparsity=0.5, calibration=data).sparsity
+    0.5
     """
 
     name: ClassVar[str] = "obs"

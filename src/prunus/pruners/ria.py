@@ -39,6 +39,10 @@ class RI(Layerwise):
     """Remove the weights that matter least to their input and their output: no data needed.
 
     Score ``|w_ij| / sum_i |w_ij| + |w_ij| / sum_j |w_ij|``, so that no channel is emptied.
+
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> prunus.prune(model, prunus.RI(), sparsity=0.5).sparsity
+    0.5
     """
 
     name: ClassVar[str] = "ri"
@@ -53,7 +57,13 @@ class RI(Layerwise):
 @register_pruner
 @dataclass(frozen=True)
 class RIA(Layerwise):
-    """Relative importance times the norms of the inputs: score ``RI_ij ||X_j||^a``."""
+    """Relative importance times the norms of the inputs: score ``RI_ij ||X_j||^a``.
+
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> data = prunus.Calibration([torch.randn(16, 8)])
+    >>> prunus.prune(model, prunus.RIA(a=0.5), sparsity=0.5, calibration=data).sparsity
+    0.5
+    """
 
     name: ClassVar[str] = "ria"
 

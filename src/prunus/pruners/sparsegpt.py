@@ -34,6 +34,11 @@ class SparseGPT(JointPruner):
 
     The mask of 128 columns (for N:M of each M) is chosen when the sweep gets there; the error of
     what goes is made up for in the columns to the right.
+
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> data = prunus.Calibration([torch.randn(16, 8)])
+    >>> prunus.prune(model, prunus.SparseGPT(), sparsity=0.5, calibration=data).sparsity
+    0.5
     """
 
     name: ClassVar[str] = "sparsegpt"

@@ -27,6 +27,11 @@ class Wanda(Layerwise):
     """Remove the weights whose product with their inputs is smallest: score ``|w_ij| ||X_j||``.
 
     The best choice for a row when its inputs are uncorrelated and survivors stay as they are.
+
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> data = prunus.Calibration([torch.randn(16, 8)])
+    >>> prunus.prune(model, prunus.Wanda(refit=True), sparsity=0.5, calibration=data).sparsity
+    0.5
     """
 
     name: ClassVar[str] = "wanda"

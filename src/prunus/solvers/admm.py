@@ -37,6 +37,7 @@ def solve(
 ) -> tuple[Tensor, Tensor]:
     """New weights and keep-mask, both (rows, cols), of the pattern that `project` enforces.
 
+    ``dense`` is (rows, cols), the weights before pruning.
     ``project(scores)`` gives the keep-mask of the highest scores, (rows, cols), that the pattern
     allows, and never keeps what is zero in ``dense``. ``gram`` is (cols, cols), the sum of
     ``x x^T`` over the inputs; `damp`, in units of its mean diagonal, goes to the diagonal while
@@ -52,7 +53,11 @@ def solve(
 def support(
     dense: Tensor, gram: Tensor, first: Tensor, project: Project, iterations: int, damp: float
 ) -> tuple[Tensor, Tensor]:
-    """The last weights d within the pattern, and their mask, once it stands still."""
+    """The last weights d within the pattern, and their mask, once it stands still.
+
+    Both are (rows, cols), as ``dense`` and the mask ``first`` to begin with; ``gram`` is
+    (cols, cols).
+    """
     h, scale = _unit_diagonal(gram, damp)
     b, rho = dense * scale, FIRST_PENALTY
     d, keep, previous = b * first, first, first
@@ -72,12 +77,13 @@ def support(
 
 
 def _growth(keep: Tensor, previous: Tensor) -> float:
+    """By how much the penalty rises after two masks, (rows, cols)."""
     changed = int((keep ^ previous).count_nonzero()) / max(1, int(keep.count_nonzero()))
     return next(factor for least, factor in GROWTH if changed > least)
 
 
 def _unit_diagonal(gram: Tensor, damp: float) -> tuple[Tensor, Tensor]:
-    """The damped Gram over the root of its diagonal on both sides, and that root, (cols,)."""
+    """(cols, cols) the damped Gram over its diagonal's root on both sides; (cols,) that root."""
     diag = gram.diagonal()
     damped = diag + damp * diag.mean()
     scale = torch.where(damped > 0, damped, 1).sqrt_()
@@ -87,6 +93,7 @@ def _unit_diagonal(gram: Tensor, damp: float) -> tuple[Tensor, Tensor]:
 
 
 def _shifted_inverse(h: Tensor, rho: float) -> Tensor:
+    """(cols, cols) ``(h + rho I)^-1``."""
     shifted = h.clone()
     shifted.diagonal().add_(rho)
     return torch.cholesky_inverse(cholesky(shifted.unsqueeze(0))[0])

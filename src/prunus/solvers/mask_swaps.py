@@ -44,12 +44,12 @@ def swap(
 
 
 def _least(dense: Tensor, gram: Tensor) -> Tensor:
-    """(rows,) the smallest gain that rounding does not feign."""
+    """(rows,) the smallest gain that rounding does not feign; arguments as of `swap`."""
     return dense.square() @ gram.diagonal() * torch.finfo(dense.dtype).eps
 
 
 def swap_in_rows(dense: Tensor, gram: Tensor, mask: Tensor, rounds: int) -> Tensor:
-    """The mask after up to ``rounds`` swaps in each row, each the best among the candidates.
+    """(rows, cols) the mask after up to ``rounds`` swaps in each row, the best among candidates.
 
     These are the `CANDIDATES` dropped and kept entries of the lowest ``t``, sought anew after
     `AT_ONCE` swaps; in between, ``t`` of the candidates follows exactly.
@@ -96,7 +96,7 @@ def _swaps_among(t: Tensor, q: Tensor, least: Tensor, swaps: int) -> Tensor:
 
 
 def swap_in_groups(dense: Tensor, gram: Tensor, mask: Tensor, rounds: int, m: int) -> Tensor:
-    """The mask after up to ``rounds`` passes over the groups of ``m`` columns, one by one.
+    """(rows, cols) the mask after up to ``rounds`` passes over the groups of ``m`` columns.
 
     A group makes its best swap in all rows at once, knowing of those of the groups before it.
     """
@@ -116,7 +116,11 @@ def swap_in_groups(dense: Tensor, gram: Tensor, mask: Tensor, rounds: int, m: in
 def _swap_in_stripe(
     wt: Tensor, gram: Tensor, keep: Tensor, g: Tensor, least: Tensor, begin: int, m: int
 ) -> None:
-    """One pass over the groups of a stripe; ``keep`` and ``g``, (cols, rows), are updated."""
+    """One pass over the groups of the stripe of columns that starts at ``begin``.
+
+    ``wt`` is (cols, rows), as are ``keep`` and ``g``, which are updated; ``gram`` is (cols, cols),
+    ``least`` (rows,).
+    """
     end = min(begin + max(1, STRIPE // m) * m, len(wt))
     changes = torch.zeros_like(wt[begin:end])
     for first in range(begin, end, m):
@@ -131,7 +135,10 @@ def _swap_in_stripe(
 
 
 def _best_swap(v: Tensor, g: Tensor, gram: Tensor, keep: Tensor, least: Tensor) -> Tensor:
-    """(m, rows) which two entries flip, none where no swap helps; all but ``gram`` is (m, rows)."""
+    """(m, rows) which two entries flip, none where no swap helps.
+
+    ``v``, ``g`` and ``keep`` are (m, rows), ``gram`` is (m, m), ``least`` (rows,).
+    """
     m = len(v)
     t = torch.addcmul(2 * g, v, gram.diagonal().unsqueeze(1)).mul_(v)
     out = t.masked_fill(keep | (v == 0), math.inf)

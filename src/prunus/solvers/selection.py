@@ -1,4 +1,4 @@
-"""Selection and linear algebra on plain tensors; nothing here has heard of a module."""
+"""Exact selection on plain tensors: the lowest of all, of each row, of each group."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ def total(t: Tensor) -> float:
 
 
 def total_kept(t: Tensor, keep: Tensor) -> float:
-    """The sum of the entries where `keep` is set, in at least single precision."""
+    """The sum of the entries where `keep` is set, in at least single precision.
+
+    Both are of one shape, whichever.
+    """
     chunks = zip(_chunks(t), _chunks(keep), strict=True)
     return sum(total(chunk.masked_fill(~kept, 0)) for chunk, kept in chunks)
 
@@ -58,7 +61,7 @@ def _chunks(scores: Tensor) -> Sequence[Tensor]:
 
 
 def _histogram(scores: Sequence[Tensor], prefix: int | None, shift: int) -> Tensor:
-    """Counts of the 16 key bits from `shift` up, among keys whose higher bits equal `prefix`."""
+    """(65536,) counts of the 16 key bits from `shift` up, of keys that begin with `prefix`."""
     counts = torch.zeros(1 << 16, dtype=torch.int64, device=scores[0].device)
     for chunk in itertools.chain.from_iterable(map(_chunks, scores)):
         keys = _keys(chunk)
@@ -104,6 +107,10 @@ def count_lowest(
 ) -> tuple[list[int], list[int]]:
     """How many of the k lowest entries lie in each tensor: here, and on all ranks together.
 
+    ``scores`` may have any shapes, have one floating dtype, and may hold infinities but no NaN; k
+    counts those of all ranks, of which this is number ``rank`` of ``world_size``. Both lists have
+    an entry for each tensor.
+
     Ties go to the first tensor, and within a tensor to the first rank, so that tensors cut into
     consecutive pieces over ranks give what the whole tensors would.
     """
@@ -124,7 +131,10 @@ def count_lowest(
 
 
 def keep_all_but_lowest(scores: Tensor, k: int) -> Tensor:
-    """The keep-mask that drops exactly the k lowest entries; of equal ones the first go."""
+    """The keep-mask that drops exactly the k lowest entries; of equal ones the first go.
+
+    ``scores`` has any shape, which the mask takes; 0 <= k <= numel; no NaN.
+    """
     if k == 0:
         return torch.ones_like(scores, dtype=torch.bool)
     if k == scores.numel():
@@ -144,7 +154,8 @@ def keep_all_but_lowest(scores: Tensor, k: int) -> Tensor:
 def keep_all_but_lowest_of_rows(scores: Tensor, k: int) -> Tensor:
     """The keep-mask that drops exactly the k lowest of each row; of equal ones the first go.
 
-    ``scores`` is (rows, cols). Works on chunks of rows, because `kthvalue` copies its input.
+    ``scores`` and the mask are (rows, cols), 0 <= k <= cols. Works on chunks of rows, because
+    `kthvalue` copies its input.
     """
     cols = scores.shape[1]
     keep = torch.ones_like(scores, dtype=torch.bool)
@@ -159,7 +170,10 @@ def keep_all_but_lowest_of_rows(scores: Tensor, k: int) -> Tensor:
 
 
 def _keep_last_of_ties(part: Tensor, threshold: Tensor, keep: Tensor, kept: int) -> None:
-    """Add the last entries of each row that equal its threshold, until `kept` of it are kept."""
+    """Add the last entries of each row that equal its threshold, until `kept` of it are kept.
+
+    ``part`` and ``keep``, which is changed, are (rows, cols), ``threshold`` (rows, 1).
+    """
     surplus = kept - keep.sum(1, keepdim=True, dtype=torch.int32)
     if surplus.any():
         ties = part == threshold
@@ -170,7 +184,7 @@ def _keep_last_of_ties(part: Tensor, threshold: Tensor, keep: Tensor, kept: int)
 def keep_highest_of_groups(scores: Tensor, n: int, m: int) -> Tensor:
     """Keep the n highest of every m consecutive columns; of equal ones the first go.
 
-    ``scores`` is (rows, cols) with m dividing cols.
+    ``scores`` and the mask are (rows, cols), m divides cols and 0 < n < m.
     """
     if scores.is_cuda and m > 4:  # a kernel or two, and nothing that waits for the device
         groups = scores.reshape(-1, m)
@@ -189,7 +203,10 @@ def keep_highest_of_groups(scores: Tensor, n: int, m: int) -> Tensor:
 
 
 def _few_of_groups(groups: Tensor, n: int) -> Tensor:
-    """The n highest of each row, where they are few, or all but few: 4 to 10 times `kthvalue`."""
+    """The n highest of each row, where they are few, or all but few: 4 to 10 times `kthvalue`.
+
+    ``groups`` and the mask are (groups, m).
+    """
     parts = torch.split(groups, max(1, CHUNK // groups.shape[1]))
     return torch.cat([_few_of_some_groups(part, n) for part in parts])
 
@@ -229,7 +246,10 @@ def largest(
 
 
 def _higher(lanes: Sequence[Tensor]) -> list[Tensor]:
-    """For each entry of a group how many others are higher, a later one of equal ones being so."""
+    """For each entry of a group how many others are higher, a later one of equal ones being so.
+
+    ``lanes`` are m tensors, (rows, groups) each, as are the counts.
+    """
     counts = [torch.full_like(lane, i, dtype=torch.uint8) for i, lane in enumerate(lanes)]
     for i, j in itertools.combinations(range(len(lanes)), 2):
         later = (lanes[j] >= lanes[i]).view(torch.uint8)
@@ -239,7 +259,9 @@ def _higher(lanes: Sequence[Tensor]) -> list[Tensor]:
 
 
 def keep_all_but_lowest_of_each(scores: Tensor, counts: Tensor) -> Tensor:
-    """The same with another count for each row: ``counts`` is (rows,); of equal ones the first go.
+    """The same with another count for each row; of equal ones the first go.
+
+    ``scores`` and the mask are (rows, cols), ``counts`` is (rows,).
 
     Slower than a single count for all rows, because it sorts.
     """

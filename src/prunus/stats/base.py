@@ -22,7 +22,11 @@ SAMPLES = ("micro_batch", "example")
 
 @dataclass(frozen=True)
 class Sampling:
-    """How many gradients to take, each of a whole calibration batch or of one example of it."""
+    """How many gradients to take, each of a whole calibration batch or of one example of it.
+
+    >>> prunus.Sampling(num_grads=256, samples="example")
+    Sampling(num_grads=256, samples='example')
+    """
 
     num_grads: int
     samples: Samples = "micro_batch"
@@ -32,6 +36,18 @@ class Statistic(ABC):
     """Something summed over calibration data for one layer.
 
     A sum, so that data-parallel ranks add up: `tensors` are what one all-reduce makes whole.
+
+    >>> class InputMax(prunus.Statistic):
+    ...     def __init__(self, columns):
+    ...         self.sums = torch.zeros(columns)
+    ...     def update(self, x):
+    ...         self.sums += x.abs().amax(0)
+    ...     def tensors(self):
+    ...         return [self.sums]
+    >>> stat = InputMax(2)
+    >>> stat.update(torch.tensor([[1.0, -5.0], [2.0, 3.0]]))
+    >>> stat.sums, stat.reads, stat.nbytes
+    (tensor([2., 5.]), 'inputs', 8)
     """
 
     name: ClassVar[str]
@@ -102,6 +118,18 @@ def register_statistic(cls: type[_S]) -> type[_S]:
 
     It derives from `Statistic`. Raises ValueError if the class lacks a part, or takes the name of
     another one.
+
+    >>> @prunus.register_statistic
+    ... class Count(prunus.Statistic):
+    ...     name = "example_count"
+    ...     def __init__(self):
+    ...         self.count = torch.zeros(1)
+    ...     def update(self, x):
+    ...         self.count += len(x)
+    ...     def tensors(self):
+    ...         return [self.count]
+    >>> isinstance(Count(), prunus.Statistic)
+    True
     """
     STATISTICS.add(getattr(cls, "name", ""), cls)
     return cls

@@ -54,6 +54,14 @@ class BlockFisher(Statistic):
     cross rows: the last one of a row may be smaller. Holds ``min(num_grads, block_size)`` numbers
     for each weight: with fewer gradients than the block is long, the gradients themselves, of which
     the inverse is computed by its dual form.
+
+    >>> stat = prunus.BlockFisher(1, 2, sampling=prunus.Sampling(4), block_size=2, damp=0.5)
+    >>> stat.update(torch.ones(4, 1, 2))
+    >>> stat.mul(torch.ones(1, 2))
+    tensor([[2.5000, 2.5000]])
+    >>> stat.inverse_block(0)
+    tensor([[ 1.2000, -0.8000],
+            [-0.8000,  1.2000]], dtype=torch.float64)
     """
 
     name: ClassVar[str] = "block_fisher"

@@ -23,7 +23,13 @@ def _single(inputs: Tensor, dtype: torch.dtype) -> list[Tensor]:
 
 @register_statistic
 class InputNorm(Statistic):
-    """Sum of squares of each input column, for the l2 norms ``||X_j||`` of Wanda and RIA."""
+    """Sum of squares of each input column, for the l2 norms ``||X_j||`` of Wanda and RIA.
+
+    >>> stat = prunus.InputNorm(columns=2)
+    >>> stat.update(torch.tensor([[3.0, 0.0], [4.0, 1.0]]))
+    >>> stat.norm
+    tensor([5., 1.])
+    """
 
     name: ClassVar[str] = "input_norm"
 
@@ -61,6 +67,12 @@ class InputGram(Statistic):
     """The Gram matrix ``X^T X`` of a layer's inputs, (columns, columns).
 
     Held where the first inputs were, unless a `device` is given; in float64 for layers that are.
+
+    >>> stat = prunus.InputGram(columns=2)
+    >>> stat.update(torch.tensor([[3.0, 0.0], [4.0, 1.0]]))
+    >>> stat.gram("cpu")
+    tensor([[25.,  4.],
+            [ 4.,  1.]])
     """
 
     name: ClassVar[str] = "input_gram"

@@ -20,6 +20,12 @@ class SharedFisher(Statistic):
 
     ``F = 2/m sum_k sum_r g_kr g_kr^T`` over gradients k and rows r (and over the blocks of a row,
     where `block_size` cuts it), (block_size, block_size). Not damped here.
+
+    >>> stat = prunus.SharedFisher(2, sampling=prunus.Sampling(1), block_size=None)
+    >>> stat.update(torch.ones(1, 3, 2))
+    >>> stat.matrix()
+    tensor([[6., 6.],
+            [6., 6.]], dtype=torch.float64)
     """
 
     name: ClassVar[str] = "shared_fisher"

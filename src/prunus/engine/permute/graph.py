@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from prunus.core.layers import Layer, all_layers, clean_name, unwrap
+from prunus.core.layers import Layer, all_layers, clean_name, is_sharded, unwrap
 from prunus.engine.permute.folds import Fold, FoldError, Slot
 
 
@@ -22,7 +22,7 @@ def join(*parts: str) -> str:
 
 def memory(tensor: Tensor) -> int:
     """What tied tensors have in common; the object itself where there is no memory."""
-    if hasattr(tensor, "to_local") or tensor.device.type == "meta":
+    if is_sharded(tensor) or tensor.device.type == "meta":
         return id(tensor)
     return tensor.data_ptr() or id(tensor)
 
@@ -79,7 +79,7 @@ class Network:
             raise FoldError(
                 f"{name} is computed (parametrized?), so nothing stored can be permuted"
             )
-        if hasattr(tensor, "to_local"):
+        if is_sharded(tensor):
             raise FoldError(f"{name} is a DTensor; permute before the model is sharded")
         if tensor.dim() == 0 or tensor.shape[dim] != size:
             raise FoldError(f"{name} has shape {tuple(tensor.shape)} where {size} channels must be")

@@ -36,7 +36,15 @@ SHARED = ("leave", "residual", "gather")
 
 @dataclass(frozen=True)
 class Permute:
-    """Regroup input channels before N:M pruning, so that less of the score is lost."""
+    """Regroup input channels before N:M pruning, so that less of the score is lost.
+
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 2))
+    >>> data = prunus.Calibration([torch.randn(16, 8)])
+    >>> how = prunus.Permute(search="reallocate")
+    >>> result = prunus.prune(model, "wanda", pattern="2:4", permute=how, calibration=data)
+    >>> result.sparsity, list(result.not_permuted)
+    (0.5, ['0'])
+    """
 
     search: str = "lsa"
     """`reallocate` deals channels to groups by their sums; `lsa` goes on from there with linear sum

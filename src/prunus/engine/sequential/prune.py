@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from prunus.allocators import SignalAllocator
 from prunus.calibration.calibration import Calibration
-from prunus.calibration.example_gradients import is_sharded
 from prunus.calibration.input_pass import measure_inputs
 from prunus.calibration.memory_plan import Rows
 from prunus.core.blocks import Blocks, find_blocks
 from prunus.core.layers import Layer, unwrap
 from prunus.core.patterns import Pattern
 from prunus.core.ranks import Ranks, all_ranks
+from prunus.core.sharding import any_sharded
 from prunus.engine.allocation import allocate
 from prunus.engine.allocator_signals import signal_statistics, signals_of
 from prunus.engine.method import Method
@@ -58,7 +58,7 @@ def check_sequential(method: Method, layers: Sequence[Layer]) -> None:
     stats = [method.pruner.statistic(layer) for layer in layers]
     if any(stat is not None and checked_statistic(stat).reads == "gradients" for stat in stats):
         raise ValueError(f"sequential: pruner {name!r} needs gradients of the whole model's loss")
-    if is_sharded(layers):
+    if any_sharded(layers):
         raise ValueError("sequential: blocks sharded by FSDP2 cannot be moved; prune all at once")
     if method.allocator.ranks_scores and method.pattern.fixed is None:
         raise ValueError(

@@ -33,7 +33,17 @@ from prunus.engine.step import commit, prune_step
 
 @dataclass(frozen=True)
 class Sequential:
-    """How to prune block by block, and where the blocks are meanwhile."""
+    """How to prune block by block, and where the blocks are meanwhile.
+
+    >>> blocks = [nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(2)]
+    >>> model = nn.Sequential(*blocks)
+    >>> data = prunus.Calibration([torch.randn(8, 4)])
+    >>> how = prunus.Sequential(device="cpu")
+    >>> prunus.prune(
+    ...     model, "wanda", sparsity=0.5, layers="*", sequential=how, calibration=data
+    ... ).sparsity
+    0.5
+    """
 
     blocks: str | None = None
     """name of the list of blocks, as `model.layers`; default: the one with the most weights"""

@@ -14,13 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from prunus.calibration.calibration import Calibration, undisturbed
-from prunus.core.layers import Layer, all_layers, clean_name, unwrap
+from prunus.core.layers import CONVS, TRANSPOSED, Layer, all_layers, clean_name, is_sharded, unwrap
 from prunus.core.masks import local
 
-_CONVS = (
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-)
 # in evaluation these read their layers' weights, and do not call the layers
 _PARENTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
@@ -54,14 +50,14 @@ def targets(model: nn.Module) -> Iterator[Target]:
 
 def _refused(layer: Layer, parent: nn.Module | None) -> str:
     module = layer.module
-    if isinstance(module, _CONVS):
+    if isinstance(module, (*CONVS, *TRANSPOSED)):
         return "torch has no sparse kernel for convolutions"
     if isinstance(module, _PARENTS) or isinstance(parent, _PARENTS):
         owner = module if isinstance(module, _PARENTS) else parent
         return f"{type(owner).__name__} computes with the weight without calling the layer"
     if parent is not None and _reads_weight(type(parent), layer.name.rpartition(".")[2]):
         return f"{type(parent).__name__} reads the weight itself in its forward pass"
-    if hasattr(layer.weight, "to_local"):
+    if is_sharded(layer.weight):
         return "its weight lies on several ranks"
     if not isinstance(layer.weight, nn.Parameter):
         return "its weight is computed, not stored (is it parametrized?)"

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from prunus.core.layers import is_sharded
 from prunus.execution.training import kernels
 from prunus.execution.training.options import SemiSparse
 from prunus.execution.training.straight import masked
@@ -190,7 +191,7 @@ def _odd(shape: torch.Size) -> bool:
 def no_semi_sparse(linear: nn.Linear, options: SemiSparse) -> str:
     """Why a layer cannot be semi-sparse, as the end of a sentence; empty if it can."""
     weight: Any = linear.weight
-    if hasattr(weight, "to_local"):
+    if is_sharded(weight):
         return "is sharded by FSDP2, whose class it would lose; use DDP, or leave it out"
     if type(linear) not in (nn.Linear, *KINDS.values()):
         return "computes by a class of its own, which a swap would drop; leave it out"
