@@ -13,8 +13,7 @@ from torch import nn
 
 import prunus
 from prunus.core.layers import all_layers
-from prunus.modifiers import Context
-from prunus.modifiers.timing import Timeline
+from prunus.modifiers import Context, OneShotModifier
 
 from tests.helpers.programs import run_module
 from tests.oracles.pruning import ROOT
@@ -75,7 +74,7 @@ MODELS = {
 # test_shipped_llm.py runs the other families
 VISION = [path for path in RECIPES if path.parent.name in MODELS]
 NM = [path for path in VISION if path.stem.startswith("nm-")]
-PRUNING = [path for path in VISION if "- prune:" in path.read_text()]
+PRUNING = [path for path in VISION if re.search("- (prune|nm_training):", path.read_text())]
 FINE_TUNING = [path for path in VISION if path not in PRUNING]
 # what permutes is for finished models
 TRAINED = [path for path in PRUNING if "permute:" not in path.read_text()]
@@ -223,10 +222,11 @@ def test_every_recipe_leaves_dense_in_the_models_of_timm_what_it_should(path, ca
         model = of_timm(name)
         taken = set()
         for modifier in prunus.Recipe.load(path).modifiers:
-            if modifier.name in ("prune", "nm_training", "keep"):
-                optimizer = torch.optim.SGD(model.parameters(), 0.1)
-                run = modifier.bind(Context(model, optimizer, Timeline(10, 10)))
-                taken |= {layer.parameter_name for layer in run.layers}
+            if isinstance(modifier, OneShotModifier):
+                taken |= {layer.parameter_name for layer in modifier.plan(model).layers}
+            elif modifier.name == "keep":
+                context = Context(model, torch.optim.SGD(model.parameters(), 0.1))
+                taken |= {layer.parameter_name for layer in modifier.bind(context).layers}
         left = [layer.name for layer in all_layers(model) if layer.parameter_name not in taken]
         assert not [layer for layer in left if not re.fullmatch(dense, layer)], name
         assert path in NM or len(taken) > len(left)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from prunus.calibration.memory_plan import Rows
 from prunus.core.layers import Layer
 from prunus.core.masks import local
 from prunus.core.sharding import gather, scatter
@@ -19,6 +20,8 @@ from prunus.modifiers.prune import PruningModifier
 from prunus.modifiers.pruning_run import PruningRun
 from prunus.pruners import Pruner
 from prunus.pruners.movement import Movement
+from prunus.stats import Statistic
+from prunus.stats.movement import MovementSum
 
 
 @dataclass(frozen=True)
@@ -80,11 +83,11 @@ class MovementRun(PruningRun):
     def _pruned(self, target: float | None) -> SequentialResult:
         method = self.pruning.method
         measured, ranks = measure(method, self.layers, self.context.model, None)
-        scores: dict[Any, Any] = {}
+        sums: dict[Rows, Statistic] = {}
         for rows in measured.shares:
             moved = rows.layer.matrix(self._moved(rows.layer))
-            scores[rows] = moved[rows.begin : rows.end]
-        measured.held = (0, scores)
+            sums[rows] = MovementSum(moved[rows.begin : rows.end])
+        measured.fill(sums)
         result = self.pruning.prune(target, (measured, ranks))
         if self.next == len(self.ticks):
             self.moved = {}

@@ -17,6 +17,7 @@ from torch import Tensor
 from prunus.core.patterns import Pattern
 from prunus.core.ranks import Ranks
 from prunus.pruners.base import ScorePruner
+from prunus.stats.movement import MovementSum
 
 
 @dataclass(frozen=True)
@@ -30,5 +31,5 @@ class Movement(ScorePruner):
 
     name: ClassVar[str] = "movement"
 
-    def scores(self, w: Tensor, stat: Tensor, pattern: Pattern, ranks: Ranks) -> Tensor:
-        return stat
+    def scores(self, w: Tensor, stat: MovementSum, pattern: Pattern, ranks: Ranks) -> Tensor:
+        return stat.total

@@ -14,7 +14,7 @@ from prunus import CAP, OBS, FastCAP, Magnitude, PruningModifier, Recipe
 from prunus.allocators import Uniform
 from prunus.modifiers import ACDC, Freeze, Keep, LearningRate, MovementPruning, WeightDecay
 from prunus.modifiers.schedules import Schedule
-from prunus.modifiers.timing import Window
+from prunus.modifiers.timing import Interval, Window
 from prunus.recipe import RecipeError
 from prunus.recipe.sparseml.reading import CONVERTERS
 from prunus.recipe.sparseml.refused import REFUSED
@@ -139,7 +139,7 @@ def test_a_falling_sparsity_is_pruned_at_its_end_value_with_a_warning(caplog):
 
 def test_from_param_holds_what_is_there_and_begins_at_zero():
     keep, prune = load(pruning("GMPruning", init_sparsity="__FROM_PARAM__"))
-    assert keep == Keep(("re:fc.*(?<=weight)",), window=Window("1ep"), allow_dense=True)
+    assert keep == Keep(("re:fc.*(?<=weight)",), window=Interval("1ep"), allow_dense=True)
     assert prune.schedule == Schedule(0.0, 0.8, "cubic")
 
 
@@ -276,7 +276,7 @@ def test_constant_pruning_holds_the_zeros():
             update_frequency=1,
         )
     )
-    assert later == Keep(("*",), window=Window("2ep"))
+    assert later == Keep(("*",), window=Interval("2ep"))
 
 
 def test_movement_is_an_entry_of_its_own():
@@ -433,12 +433,12 @@ def test_a_cycle_of_one_epoch_is_what_sparseml_writes_itself(caplog):
 
 def test_linear_cycles_in_cap_and_not_in_sparseml(caplog):
     entry = function(cycle_epochs=2)
-    assert only(entry) == LearningRate(0.4, 0.0, "linear", window=Window("0ep", "4ep"))
+    assert only(entry) == LearningRate(0.4, 0.0, "linear", window=Interval("0ep", "4ep"))
     assert "load them with dialect='cap'" in caplog.text
     caplog.clear()
     only(entry, dialect="sparseml")
     assert caplog.text == ""
-    cycling = LearningRate(0.4, 0.0, "linear", cycle="2ep", window=Window("0ep", "4ep"))
+    cycling = LearningRate(0.4, 0.0, "linear", cycle="2ep", window=Interval("0ep", "4ep"))
     assert only(entry, dialect="cap") == cycling
     assert load(entry, pruning("CAPruning"))[0] == cycling
     assert rates(Recipe.load(entry, dialect="cap"), 2, 4) == pytest.approx([0.4, 0.3, 0.2, 0.1] * 2)
@@ -582,7 +582,7 @@ def test_schedulers_with_missing_or_unknown_parts_are_refused(entry, message):
 def test_weight_decay_is_set():
     assert only(tag("SetWeightDecay", weight_decay=0.0, start_epoch=0)) == WeightDecay(to=0.0)
     later = only(tag("SetWeightDecay", weight_decay="1e-4", start_epoch=3, param_groups=[0]))
-    assert later == WeightDecay(to=1e-4, window=Window("3ep"), groups=(0,))
+    assert later == WeightDecay(to=1e-4, window=Interval("3ep"), groups=(0,))
 
 
 def trainable(params, value, **settings):
@@ -592,13 +592,13 @@ def trainable(params, value, **settings):
 def test_parameters_are_frozen_and_thawed():
     assert only(trainable("['re:stem']", "False")) == Freeze(("re:stem.*",))
     until = only(trainable("[a.bias]", "False", start_epoch=1, end_epoch=3))
-    assert until == Freeze(("a.bias",), window=Window("1ep", "3ep"))
+    assert until == Freeze(("a.bias",), window=Interval("1ep", "3ep"))
     but_the_head = load(trainable("__ALL__", "False"), trainable("['re:head']", "True"))
     assert but_the_head == (Freeze(("*",), exclude=("re:head.*",)),)
     thawing = load(trainable("__ALL__", "False"), trainable("['re:head']", "True", start_epoch=2))
     assert thawing == (
-        Freeze(("*",), window=Window("0ep", "2ep")),
-        Freeze(("*",), ("re:head.*",), Window("2ep")),
+        Freeze(("*",), window=Interval("0ep", "2ep")),
+        Freeze(("*",), ("re:head.*",), Interval("2ep")),
     )
     assert load(trainable("['re:head']", "True"), function()) == load(function())
 
