@@ -13,6 +13,7 @@ from torch import nn
 
 import prunus
 from prunus.core.layers import all_layers
+from prunus.core.patterns import parse_pattern
 from prunus.modifiers import Context, OneShotModifier
 
 from tests.helpers.programs import run_module
@@ -121,12 +122,13 @@ def setting(path, width=None):
 
 
 def prunings(recipe):
-    return [m for m in recipe.modifiers if m.name == "prune"]
+    return [m for m in recipe.modifiers if isinstance(m, OneShotModifier)]
 
 
 def target_of(*modifiers):
     """The sparsity at the end, the same in all entries."""
-    (target,) = {m.schedule.final if m.schedule else m.method.pattern.fixed for m in modifiers}
+    fixed = (parse_pattern(m.pattern).fixed for m in modifiers)
+    (target,) = {m.final_sparsity or f for m, f in zip(modifiers, fixed, strict=True)}
     return target
 
 

@@ -128,7 +128,7 @@ def _init(
 ) -> float:
     if settings.any("init_sparsity") != FROM_PARAM:
         return float(settings.number("init_sparsity"))
-    begin = window(start) if start > 0 else None
+    begin = interval(start) if start > 0 else None
     part.modifiers.append(Keep(names, window=begin, allow_dense=True))
     message = "what is zero is held, and targets below that change nothing"
     situation.note(settings, f"init_sparsity {FROM_PARAM} is read as 0: {message}", harmless=True)
