@@ -39,7 +39,7 @@ def code(text: str) -> str:
     """A docstring's ``literals`` and `names` as Markdown code, its examples as blocks."""
     text = re.sub(r"``([^`]+)``", r"`\1`", text)
     parts = [
-        f"```pycon\n{part}\n```" if part.startswith(">>>") else part
+        f"```text\n{part}\n```" if part.startswith(">>>") else part
         for part in re.split(r"\n\s*\n", text)
     ]
     return "\n\n".join(parts)
@@ -83,7 +83,8 @@ def fields(cls: type) -> list[str]:
     docs, lines = field_docs(cls), []
     for field in dataclasses.fields(cls):
         default = field.default
-        shown = "" if default is dataclasses.MISSING else f" (default `{default!r}`)"
+        hidden = default is dataclasses.MISSING or callable(default)  # which has no text to show
+        shown = "" if hidden else f" (default `{default!r}`)"
         said = f": {code(docs[field.name])}" if field.name in docs else ""
         lines.append(f"- `{field.name.rstrip('_')}`{shown}{said}")
     return lines
