@@ -39,7 +39,7 @@ def code(text: str) -> str:
     """A docstring's ``literals`` and `names` as Markdown code, its examples as blocks."""
     text = re.sub(r"``([^`]+)``", r"`\1`", text)
     parts = [
-        f"```pycon\n{part}\n```" if part.startswith(">>>") else part
+        f"```text\n{part}\n```" if part.startswith(">>>") else part
         for part in re.split(r"\n\s*\n", text)
     ]
     return "\n\n".join(parts)

@@ -300,6 +300,40 @@ def test_a_class_that_derives_from_nothing_gets_the_defaults(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(old.parameters(), ours.parameters(), strict=True))
 
 
+@dataclass(frozen=True)
+class OldAllocator:
+    name = "old_allocator_toy"
+
+    def allocate(self, problem):
+        return prunus.Allocation(problem.units, [8] * len(problem.units))
+
+
+@dataclass(frozen=True)
+class OldPruner:
+    name = "old_pruner_toy"
+    patterns = ("unstructured",)
+    allocator = "uniform"
+
+    def statistic(self, layer):
+        return Sums()
+
+    def scores(self, w, stat, pattern, ranks):
+        return w.abs() * stat.sums
+
+    def rebuild(self, w, stat, mask):
+        return w
+
+
+def test_objects_of_whole_classes_need_not_be_registered():
+    result = prunus.prune(
+        mlp(), OldPruner(), sparsity=0.5, allocator=OldAllocator(), calibration=data()
+    )
+    assert [row.zeros for row in result.rows] == [8, 8]
+    assert not isinstance(OldAllocator(), prunus.SignalAllocator | prunus.ScorePruner)
+    assert not isinstance(prunus.Magnitude(), prunus.JointPruner | prunus.Wanda)
+    assert not isinstance(OldPruner(), prunus.Magnitude)
+
+
 def test_a_method_of_ours_works_on_the_weights_themselves():
     layer = next(iter(prunus.prune(mlp(), "magnitude", sparsity=0.5).masks))
     assert layer == "0.weight"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
-from prunus.core.extension import check_settings, complete
+from prunus.core.extension import Extensible, check_settings, complete
 from prunus.core.layers import Layer
 from prunus.core.names import Registry
 from prunus.stats import Statistic
@@ -99,7 +99,7 @@ class Allocation:
         Path(path).write_text(json.dumps(self.sparsity, indent=2) + "\n")
 
 
-class Allocator(ABC):
+class Allocator(Extensible):
     """A frozen dataclass of settings. It decides and never prunes.
 
     >>> @dataclass(frozen=True)
@@ -111,6 +111,8 @@ class Allocator(ABC):
     >>> FirstHalf().allocate(prunus.Problem(units, target=0.75)).drop
     [8, 16]
     """
+
+    PARTS: ClassVar[tuple[str, ...]] = ("name", "allocate")
 
     name: ClassVar[str]
     """what recipes call it"""
@@ -136,6 +138,8 @@ class SignalAllocator(Allocator):
     >>> prunus.prune(model, "magnitude", sparsity=0.5, allocator=Size()).sparsity
     0.5
     """
+
+    PARTS: ClassVar[tuple[str, ...]] = ("name", "allocate", "statistic", "signal")
 
     def statistic(self, layer: Layer) -> Statistic | None:
         """What to measure on calibration data for this layer, if anything."""

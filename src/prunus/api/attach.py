@@ -37,6 +37,16 @@ def attach(
 
     Raises ValueError (RecipeError for the recipe's own faults) with the remedy if something does
     not fit; the model, the optimizer and the loop are then untouched.
+
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> recipe = "modifiers: [{prune: {sparsity: {from: 0.25, to: 0.5}, window: {every: 1step}}}]"
+    >>> with prunus.attach(model, optimizer, recipe, steps_per_epoch=4, epochs=1):
+    ...     for _ in range(4):
+    ...         model(torch.randn(4, 8)).square().mean().backward()
+    ...         optimizer.step()
+    >>> prunus.sparsity(model)["0"]
+    0.5
     """
     if gradient_accumulation_steps < 1:
         raise ValueError(f"gradient_accumulation_steps={gradient_accumulation_steps}; at least 1")

@@ -55,6 +55,12 @@ def prune(
 
     Raises ValueError with the remedy if anything does not fit; the model is then untouched, as it
     is after an interrupt, and ``output_dir`` too.
+
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> result = prunus.prune(model, "ria", pattern="2:4", layers=["0"],
+    ...                       calibration=prunus.Calibration([torch.randn(16, 8)]))
+    >>> result.sparsity, int((model[0].weight == 0).sum())
+    (0.5, 32)
     """
     recipe = as_recipe(pruner, sparsity, pattern, layers, exclude, allocator, permute)
     modifiers = _one_shot(recipe)

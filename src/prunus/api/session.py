@@ -50,6 +50,13 @@ class Session:
 
     Made by `attach`. As a context manager it closes at the end, without the last pruning step if
     there was an exception.
+
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> session = prunus.attach(model, optimizer, "modifiers: [{prune: {sparsity: 0.5}}]")
+    >>> session.close()
+    >>> session.sparsity, list(session.masks)
+    (0.5, ['0.weight'])
     """
 
     def __init__(

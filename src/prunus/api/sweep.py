@@ -43,6 +43,13 @@ def sweep(
     Statistics and scores are computed once and serve all sparsities; one copy of the pruned weights
     is kept meanwhile. ``evaluate`` returns a number, or a mapping of names to numbers. The other
     arguments are those of `prune`.
+
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> before = model[0].weight.clone()
+    >>> prunus.sweep(model, "magnitude", [0.5, 0.75], lambda m: prunus.sparsity(m)["0"]).values
+    {0.5: {'value': 0.5}, 0.75: {'value': 0.75}}
+    >>> torch.equal(model[0].weight, before)
+    True
     """
     sparsities = [float(sparsity) for sparsity in sparsities]
     if not sparsities:

@@ -70,6 +70,12 @@ def drop_blocks(
 
     Raises ValueError if fewer than ``count`` blocks could go and one be left in each list; the
     model is then as it was.
+
+    >>> blocks = [nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)) for _ in range(3)]
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.Sequential(*blocks), nn.Linear(8, 2))
+    >>> _ = prunus.drop_blocks(model, 1, prunus.Calibration([torch.randn(4, 4)]))
+    >>> len(model[1])
+    2
     """
     check_shrinkable(model)
     if by not in ("influence", "loss"):

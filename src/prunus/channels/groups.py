@@ -133,7 +133,7 @@ def channels(model: nn.Module, example_inputs: object) -> Channels:
     pushed through the operations that happen; one that is not known keeps whatever it touches.
 
     >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-    >>> [(g.name, g.size) for g in channels(net, torch.zeros(1, 4))]
+    >>> [(g.name, g.size) for g in prunus.channels(net, torch.zeros(1, 4))]
     [('0', 8)]
     """
     trace = trace_model(model, example_inputs)

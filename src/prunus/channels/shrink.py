@@ -63,7 +63,8 @@ def shrink(
 
     >>> import torch
     >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-    >>> result = shrink(net, torch.zeros(1, 4), target={"params": 0.5}, measure=False)
+    >>> inputs = torch.zeros(1, 4)
+    >>> result = prunus.shrink(net, inputs, target={"params": 0.5}, measure=False)
     >>> net[0].out_features, result.after.params
     (3, 23)
     """

@@ -31,7 +31,12 @@ def _discard(event: dict[str, Any]) -> None:
 
 @dataclass
 class Context:
-    """What runs share: the user's objects, the clock, the masks and where events are recorded."""
+    """What runs share: the user's objects, the clock, the masks and where events are recorded.
+
+    >>> context = prunus.Context(nn.Linear(2, 2), torch.optim.SGD([nn.Parameter(torch.ones(1))]))
+    >>> len(context.masks), context.timeline.total
+    (0, None)
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -96,6 +101,15 @@ class Run:
     """A modifier at work. A step count is the number of optimizer steps done.
 
     A run that sets masks says of which layers and when, so that no other run undoes them.
+
+    >>> class Count(prunus.Run):
+    ...     steps = 0
+    ...     def prune(self, step):
+    ...         self.steps = step
+    >>> run = Count()
+    >>> run.prune(3)
+    >>> run.steps, run.timetable()
+    (3, [])
     """
 
     prunes: ClassVar[bool] = False
@@ -210,7 +224,17 @@ _RENAMED = {
 
 @runtime_checkable
 class Modifier(Protocol):
-    """A frozen dataclass; ``name`` is its key in recipes, ``one_shot`` whether `prune` takes it."""
+    """A frozen dataclass; ``name`` is its key in recipes, ``one_shot`` whether `prune` takes it.
+
+    >>> @dataclass(frozen=True)
+    ... class Nothing(prunus.Modifier):
+    ...     name = "nothing"
+    ...     one_shot = False
+    ...     def bind(self, context):
+    ...         return prunus.Run()
+    >>> isinstance(Nothing(), prunus.Modifier)
+    True
+    """
 
     name: ClassVar[str]
     one_shot: ClassVar[bool]
@@ -222,7 +246,11 @@ class Modifier(Protocol):
 
 @runtime_checkable
 class OneShotModifier(Modifier, Protocol):
-    """One that a finished model takes too."""
+    """One that a finished model takes too.
+
+    >>> isinstance(prunus.PruningModifier(sparsity=0.5), prunus.OneShotModifier)
+    True
+    """
 
     @property
     def final_sparsity(self) -> float | None:
@@ -251,6 +279,15 @@ def register_modifier(cls: type[_M]) -> type[_M]:
 
     `prune` leaves it out unless it says ``one_shot``. Raises ValueError if the class is not a
     frozen dataclass, lacks a part, or takes the name of another one.
+
+    >>> @prunus.register_modifier
+    ... @dataclass(frozen=True)
+    ... class Example(prunus.Modifier):
+    ...     name = "example"
+    ...     def bind(self, context):
+    ...         return prunus.Run()
+    >>> prunus.Recipe.load("modifiers: [example: {}]").modifiers
+    (Example(),)
     """
     check_settings(cls, "modifier", ("name", "one_shot"))
     own = getattr(cls, "bind", None) is not Modifier.bind

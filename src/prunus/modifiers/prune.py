@@ -38,7 +38,13 @@ class _TakesMasking(type):
 
 @dataclass(frozen=True)
 class PruningModifier(metaclass=_TakesMasking):
-    """Prune some layers over a window of training, or at once on a finished model."""
+    """Prune some layers over a window of training, or at once on a finished model.
+
+    >>> modifier = prunus.PruningModifier(prunus.Wanda(), pattern="2:4", layers=("0",))
+    >>> text = "modifiers: [{prune: {pruner: wanda, pattern: '2:4', layers: ['0']}}]"
+    >>> prunus.Recipe.load(text).modifiers == (modifier,)
+    True
+    """
 
     name: ClassVar[str] = "prune"
     one_shot: ClassVar[bool] = True

@@ -80,7 +80,12 @@ class Timeline:
 
 @dataclass(frozen=True)
 class Interval:
-    """The part of training in which a modifier acts, at every step."""
+    """The part of training in which a modifier acts, at every step.
+
+    >>> from prunus.modifiers.timing import Timeline
+    >>> prunus.Interval(from_="1ep").bounds(Timeline(steps_per_epoch=10, epochs=5))
+    (10, None)
+    """
 
     from_: str = "0ep"
     """when it begins"""
@@ -116,7 +121,13 @@ class Interval:
 
 @dataclass(frozen=True)
 class Window(Interval):
-    """The part of training in which a modifier acts, and how often."""
+    """The part of training in which a modifier acts, and how often.
+
+    >>> from prunus.modifiers.timing import Timeline
+    >>> window = prunus.Window(from_="1ep", to="3ep", every="1ep")
+    >>> window.ticks(Timeline(steps_per_epoch=10, epochs=5))
+    [10, 20, 30]
+    """
 
     every: str | None = None
     """time between two pruning steps; default: one epoch"""

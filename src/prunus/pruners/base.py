@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
-from prunus.core.extension import check_settings, complete
+from prunus.core.extension import Extensible, check_settings, complete
 from prunus.core.layers import Layer
 from prunus.core.names import Registry
 from prunus.core.patterns import NM, Pattern
@@ -24,7 +24,7 @@ RAMPS: dict[str, Callable[[float, float, float], float]] = {
 }
 
 
-class Pruner(ABC):
+class Pruner(Extensible):
     """A published method: a frozen dataclass of its hyperparameters.
 
     Below, ``w`` is a layer as a (rows, cols) matrix, or some rows of it; it must not be changed,
@@ -53,7 +53,7 @@ class Pruner(ABC):
         """What to measure on calibration data for this layer, if anything."""
         return None
 
-    def check(self, cols: int, pattern: Pattern) -> None:  # noqa: B027 (nothing to check)
+    def check(self, cols: int, pattern: Pattern) -> None:
         """Raises ValueError if layers of so many columns do not go with the pattern."""
 
     def stages(self, present: float, target: float) -> list[float]:
@@ -82,6 +82,15 @@ class ScorePruner(Pruner):
     2
     """
 
+    PARTS: ClassVar[tuple[str, ...]] = (
+        "name",
+        "patterns",
+        "allocator",
+        "statistic",
+        "scores",
+        "rebuild",
+    )
+
     @abstractmethod
     def scores(self, w: Tensor, stat: Any, pattern: Pattern, ranks: Ranks) -> Tensor:
         """(rows, cols) importances: the lowest go. `ranks` may hold other rows of the layer."""
@@ -108,6 +117,8 @@ class JointPruner(Pruner):
     >>> prunus.prune(model, Halves(), sparsity=0.5).sparsity
     0.5
     """
+
+    PARTS: ClassVar[tuple[str, ...]] = ("name", "patterns", "allocator", "statistic", "solve")
 
     @abstractmethod
     def solve(

@@ -32,7 +32,12 @@ KEYS = ("epochs", "variables", "modifiers")
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to do to a model and when. Equal recipes have equal modifiers."""
+    """What to do to a model and when. Equal recipes have equal modifiers.
+
+    >>> recipe = prunus.Recipe.load("modifiers: [{prune: {pruner: cap, sparsity: 0.75}}]")
+    >>> recipe.modifiers[0].pruner.name, recipe.modifiers[0].sparsity
+    ('cap', 0.75)
+    """
 
     modifiers: tuple[Modifier, ...]
     epochs: float | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from prunus.core.extension import complete
+from prunus.core.extension import Extensible, complete
 from prunus.core.names import Registry
 from prunus.core.ranks import all_ranks
 
@@ -32,7 +32,7 @@ class Sampling:
     samples: Samples = "micro_batch"
 
 
-class Statistic(ABC):
+class Statistic(Extensible):
     """Something summed over calibration data for one layer.
 
     A sum, so that data-parallel ranks add up: `tensors` are what one all-reduce makes whole.
@@ -49,6 +49,8 @@ class Statistic(ABC):
     >>> stat.sums, stat.reads, stat.nbytes
     (tensor([2., 5.]), 'inputs', 8)
     """
+
+    PARTS: ClassVar[tuple[str, ...]] = ("reads", "by_rows", "update", "tensors", "nbytes")
 
     name: ClassVar[str]
     """what `prunus list` calls it, once registered"""
@@ -105,7 +107,7 @@ class Statistic(ABC):
     def can_permute(self) -> bool:
         return type(self).permute is not Statistic.permute
 
-    def forget(self) -> None:  # noqa: B027 (most remember nothing)
+    def forget(self) -> None:
         """Free what can be computed again from `tensors`."""
 
 

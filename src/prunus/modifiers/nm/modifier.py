@@ -27,6 +27,10 @@ class NMTraining:
     """Train some layers to N:M: dense weights behind masks that are chosen after each step.
 
     On a finished model, at once: the N of every M that are largest stay.
+
+    >>> entry = prunus.NMTraining(pattern="2:4", layers=("0",))
+    >>> prunus.Recipe.load("modifiers: [{nm_training: {layers: ['0']}}]").modifiers == (entry,)
+    True
     """
 
     name: ClassVar[str] = "nm_training"
