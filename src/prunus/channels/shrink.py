@@ -225,8 +225,8 @@ def _size(
 ) -> Size:
     params = sum(p.numel() for p in model.parameters())
     macs = found.costs.total("macs", gone)
-    took = latency(model, example_inputs) if measure else None
-    return Size(params, macs, stored_bytes(model), took)
+    milliseconds = latency(model, example_inputs) if measure else None
+    return Size(params, macs, stored_bytes(model), milliseconds)
 
 
 def _rows(found: Channels, gone: Mapping[str, Sequence[int]]) -> list[Row]:
