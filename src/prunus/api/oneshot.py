@@ -13,6 +13,7 @@ from prunus.api.results import Result
 from prunus.calibration.batch_norm import recalibrate as estimate_norms
 from prunus.calibration.calibration import Calibration
 from prunus.core.mask_registry import Masks
+from prunus.core.unseen import told
 from prunus.engine.permute.step import Permute
 from prunus.engine.plan import PruningPlan
 from prunus.engine.sequential.walk import Sequential, SequentialResult
@@ -118,6 +119,7 @@ def _result(
     rows = {row.name: row for each in done for row in each.rows}
     left_dense = [name for name in plans[0].left_dense if name not in rows]
     result = Result(list(rows.values()), dict(masks), recipe, left_dense, recorder)
+    result.unseen = told(plans[0].model)
     for plan, each in zip(plans, done, strict=True):
         for folded in each.folded:
             result.permuted += folded.rows

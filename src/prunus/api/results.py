@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from prunus.core.layers import all_layers
 from prunus.core.masks import local
 from prunus.core.names import did_you_mean
+from prunus.core.unseen import told, unseen_weights
 from prunus.engine.method import LayerResult, collapse_message
 from prunus.engine.permute.step import FoldRow
 from prunus.report.records import Recorder
@@ -41,6 +42,8 @@ class Result(Recorded):
     """channel permutations that the network has taken, and what they brought"""
     not_permuted: dict[str, str] = field(default_factory=dict)
     """layer name -> why its input channels are as they were, where `permute` was asked for"""
+    unseen: str = ""
+    """what share of the model's weights is in parameters that are no layers, and stays dense"""
     title = "pruned"
 
     @property
@@ -77,6 +80,7 @@ class Result(Recorded):
 
     def notes(self) -> Sequence[str]:
         message = [f"left dense: {', '.join(self.left_dense)}"] if self.left_dense else []
+        message += [self.unseen] if self.unseen else []
         if collapsed := [row.name for row in self.rows if row.collapsed]:
             message.append(collapse_message(collapsed))
         if self.permuted:
@@ -117,10 +121,15 @@ class SweepResult(Recorded):
 
 @dataclass
 class SparsityTable(Printable):
-    """The zeros in a model as it is."""
+    """The zeros in a model as it is, of all its floating weights of two or more axes."""
 
     rows: list[tuple[str, str, tuple[int, ...], int, int]]
+    unseen: str = ""
+    """what share of the weights is in parameters that are no layers"""
     title = "sparsity"
+
+    def notes(self) -> Sequence[str]:
+        return [self.unseen] if self.unseen else []
 
     @property
     def total(self) -> float:
@@ -151,7 +160,10 @@ class SparsityTable(Printable):
 
 
 def sparsity(model: nn.Module) -> SparsityTable:
-    """Zeros of every Linear, convolution and attention weight (of this rank's part).
+    """Zeros of every floating weight of two or more axes (of this rank's part).
+
+    Those that are no Linear, convolution or attention weight, which `prune` leaves dense, have rows
+    too: recurrent weights, embeddings, experts in one tensor.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     >>> nn.init.zeros_(model[0].weight).shape
@@ -165,7 +177,11 @@ def sparsity(model: nn.Module) -> SparsityTable:
         part = local(layer.weight.detach())
         zeros = part.numel() - int(part.count_nonzero())
         rows.append((layer.name, layer.kind, layer.shape, part.numel(), zeros))
-    return SparsityTable(rows)
+    for item in unseen_weights(model):
+        part = local(item.weight)
+        zeros = part.numel() - int(part.count_nonzero())
+        rows.append((item.name, item.kind, tuple(item.weight.shape), part.numel(), zeros))
+    return SparsityTable(rows, told(model))
 
 
 Evaluate = Callable[[nn.Module], Any]

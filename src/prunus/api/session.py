@@ -18,6 +18,7 @@ from prunus.core.layers import clean_parameters
 from prunus.core.mask_registry import Masks
 from prunus.core.masks import local, packed
 from prunus.core.sharding import gather, scatter, whole_sparsity
+from prunus.core.unseen import told
 from prunus.modifiers import Context, Run
 from prunus.modifiers.conflicts import check_conflicts, in_both
 from prunus.modifiers.grad_scaler import step_is_skipped
@@ -88,6 +89,8 @@ class Session:
             for run in self.runs:
                 run.detach()
             raise
+        if unseen := told(model):
+            log.info("%s", unseen)
         plain: Any = torch.compiler.disable  # a compiled step leaves its graph for our hooks
         self._handles = [
             self.optimizer.register_step_pre_hook(plain(self._before)),

@@ -30,6 +30,7 @@ from prunus.cli.estimate import estimate
 from prunus.cli.preview import preview, timetable
 from prunus.cli.shrink import groups, shrink
 from prunus.core.files import atomic_write
+from prunus.core.unseen import told
 from prunus.integrations.sparseml.convert import convert as convert_recipe
 from prunus.modifiers import Context, OneShotModifier
 from prunus.modifiers.timing import Timeline
@@ -90,6 +91,8 @@ def check(
         out.print("give --model to see its layers, the times and the memory")
         return
     network = call_model(model)
+    if unseen := told(network):
+        out.print(unseen)
     timeline = Timeline(steps_per_epoch, loaded.epochs if epochs is None else epochs)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     timed = steps_per_epoch is not None

@@ -172,6 +172,10 @@ class Layer:
                 f"{self.name} ({self.kind}): inputs are measured for Linear and ungrouped Conv1d "
                 "and Conv2d only"
             )
+        if type(conv).forward not in (nn.Conv1d.forward, nn.Conv2d.forward):
+            return (
+                f"{self.name}: {self.kind} has a forward of its own, so its patches are not known"
+            )
         if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
             return f"{self.name}: inputs are measured for numeric zero padding only"
         return ""
@@ -228,7 +232,7 @@ def _weights_of(module: nn.Module) -> list[str]:
     return []
 
 
-def _storage(weight: nn.Parameter) -> tuple[int, ...]:
+def storage_of(weight: nn.Parameter) -> tuple[int, ...]:
     """What tied weights have in common, be they one Parameter or two that share memory."""
     pointer = 0 if nn.parameter.is_lazy(weight) else local(weight.detach()).data_ptr()
     return (pointer, *weight.shape) if pointer else (id(weight),)  # meta and empty: no memory
@@ -250,9 +254,9 @@ def all_layers(model: nn.Module) -> Iterator[Layer]:
         for attribute in _weights_of(module):
             weight = getattr(module, attribute)
             if isinstance(weight, nn.Parameter):
-                if _storage(weight) in seen:
+                if storage_of(weight) in seen:
                     continue
-                seen.add(_storage(weight))
+                seen.add(storage_of(weight))
             name = clean_name(full_name)
             parameter = f"{name}.{attribute}" if name else attribute
             yield Layer(name if attribute == "weight" else parameter, parameter, module, weight)

@@ -17,6 +17,8 @@ from prunus.core.default_dense_layers import ends
 from prunus.core.fused_qkv import split_third, subtract, third_of
 from prunus.core.layers import Layer, all_layers, clean_name, unwrap
 from prunus.core.regex_alternatives import dead_alternatives
+from prunus.core.transformed import is_transformed
+from prunus.core.unseen import unseen_weights
 
 log = logging.getLogger("prunus")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -107,6 +109,44 @@ def _match(
     return sorted(chosen, key=lambda layer: (places[id(layer.weight)], layer.qkv_part or 0))
 
 
+ADAPTERS = re.compile(r"(^|\.)(lora_\w+|modules_to_save|original_module)(\.|$)")
+"""parts of PEFT's modules: adapters begin at zero, and copies are not computed with"""
+
+
+def _spared(layers: Sequence[Layer]) -> set[str]:
+    """Layers that the default leaves dense wherever they stand; the log says why."""
+    reasons = {
+        "adapters and copies of PEFT": [x.name for x in layers if ADAPTERS.search(x.name)],
+        "their weights are transformed before use, so zeros would be none": [
+            x.name for x in layers if is_transformed(x)
+        ],
+    }
+    for reason, names in reasons.items():
+        if names:
+            some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            log.info("left dense: %s (%s)", some, reason)
+    return {name for names in reasons.values() for name in names}
+
+
+def _refuse_unseen(model: nn.Module, layers: Sequence[Layer], patterns: Sequence[str]) -> None:
+    """Raises ValueError for a pattern that names only weights which are no layers."""
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    for pattern in patterns:
+        if _hits(layers, _layer_names, split_third(pattern)[0]):
+            continue
+        unseen = unseen_weights(model)
+        hits = [
+            unseen[i]
+            for i in _hits(unseen, lambda x: [x.name, x.name.rpartition(".")[0], x.kind], pattern)
+        ]
+        if hits:
+            raise ValueError(
+                f"layer pattern {pattern!r} names {hits[0].name} ({hits[0].kind}), which is no "
+                "Linear, convolution or attention weight: prunus leaves such weights dense; drop "
+                "the pattern, or make them modules of their own"
+            )
+
+
 def _check(layer: Layer) -> None:
     weight, why = layer.weight, ""
     if nn.parameter.is_lazy(weight):
@@ -118,6 +158,9 @@ def _check(layer: Layer) -> None:
         )
     elif weight.dtype not in FLOATS:
         why = f"is {weight.dtype}; only floats of 16 bits or more can be pruned; exclude it"
+    elif is_transformed(layer):
+        kind = type(layer.module).__name__
+        why = f"is transformed by {kind} before use, so zeros in it would be none; exclude it"
     if why:
         raise ValueError(f"{layer.parameter_name} {why}")
 
@@ -141,9 +184,10 @@ def select(
     left_dense: list[str] = []
     layers = candidates
     if include is not None:
+        _refuse_unseen(model, candidates, include)
         layers = _match(candidates, include, "layer", modules)
     else:
-        skipped = {layer.name for layer in ends(model)}
+        skipped = {layer.name for layer in ends(model)} | _spared(candidates)
         left_dense = [layer.name for layer in candidates if layer.name in skipped]
         layers = [layer for layer in candidates if layer.name not in skipped]
     if exclude:

@@ -1,0 +1,54 @@
+"""Weights that are no layer: recurrent ones, embeddings, experts in one tensor, people's own.
+
+They stay dense, so whoever tells a share of a model counts them too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from prunus.core.layers import all_layers, clean_name, reshard, storage_of, unwrap
+from prunus.core.masks import local
+
+
+@dataclass(frozen=True)
+class UnseenWeight:
+    """A floating-point parameter of two or more axes that no `Layer` stands for."""
+
+    name: str
+    kind: str
+    """the class of its module"""
+    weight: Tensor
+
+    @property
+    def size(self) -> int:
+        return local(self.weight).numel()
+
+
+def unseen_weights(model: nn.Module) -> list[UnseenWeight]:
+    """The largest first, tied ones once."""
+    reshard(model)
+    seen = {storage_of(layer.weight) for layer in all_layers(model)}
+    found = []
+    for prefix, module in unwrap(model).named_modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if weight.dim() < 2 or not weight.is_floating_point() or storage_of(weight) in seen:
+                continue
+            seen.add(storage_of(weight))
+            full = clean_name(f"{prefix}.{name}" if prefix else name)
+            found.append(UnseenWeight(full, type(module).__name__, weight.detach()))
+    return sorted(found, key=lambda item: -item.size)
+
+
+def told(model: nn.Module) -> str:
+    """One line on the weights that are no layers; empty if there are none."""
+    unseen = unseen_weights(model)
+    size = sum(item.size for item in unseen)
+    whole = size + sum(local(layer.weight).numel() for layer in all_layers(model))
+    if not size:
+        return ""
+    some = ", ".join(f"{item.name} ({item.kind}, {item.size:,})" for item in unseen[:3])
+    more = f" and {len(unseen) - 3} more" if len(unseen) > 3 else ""
+    return f"not seen, dense: {size / max(1, whole):.1%} of the model's weights: {some}{more}"
