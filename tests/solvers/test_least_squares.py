@@ -54,6 +54,8 @@ def test_the_error_is_a_trace_and_its_share_that_of_zero_weights(rows, cols, see
 def test_enough_iterations_equal_the_exact_row_solve(rows, cols, samples, seed, data):
     dead = data.draw(st.integers(0, cols - 1))
     w, gram, mask = problem(rows, cols, seed, samples, dead=dead)
+    # conjugate gradients need some condition to get there (seed 99, 4 x 10, of 6 samples)
+    gram += 1e-4 * gram.diagonal().mean() * torch.eye(cols, dtype=gram.dtype)
     new = refit(w, torch.zeros_like(w), gram, mask, 20 * cols)
     best = torch.stack([row_solve(r, gram, k) for r, k in zip(w, mask, strict=True)])
     scale = float(error(w, gram, torch.zeros_like(w)).max())

@@ -120,7 +120,7 @@ def test_permuting_alone_leaves_the_function_and_pruning_nothing_leaves_the_weig
         seen["logits"] = model(**batches[0]).logits
         raise RuntimeError("stop")
 
-    monkeypatch.setattr(prunus.modifiers.pruning_run, "prune_step", recorded)
+    monkeypatch.setattr(prunus.engine.plan, "prune_step", recorded)
     before = state(model)
     for shared in ("leave", "residual", "gather"):
         with pytest.raises(RuntimeError, match="stop"):
