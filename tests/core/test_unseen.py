@@ -110,7 +110,7 @@ def test_a_weight_that_is_transformed_before_use_is_found_by_trying(module, expe
 
 def test_the_inputs_of_a_convolution_that_pads_by_itself_are_refused_not_guessed():
     (layer,) = all_layers(nn.Sequential(PadsItself(4, 6, 3)))
-    with pytest.raises(ValueError, match="PadsItself has a forward of its own; its patches"):
+    with pytest.raises(ValueError, match="PadsItself has a forward of its own, so its patches"):
         layer.input_matrix(torch.randn(2, 4, 9, 9))
 
 
