@@ -72,7 +72,7 @@ class Session:
         self.optimizer = innermost(optimizer)
         self.step = 0
         """optimizer steps done, skipped ones not counted"""
-        self.closed = False
+        self.closed = self._unfinished = False
         self._fresh = True
         self._context = Context(model, self.optimizer, timeline, calibration, Masks(), recorder)
         self._listeners: list[tuple[Callable[[], Any], Callable[[], Any]]] = []
@@ -177,7 +177,7 @@ class Session:
     def _before(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._begin()
         self._rebind()
-        if self.next_change == self.step + 1:
+        if self._next_change(self.step + 1) == self.step + 1:
             self.verify(f"before pruning after step {self.step + 1}")
         for run in self.runs:
             run.before_step(self.step)
@@ -228,7 +228,10 @@ class Session:
     @property
     def next_change(self) -> int | None:
         """The next step after which other weights are pruned, maybe this one; None: none is."""
-        found = (run.next_change(self.step) for run in self.runs)
+        return self._next_change(self.step)
+
+    def _next_change(self, step: int) -> int | None:
+        found = (run.next_change(step) for run in self.runs)
         return min((change for change in found if change is not None), default=None)
 
     def on_prune(
@@ -313,14 +316,16 @@ class Session:
     def close(self, finish: bool = True) -> None:
         """Remove the hooks. With ``finish``, first do the pruning that is still due.
 
-        A second call does nothing. Afterwards nothing keeps pruned weights at zero: close when
-        training is over.
+        A second call does nothing, unless the first raised in that pruning: it is then tried
+        again. Afterwards nothing keeps pruned weights at zero: close when training is over.
         """
-        if self.closed:
+        if self.closed and not self._unfinished:
             return
+        self._unfinished = finish
         try:
             if finish:
                 self._finish()
+                self._unfinished = False
         finally:
             self.closed = True
             for handle in self._handles:

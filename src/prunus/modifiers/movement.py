@@ -88,10 +88,12 @@ class MovementRun(PruningRun):
             moved = rows.layer.matrix(self._moved(rows.layer))
             sums[rows] = MovementSum(moved[rows.begin : rows.end])
         measured.fill(sums)
-        result = self.pruning.prune(target, (measured, ranks))
+        return self.pruning.prune(target, (measured, ranks))
+
+    def _tick(self, tick: int, step: int) -> None:
+        super()._tick(tick, step)
         if self.next == len(self.ticks):
             self.moved = {}
-        return result
 
     def state_dict(self) -> dict[str, Any]:
         weights = {layer.name: layer.weight for layer in self.layers}

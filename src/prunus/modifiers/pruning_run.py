@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from prunus.core.layers import Layer
@@ -43,6 +44,7 @@ class PruningRun(Run):
                 total,
             )
         self.next = 0
+        """number of the first tick that is still to be done"""
         self.rows: list[LayerResult] = []
         """what became of the layers in the last pruning step"""
 
@@ -74,10 +76,9 @@ class PruningRun(Run):
         self.context.apply_masks(self)
 
     def prune(self, step: int) -> None:
-        if self.next < len(self.ticks) and step >= self.ticks[self.next]:
-            while self.next < len(self.ticks) and step >= self.ticks[self.next]:
-                self.next += 1  # of several that are due, the last says it all
-            self._tick(self.next - 1, step)
+        due = bisect_right(self.ticks, step)
+        if due > self.next:
+            self._tick(due - 1, step)  # of several that are due, the last says it all
 
     @property
     def span(self) -> tuple[float, float]:
@@ -93,15 +94,15 @@ class PruningRun(Run):
 
     def finish(self, step: int) -> None:
         if self.next < len(self.ticks):
-            self.next = len(self.ticks)
-            self._tick(self.next - 1, step)
+            self._tick(len(self.ticks) - 1, step)
 
     def _tick(self, tick: int, step: int) -> None:
+        """What is due with the tick of this number, which stays due if that raises."""
         target = self.target(tick)
         result = self._pruned(target)
         for change in result.changes:
             self.context.mask(self, change.layer, change.mask)
-        self.rows = result.rows
+        self.next, self.rows = tick + 1, result.rows
         method = self.pruning.method.pruner.name, self.modifier.pattern
         self.context.record(pruning_event(*method, self.rows, step, target))
 

@@ -150,9 +150,10 @@ class SemiSparseRun(Run):
     def _refresh(self, step: int) -> None:
         if not self.modifier.refresh or step - self.last < self.modifier.refresh:
             return
-        self.last, sparse = step, self._sparse()
+        sparse = self._sparse()
         for _, module, _ in sparse:
             module.choose_mask()
+        self.last = step
         if sparse and step // self.period > self.recorded:
             self.recorded = step // self.period
             flips = {x.name: (m.flips, m.weight.numel()) for x, m, _ in sparse}

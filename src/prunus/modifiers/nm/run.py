@@ -82,7 +82,9 @@ class NMTrainingRun(Run):
         beta = self.masking.beta(step - self.begin, self.end - self.begin)
         for t in self.state:
             t.zero_pruned()
-            self.context.masks.put(t.layer, t.choose(progress), self)
+        masks = [t.choose(progress) for t in self.state]
+        for t, mask in zip(self.state, masks, strict=True):
+            self.context.masks.put(t.layer, mask, self)
         self.state.hide_dense(beta)
 
     @torch.no_grad()
@@ -124,12 +126,12 @@ class NMTrainingRun(Run):
 
     def _freeze(self, step: int) -> None:
         """The last masks, from the dense weights in the parameters; hard from now on."""
-        rows = []
-        for t in self.state:
-            mask = t.choose(1.0)
+        masks = [t.choose(1.0) for t in self.state]
+        rows = [t.row(mask) for t, mask in zip(self.state, masks, strict=True)]
+        for t, mask in zip(self.state, masks, strict=True):
             self.context.mask(self, t.layer, mask)
             zero_pruned([t.layer.local], [mask])
-            rows.append(t.row(mask))
+        for t in self.state:
             t.dense = t.alive = t.shown = None
         self.frozen = True
         self._remove_hook()

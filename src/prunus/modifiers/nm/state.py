@@ -28,6 +28,7 @@ class NMState:
     def __init__(self, layers: list[NMLayerState], masking: Masking, context: Context) -> None:
         self.layers, self.masking, self.context = layers, masking, context
         self.beta, self.resumed = 1.0, False
+        self.remembered = False
         self.showing: float | None = None
 
     def __iter__(self) -> Iterator[NMLayerState]:
@@ -44,12 +45,18 @@ class NMState:
         return self.layers[0].shown is not None
 
     def remember_pruned(self) -> None:
-        """When the window begins: what is pruned by now stays pruned."""
+        """When the window begins: what is pruned by now stays pruned.
+
+        Once: if choosing masks raises, these may be in the registry when it is tried again.
+        """
+        if self.remembered:
+            return
         for t in self.layers:
             alive = self.context.masks.of(t.layer)
             # of a third, because other thirds may be what the mask is for
             if alive is not None and not (t.layer.qkv_part is not None and bool(alive.all())):
                 t.alive = alive.clone()
+        self.remembered = True
 
     def masks(self, layers: list[NMLayerState]) -> list[Tensor]:
         found = (self.context.masks.of(t.layer) for t in layers)
@@ -125,6 +132,7 @@ class NMState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.beta = float(state["beta"])
+        self.remembered = False
         for t in self.layers:
             parts = {key: state.get(key, {}).get(t.layer.name) for key in PARTS}
             t.load_state_dict({key: part for key, part in parts.items() if part is not None})
