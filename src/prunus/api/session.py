@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from prunus.api.session_state import checked_masks
+from prunus.api.session_state import checked_state
 from prunus.calibration.calibration import Calibration
 from prunus.core.layers import clean_parameters
 from prunus.core.mask_registry import Masks
@@ -292,15 +292,19 @@ class Session:
         States of torch.distributed.checkpoint are loaded into the optimizer before attaching,
         because `set_optimizer_state_dict` makes an optimizer step, and the session would count it.
 
-        Raises ValueError if the state is of another recipe or model; nothing is then changed.
+        Raises ValueError if it is no state, or of another recipe or model, or the session closed;
+        nothing is then changed.
         """
+        if self.closed:
+            raise ValueError("the session is closed; attach anew and load the state into that")
         parameters = clean_parameters(self.model)
-        masks = checked_masks(state, self.recipe, parameters)
-        self.step, self._fresh = int(state["step"]), True
+        read, masks = checked_state(state, self.recipe, parameters, self.runs)
+        self._rebind()
+        self.step, self._fresh = read.step, True
         for name, mask in masks.items():
             self.masks.load(name, parameters[name], scatter(mask, parameters[name]))
         self.masks.disown_all()
-        for run, part in zip(self.runs, state["runs"], strict=True):
+        for run, part in zip(self.runs, read.runs, strict=True):
             run.load_state_dict(part)
         self.masks.keep_only(masks)
         self.recorder.rewind(self.step)

@@ -11,6 +11,7 @@ from prunus.engine.plan import PruningPlan
 from prunus.engine.sequential.walk import SequentialResult
 from prunus.modifiers.base import Context, Run, log
 from prunus.modifiers.events import pruning_event
+from prunus.modifiers.state_checks import check_counts, check_fields
 from prunus.modifiers.timing import Window
 
 if TYPE_CHECKING:
@@ -127,6 +128,12 @@ class PruningRun(Run):
         owned = [layer.name for layer in self.owned]
         return {"next": self.next, "owned": owned, "ticks": self.ticks}
 
+    def check_state(self, state: dict[str, Any]) -> None:
+        check_fields(state, next=int, owned=list, ticks=list)
+        check_counts("ticks", state["ticks"])
+        if state["next"] > len(state["ticks"]):
+            raise ValueError(f"next={state['next']} of {len(state['ticks'])} pruning steps")
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["ticks"] != self.ticks:
             log.warning(
@@ -135,5 +142,5 @@ class PruningRun(Run):
                 self.ticks,
                 state["ticks"],
             )
-        self.next = int(state["next"])
+        self.next = min(state["next"], len(self.ticks))
         self.context.masks.own(self, self.layers, state["owned"])

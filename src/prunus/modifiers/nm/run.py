@@ -19,6 +19,7 @@ from prunus.modifiers.nm.layer_state import NMLayerState
 from prunus.modifiers.nm.maskings import MDGF
 from prunus.modifiers.nm.stages import Groups, fitting, stages
 from prunus.modifiers.nm.state import NMState
+from prunus.modifiers.state_checks import check_fields
 from prunus.modifiers.timing import Interval
 
 if TYPE_CHECKING:
@@ -209,10 +210,14 @@ class NMTrainingRun(Run):
         owned = [x.name for x in self.context.masks.owned(self, self.layers)]
         return {"frozen": self.frozen, **self.state.state_dict(), "owned": owned}
 
+    def check_state(self, state: dict[str, Any]) -> None:
+        check_fields(state, frozen=bool, beta=(float, int), owned=list)
+        self.state.check_state(state)
+
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self.state.hidden:  # attaching has hidden weights that were loaded before
-            self.state.put_back()
+            self.state.put_back(same_values=False)
         self.frozen = bool(state["frozen"])
         self.state.load_state_dict(state)
         self.context.masks.own(self, self.layers, state["owned"])
