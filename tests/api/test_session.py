@@ -131,7 +131,9 @@ def test_a_step_that_a_fused_optimizer_skips_leaves_the_masked_weights_in_place(
     model, x = small_mlp(), torch.randn(4, 8)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2, fused=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    recipe = f"modifiers: [prune: {{pattern: 2:4, masking: {masking}, window: {{to: 9step}}}}]"
+    recipe = (
+        f"modifiers: [nm_training: {{pattern: 2:4, masking: {masking}, window: {{to: 9step}}}}]"
+    )
     with prunus.attach(model, optimizer, recipe) as session:
         for skipped in (False, False, True, True, False):
             before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -761,7 +763,9 @@ def test_sparsity_is_that_of_all_layers_the_recipe_prunes_sooner_or_later():
 def test_runs_say_which_step_changes_what_is_pruned():
     model = small_mlp()
     trained = "{pattern: '2:4', masking: sr_ste, window: {from: 3step, to: 5step}, layers: ['0']}"
-    recipe = f"{GRADUAL}      layers: ['2']\n  - prune: {trained}\n  - weight_decay: {{to: 0.0}}\n"
+    recipe = (
+        f"{GRADUAL}      layers: ['2']\n  - nm_training: {trained}\n  - weight_decay: {{to: 0.0}}\n"
+    )
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     with prunus.attach(model, optimizer, recipe) as session:
         gradual, stages, other = session.runs
