@@ -12,21 +12,23 @@ from __future__ import annotations
 import json
 import logging
 import os
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import safetensors
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prunus import formats
+from prunus.api.file_header import expand, masks_of, read_header
 from prunus.api.results import Result
 from prunus.api.session import Session
 from prunus.core.files import atomic_write
 from prunus.core.layers import clean_name, is_sharded, unwrap
-from prunus.core.masks import local, unpack
+from prunus.core.masks import local
 from prunus.core.names import did_you_mean
 from prunus.core.ranks import Ranks
 from prunus.core.sharding import gather, ranks_of, shard
@@ -215,36 +217,30 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Checkp
     """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(KEY, "{}"))
+            text = (file.metadata() or {}).get(KEY, "{}")
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
-        raise ValueError(f"'{path}' is no safetensors file, or a broken one: {error}") from None
-    state = _expand(stored, header)
-    masks = {}
-    for name, zeros in header.get("masks", {}).items():
-        mask = state[name] != 0
-        mask.view(-1)[torch.tensor(zeros, dtype=torch.int64)] = True
-        masks[name] = mask
-    checkpoint = Checkpoint(state, masks, header.get("recipe"))
+        raise ValueError(_unreadable(path, error)) from None
+    try:
+        header = read_header(text)
+        state = expand(stored, header)
+        masks = masks_of(state, header)
+    except ValueError as error:
+        raise ValueError(f"'{path}': {error}") from None
+    checkpoint = Checkpoint(state, masks, header.recipe)
     if model is not None:
         _load_into(model, state, path)
     return checkpoint
 
 
-def _expand(stored: dict[str, Tensor], header: Mapping[str, Any]) -> dict[str, Tensor]:
-    state = dict(stored)
-    for name, shape in header.get("compact", {}).items():
-        bits, values = state.pop(f"{name}.bits"), state.pop(f"{name}.values")
-        dense = torch.zeros(shape, dtype=values.dtype)
-        dense[unpack(bits, shape)] = values
-        state[name] = dense
-    for name, options in header.get("formats", {}).items():
-        form, parts = options.pop("format"), options.pop("parts")
-        tensors = {part: state.pop(f"{name}.{part}") for part in parts}
-        state[name] = formats.restore(form, tensors, options).decode()
-    for name, other in header.get("aliases", {}).items():
-        state[name] = state[other]
-    return state
+def _unreadable(path: str | os.PathLike[str], error: Exception) -> str:
+    if zipfile.is_zipfile(path) or Path(path).suffix in (".pt", ".pth", ".bin", ".ckpt"):
+        return (
+            f"'{path}' is not safetensors but a file of torch.save; read it with "
+            "model.load_state_dict(torch.load(path, weights_only=True)), and write it with "
+            "prunus.save(model, path)"
+        )
+    return f"'{path}' is no safetensors file, or a broken one: {error}"
 
 
 def _load_into(model: nn.Module, state: Mapping[str, Tensor], path: Any) -> None:
@@ -260,6 +256,11 @@ def _load_into(model: nn.Module, state: Mapping[str, Tensor], path: Any) -> None
             continue
         if name not in names:
             raise ValueError(f"'{path}' has {name!r}, the model has not{did_you_mean(name, names)}")
+        if parts[names[name]].is_meta:
+            raise ValueError(
+                f"{name!r} of the model is on the meta device and holds no data; call "
+                "model.to_empty(device='cpu') first"
+            )
         shape = tuple(parts[names[name]].shape)
         if tuple(t.shape) != shape:
             raise ValueError(f"'{path}' has {name!r} as {tuple(t.shape)}, the model as {shape}")

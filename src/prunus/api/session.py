@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from prunus.api.session_state import checked_masks
+from prunus.api.session_state import checked_state
 from prunus.calibration.calibration import Calibration
 from prunus.core.layers import clean_parameters
 from prunus.core.mask_registry import Masks
@@ -73,7 +73,7 @@ class Session:
         self.optimizer = innermost(optimizer)
         self.step = 0
         """optimizer steps done, skipped ones not counted"""
-        self.closed = False
+        self.closed = self._unfinished = False
         self._fresh = True
         self._context = Context(model, self.optimizer, timeline, calibration, Masks(), recorder)
         self._listeners: list[tuple[Callable[[], Any], Callable[[], Any]]] = []
@@ -180,7 +180,7 @@ class Session:
     def _before(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._begin()
         self._rebind()
-        if self.next_change == self.step + 1:
+        if self._next_change(self.step + 1) == self.step + 1:
             self.verify(f"before pruning after step {self.step + 1}")
         for run in self.runs:
             run.before_step(self.step)
@@ -231,7 +231,10 @@ class Session:
     @property
     def next_change(self) -> int | None:
         """The next step after which other weights are pruned, maybe this one; None: none is."""
-        found = (run.next_change(self.step) for run in self.runs)
+        return self._next_change(self.step)
+
+    def _next_change(self, step: int) -> int | None:
+        found = (run.next_change(step) for run in self.runs)
         return min((change for change in found if change is not None), default=None)
 
     def on_prune(
@@ -292,15 +295,19 @@ class Session:
         States of torch.distributed.checkpoint are loaded into the optimizer before attaching,
         because `set_optimizer_state_dict` makes an optimizer step, and the session would count it.
 
-        Raises ValueError if the state is of another recipe or model; nothing is then changed.
+        Raises ValueError if it is no state, or of another recipe or model, or the session closed;
+        nothing is then changed.
         """
+        if self.closed:
+            raise ValueError("the session is closed; attach anew and load the state into that")
         parameters = clean_parameters(self.model)
-        masks = checked_masks(state, self.recipe, parameters)
-        self.step, self._fresh = int(state["step"]), True
+        read, masks = checked_state(state, self.recipe, parameters, self.runs)
+        self._rebind()
+        self.step, self._fresh = read.step, True
         for name, mask in masks.items():
             self.masks.load(name, parameters[name], scatter(mask, parameters[name]))
         self.masks.disown_all()
-        for run, part in zip(self.runs, state["runs"], strict=True):
+        for run, part in zip(self.runs, read.runs, strict=True):
             run.load_state_dict(part)
         self.masks.keep_only(masks)
         self.recorder.rewind(self.step)
@@ -316,14 +323,16 @@ class Session:
     def close(self, finish: bool = True) -> None:
         """Remove the hooks. With ``finish``, first do the pruning that is still due.
 
-        A second call does nothing. Afterwards nothing keeps pruned weights at zero: close when
-        training is over.
+        A second call does nothing, unless the first raised in that pruning: it is then tried
+        again. Afterwards nothing keeps pruned weights at zero: close when training is over.
         """
-        if self.closed:
+        if self.closed and not self._unfinished:
             return
+        self._unfinished = finish
         try:
             if finish:
                 self._finish()
+                self._unfinished = False
         finally:
             self.closed = True
             for handle in self._handles:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,3 +48,15 @@ def unpack(bits: Tensor, shape: Iterable[int]) -> Tensor:
 def packed(mask: Tensor) -> dict[str, object]:
     """A mask as states hold it: its shape, and its bits on the CPU."""
     return {"shape": list(mask.shape), "bits": pack(mask).cpu()}
+
+
+def check_packed(name: str, mask: Mapping[str, Any]) -> tuple[int, ...]:
+    """The shape of what `packed` made. Raises ValueError, with the name, if it is nothing such."""
+    shape, bits = mask.get("shape"), mask.get("bits")
+    if not isinstance(shape, (list, tuple)) or not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"{name}: shape={shape!r} is no list of sizes")
+    if not isinstance(bits, Tensor) or bits.dtype != torch.uint8 or bits.dim() != 1:
+        raise ValueError(f"{name}: bits are no uint8 tensor of one axis")
+    if len(bits) != (size := -(-prod(shape) // 8)):
+        raise ValueError(f"{name}: {len(bits)} bytes of bits, where shape {shape} takes {size}")
+    return tuple(shape)

@@ -36,6 +36,8 @@ class Bitmask(Encoded):
     def decode(self) -> Tensor:
         count = math.prod(self.shape)
         kept = np.unpackbits(self.mask.numpy(), count=count).view(np.bool_)
+        if self.mask.numel() != -(-count // 8) or self.values.numel() != kept.sum():
+            raise ValueError(f"{self.values.numel()} values for {kept.sum()} of {count} bits")
         result = torch.zeros(count, dtype=self.values.dtype)
         raw(result)[torch.from_numpy(kept)] = raw(self.values)
         return result.reshape(self.shape)

@@ -70,6 +70,7 @@ class ACDCRun(PruningRun):
             context.masks.lift(layer)
             if self.modifier.reset_momentum:
                 self._reset_momentum(layer)
+        self.next = tick + 1
         context.record({"event": "dense", "step": step, "layers": len(self.layers)})
 
     def _reset_momentum(self, layer: Layer) -> None:

@@ -207,6 +207,12 @@ class Run:
     def state_dict(self) -> dict[str, Any]:
         return {}
 
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raises ValueError for what `load_state_dict` could not load; changes nothing.
+
+        Called for all runs before any of them loads.
+        """
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         pass
 

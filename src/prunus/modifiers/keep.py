@@ -11,6 +11,7 @@ from prunus.core.layers import Layer
 from prunus.core.selection import select
 from prunus.modifiers.base import MODIFIERS, Context, Run, log
 from prunus.modifiers.events import counted, pruning_event
+from prunus.modifiers.state_checks import check_fields
 from prunus.modifiers.timing import Interval
 
 
@@ -111,6 +112,9 @@ class KeepRun(Run):
 
     def state_dict(self) -> dict[str, Any]:
         return {"begun": self.begun, "owned": [layer.name for layer in self.owned]}
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        check_fields(state, begun=bool, owned=list)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.begun = bool(state["begun"])

@@ -18,6 +18,7 @@ from prunus.modifiers.base import MODIFIERS, Context
 from prunus.modifiers.grad_scaler import gradient_scale, step_is_skipped
 from prunus.modifiers.prune import PruningModifier
 from prunus.modifiers.pruning_run import PruningRun
+from prunus.modifiers.state_checks import check_fields, check_tensors
 from prunus.pruners import Pruner
 from prunus.pruners.movement import Movement
 from prunus.stats import Statistic
@@ -88,15 +89,22 @@ class MovementRun(PruningRun):
             moved = rows.layer.matrix(self._moved(rows.layer))
             sums[rows] = MovementSum(moved[rows.begin : rows.end])
         measured.fill(sums)
-        result = self.pruning.prune(target, (measured, ranks))
+        return self.pruning.prune(target, (measured, ranks))
+
+    def _tick(self, tick: int, step: int) -> None:
+        super()._tick(tick, step)
         if self.next == len(self.ticks):
             self.moved = {}
-        return result
 
     def state_dict(self) -> dict[str, Any]:
         weights = {layer.name: layer.weight for layer in self.layers}
         moved = {name: gather(t, weights[name]) for name, t in self.moved.items()}
         return {**super().state_dict(), "moved": moved}
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        super().check_state(state)
+        check_fields(state, moved=dict)
+        check_tensors("moved", state["moved"], self.layers)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from prunus.core.layers import Layer
@@ -10,6 +11,7 @@ from prunus.engine.plan import PruningPlan
 from prunus.engine.sequential.walk import SequentialResult
 from prunus.modifiers.base import Context, Run, log
 from prunus.modifiers.events import pruning_event
+from prunus.modifiers.state_checks import check_counts, check_fields
 from prunus.modifiers.timing import Window
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ class PruningRun(Run):
                 total,
             )
         self.next = 0
+        """number of the first tick that is still to be done"""
         self.rows: list[LayerResult] = []
         """what became of the layers in the last pruning step"""
 
@@ -74,10 +77,9 @@ class PruningRun(Run):
         self.context.apply_masks(self)
 
     def prune(self, step: int) -> None:
-        if self.next < len(self.ticks) and step >= self.ticks[self.next]:
-            while self.next < len(self.ticks) and step >= self.ticks[self.next]:
-                self.next += 1  # of several that are due, the last says it all
-            self._tick(self.next - 1, step)
+        due = bisect_right(self.ticks, step)
+        if due > self.next:
+            self._tick(due - 1, step)  # of several that are due, the last says it all
 
     @property
     def span(self) -> tuple[float, float]:
@@ -93,15 +95,15 @@ class PruningRun(Run):
 
     def finish(self, step: int) -> None:
         if self.next < len(self.ticks):
-            self.next = len(self.ticks)
-            self._tick(self.next - 1, step)
+            self._tick(len(self.ticks) - 1, step)
 
     def _tick(self, tick: int, step: int) -> None:
+        """What is due with the tick of this number, which stays due if that raises."""
         target = self.target(tick)
         result = self._pruned(target)
         for change in result.changes:
             self.context.mask(self, change.layer, change.mask)
-        self.rows = result.rows
+        self.next, self.rows = tick + 1, result.rows
         method = self.pruning.method.pruner.name, self.modifier.pattern
         self.context.record(pruning_event(*method, self.rows, step, target))
 
@@ -126,6 +128,12 @@ class PruningRun(Run):
         owned = [layer.name for layer in self.owned]
         return {"next": self.next, "owned": owned, "ticks": self.ticks}
 
+    def check_state(self, state: dict[str, Any]) -> None:
+        check_fields(state, next=int, owned=list, ticks=list)
+        check_counts("ticks", state["ticks"])
+        if state["next"] > len(state["ticks"]):
+            raise ValueError(f"next={state['next']} of {len(state['ticks'])} pruning steps")
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["ticks"] != self.ticks:
             log.warning(
@@ -134,5 +142,5 @@ class PruningRun(Run):
                 self.ticks,
                 state["ticks"],
             )
-        self.next = int(state["next"])
+        self.next = min(state["next"], len(self.ticks))
         self.context.masks.own(self, self.layers, state["owned"])

@@ -16,6 +16,7 @@ from prunus.execution.training import SemiSparse, SemiSparseLinear
 from prunus.execution.training.swap import Named, check_semi_sparse, swap_layers, to_dense
 from prunus.modifiers.base import MODIFIERS, Context, Run, log
 from prunus.modifiers.grad_scaler import gradient_scale
+from prunus.modifiers.state_checks import check_fields, check_tensors
 from prunus.modifiers.timing import Interval
 
 RECORD_EVERY = 100  # steps between two records of the flip rate, where nobody knows of epochs
@@ -150,9 +151,10 @@ class SemiSparseRun(Run):
     def _refresh(self, step: int) -> None:
         if not self.modifier.refresh or step - self.last < self.modifier.refresh:
             return
-        self.last, sparse = step, self._sparse()
+        sparse = self._sparse()
         for _, module, _ in sparse:
             module.choose_mask()
+        self.last = step
         if sparse and step // self.period > self.recorded:
             self.recorded = step // self.period
             flips = {x.name: (m.flips, m.weight.numel()) for x, m, _ in sparse}
@@ -199,6 +201,10 @@ class SemiSparseRun(Run):
         owned = [x.name for x in self.context.masks.owned(self, self.layers)]
         names = ("active", "last", "recorded")
         return {**{name: getattr(self, name) for name in names}, "masks": masks, "owned": owned}
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        check_fields(state, active=bool, last=int, recorded=int, masks=dict, owned=list)
+        check_tensors("masks", state["masks"], self.layers)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["active"] and not self.active:

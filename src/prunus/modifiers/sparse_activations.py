@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from prunus.core.selection import select
 from prunus.modifiers.base import MODIFIERS, Context, Run
 from prunus.modifiers.schedules import Schedule
+from prunus.modifiers.state_checks import check_fields
 from prunus.modifiers.timing import Interval
 from prunus.spatial import SiteChoice, SparseInputs
 
@@ -83,6 +84,9 @@ class SparseActivationsRun(Run):
 
     def state_dict(self) -> dict[str, Any]:
         return {"share": self.masks.choice.share}
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        check_fields(state, share=(float, int))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.masks.choice.share = state["share"]

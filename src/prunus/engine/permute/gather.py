@@ -107,6 +107,7 @@ def restore_gathers(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     layer that the model has not, or with another number of input channels.
     """
     modules = {clean_name(name): module for name, module in unwrap(model).named_modules()}
+    found: list[tuple[nn.Module, Tensor]] = []
     for key, index in state.items():
         name, _, attribute = clean_name(key).rpartition(".")
         if attribute != BUFFER:
@@ -117,7 +118,9 @@ def restore_gathers(model: nn.Module, state: Mapping[str, Tensor]) -> None:
                 f"state={key!r} permutes {len(index)} inputs of a layer that this model has not; "
                 "build the model that was saved"
             )
-        _set(layer.module, index.cpu())
+        found.append((layer.module, index.cpu()))
+    for module, index in found:
+        _set(module, index)
 
 
 def _fold(net: Network, readers: Sequence[Layer]) -> Fold:

@@ -55,6 +55,11 @@ class NMLayerState:
         """Which parameter, and how often it has been written."""
         return id(self.layer.weight), self.layer.local._version
 
+    @property
+    def is_unwritten(self) -> bool:
+        """Whether nothing has been written to the parameter since a hidden weight was."""
+        return self._version == self._shown_version
+
     def is_unmodified(self, masking: Masking, mask: Tensor, beta: float) -> bool:
         """Whether the parameter holds a hidden weight, and not what others wrote.
 

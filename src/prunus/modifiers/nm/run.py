@@ -19,6 +19,7 @@ from prunus.modifiers.nm.layer_state import NMLayerState
 from prunus.modifiers.nm.maskings import MDGF
 from prunus.modifiers.nm.stages import Groups, fitting, stages
 from prunus.modifiers.nm.state import NMState
+from prunus.modifiers.state_checks import check_fields
 from prunus.modifiers.timing import Interval
 
 if TYPE_CHECKING:
@@ -82,7 +83,9 @@ class NMTrainingRun(Run):
         beta = self.masking.beta(step - self.begin, self.end - self.begin)
         for t in self.state:
             t.zero_pruned()
-            self.context.masks.put(t.layer, t.choose(progress), self)
+        masks = [t.choose(progress) for t in self.state]
+        for t, mask in zip(self.state, masks, strict=True):
+            self.context.masks.put(t.layer, mask, self)
         self.state.hide_dense(beta)
 
     @torch.no_grad()
@@ -124,12 +127,12 @@ class NMTrainingRun(Run):
 
     def _freeze(self, step: int) -> None:
         """The last masks, from the dense weights in the parameters; hard from now on."""
-        rows = []
-        for t in self.state:
-            mask = t.choose(1.0)
+        masks = [t.choose(1.0) for t in self.state]
+        rows = [t.row(mask) for t, mask in zip(self.state, masks, strict=True)]
+        for t, mask in zip(self.state, masks, strict=True):
             self.context.mask(self, t.layer, mask)
             zero_pruned([t.layer.local], [mask])
-            rows.append(t.row(mask))
+        for t in self.state:
             t.dense = t.alive = t.shown = None
         self.frozen = True
         self._remove_hook()
@@ -207,10 +210,14 @@ class NMTrainingRun(Run):
         owned = [x.name for x in self.context.masks.owned(self, self.layers)]
         return {"frozen": self.frozen, **self.state.state_dict(), "owned": owned}
 
+    def check_state(self, state: dict[str, Any]) -> None:
+        check_fields(state, frozen=bool, beta=(float, int), owned=list)
+        self.state.check_state(state)
+
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self.state.hidden:  # attaching has hidden weights that were loaded before
-            self.state.put_back()
+            self.state.put_back(same_values=False)
         self.frozen = bool(state["frozen"])
         self.state.load_state_dict(state)
         self.context.masks.own(self, self.layers, state["owned"])

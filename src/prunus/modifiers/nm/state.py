@@ -13,6 +13,7 @@ from prunus.core.masks import local
 from prunus.modifiers.base import Context
 from prunus.modifiers.nm.layer_state import NMLayerState
 from prunus.modifiers.nm.maskings import Masking
+from prunus.modifiers.state_checks import check_tensors
 
 PARTS = ("dense", "alive")
 
@@ -28,6 +29,7 @@ class NMState:
     def __init__(self, layers: list[NMLayerState], masking: Masking, context: Context) -> None:
         self.layers, self.masking, self.context = layers, masking, context
         self.beta, self.resumed = 1.0, False
+        self.remembered = False
         self.showing: float | None = None
 
     def __iter__(self) -> Iterator[NMLayerState]:
@@ -44,12 +46,18 @@ class NMState:
         return self.layers[0].shown is not None
 
     def remember_pruned(self) -> None:
-        """When the window begins: what is pruned by now stays pruned."""
+        """When the window begins: what is pruned by now stays pruned.
+
+        Once: if choosing masks raises, these may be in the registry when it is tried again.
+        """
+        if self.remembered:
+            return
         for t in self.layers:
             alive = self.context.masks.of(t.layer)
             # of a third, because other thirds may be what the mask is for
             if alive is not None and not (t.layer.qkv_part is not None and bool(alive.all())):
                 t.alive = alive.clone()
+        self.remembered = True
 
     def masks(self, layers: list[NMLayerState]) -> list[Tensor]:
         found = (self.context.masks.of(t.layer) for t in layers)
@@ -95,9 +103,18 @@ class NMState:
         pairs = zip(self.layers, unmodified, strict=True)
         return [t for t, known in pairs if (t.shown != beta if known else self.resumed)]
 
-    def put_back(self) -> int:
-        """The dense weights into the parameters; how many layers keep what others have written."""
-        known = [True] * len(self.layers) if self.resumed else self.is_unmodified()
+    def put_back(self, same_values: bool = True) -> int:
+        """The dense weights into the parameters; how many layers keep what others have written.
+
+        With `same_values`, having written the same again is no difference. A state that was loaded
+        is one however much it is like the present one.
+        """
+        if self.resumed:
+            known = [True] * len(self.layers)
+        elif same_values:
+            known = self.is_unmodified()
+        else:
+            known = [t.is_unwritten for t in self.layers]
         kept = list(itertools.compress(self.layers, known))
         self.showing, self.resumed = None, False
         if kept:
@@ -123,8 +140,21 @@ class NMState:
         parts = {key: {n: s[key] for n, s in states.items() if key in s} for key in PARTS}
         return {"beta": self.beta, **parts}
 
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raises ValueError for what is not of these layers; changes nothing."""
+        layers = [t.layer for t in self.layers]
+        for key in PARTS:
+            parts = state.get(key, {})
+            if not isinstance(parts, dict):
+                raise ValueError(f"{key}={parts!r} is no dict")
+            check_tensors(key, parts, layers)
+        lacking = [x.name for x in layers if x.name not in state.get("dense", {})]
+        if 0 < len(lacking) < len(layers):
+            raise ValueError(f"dense lacks {lacking[0]!r}")
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.beta = float(state["beta"])
+        self.remembered = False
         for t in self.layers:
             parts = {key: state.get(key, {}).get(t.layer.name) for key in PARTS}
             t.load_state_dict({key: part for key, part in parts.items() if part is not None})
