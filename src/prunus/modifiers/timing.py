@@ -38,7 +38,7 @@ def parse_duration(text: str) -> tuple[float, str]:
 def check_epochs(epochs: float) -> None:
     """Raises ValueError for what is no length of training."""
     if isinstance(epochs, bool) or not is_finite(epochs) or not 0 < epochs <= MAX_STEPS:
-        raise ValueError(f"epochs={shortened(epochs)}; give a positive, finite number")
+        raise ValueError(f"epochs={shortened(epochs)}; give a positive number")
 
 
 @dataclass(frozen=True)

@@ -79,14 +79,16 @@ def _milestones(
     end: float,
 ) -> Part:
     factor, marks = _keyword(settings, keywords, "gamma"), keywords.pop("milestones", None)
-    if not isinstance(marks, list) or not all(
-        type(m) in (int, float) and is_finite(m) for m in marks
-    ):
+    if not isinstance(marks, list) or not all(map(_is_epoch, marks)):
         raise settings.error(f"milestones={marks!r}; give a list of epochs", "lr_kwargs")
     if late := [m for m in sorted(marks) if 0 <= end <= m]:
         situation.note(settings, f"left out: milestones {late}, which end_epoch={end:g} cuts off")
     at = [start, *(m for m in sorted(marks) if m not in late)]
     return constants(settings, [(e, first * factor**i) for i, e in enumerate(at)], end)
+
+
+def _is_epoch(value: Any) -> bool:
+    return type(value) in (int, float) and is_finite(value)
 
 
 def _restarts(
