@@ -69,7 +69,7 @@ def test_there_is_no_circle():
     graph = {module(path): set() for path in FILES if path.name != "__init__.py"}
     for path in FILES:
         if module(path) in graph:
-            names = set(imports(path, top_only=True))
+            names = set(imports(path))
             graph[module(path)] = {n if n in graph else n.rpartition(".")[0] for n in names} & {
                 *graph
             }

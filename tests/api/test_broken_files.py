@@ -99,7 +99,7 @@ def test_flipped_bytes_raise_nothing_but_valueerrors(saved, tmp_path):
         try:
             prunus.load(path, net(1))
         except ValueError as error:
-            assert "bad.safetensors" in str(error)
+            assert "bad.safetensors" in str(error)  # noqa: PT017
 
 
 @pytest.mark.parametrize("name", ["m.pth", "m.safetensors"])

@@ -144,10 +144,93 @@ def test_a_line_that_a_crash_cut_short_is_dropped(tmp_path):
     session.close(finish=False)
 
 
-def test_a_line_that_is_no_record_is_named(tmp_path):
-    (tmp_path / FILE).write_text('{"event": "start"}\nrubbish\n{}\n')
-    with pytest.raises(ValueError, match=r"records\.jsonl:2: this line is not a record"):
+@pytest.mark.parametrize(
+    "rubbish",
+    [
+        '{"event": "metr',
+        "[1]",
+        "{}",
+        '{"event": "metrics"}',
+        '{"event": "prune", "step": 1}',
+        '{"event": "metrics", "step": "x"}',
+        '{"event": "metrics", "step": -1}',
+        '{"event": "metrics", "step": 1, "time": NaN}',
+        "[" * 100_000,
+        "\x00\x01",
+    ],
+)
+def test_a_line_in_the_middle_that_is_no_record_is_left_out_and_named(tmp_path, caplog, rubbish):
+    events = [{"event": "metrics", "step": i, "loss": 0.5, "time": 1.0} for i in range(3)]
+    first, *rest = (json.dumps(event) + "\n" for event in events)
+    (tmp_path / FILE).write_text(first + rubbish + "\n" + "".join(rest))
+    assert read_records(tmp_path) == events
+    assert "records.jsonl:2: this line is not a record" in caplog.text
+
+
+def test_a_line_torn_inside_a_letter_is_left_out(tmp_path, caplog):
+    line = b'{"event": "end", "step": 1}\n'
+    (tmp_path / FILE).write_bytes(line + '{"event": "ü'.encode()[:-1] + b"\n" + line)
+    assert len(read_records(tmp_path)) == 2
+    assert "records.jsonl:2" in caplog.text
+
+
+def test_a_file_without_any_record_is_refused(tmp_path):
+    (tmp_path / FILE).write_text("epoch,loss\n1,0.5\n")
+    with pytest.raises(ValueError, match="no line of this file is a record"):
         read_records(tmp_path)
+
+
+def strict(text):
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_numbers_that_json_does_not_know_are_written_strictly_and_read_back(tmp_path):
+    model, optimizer, session = start(output_dir=tmp_path)
+    log_steps(model, optimizer, session, 1)
+    session.log(a=float("nan"), b=float("inf"), c=-float("inf"), d=10**400, e=1e308)
+    session.close(finish=False)
+    session.recorder.save(tmp_path / "again")
+    for directory in (tmp_path, tmp_path / "again"):
+        lines = (directory / FILE).read_text().splitlines()
+        event = next(e for e in map(strict, lines) if "a" in e)
+        assert [event[key] for key in "abcd"] == ["NaN", "Infinity", "-Infinity", "Infinity"]
+        back = next(e for e in read_records(directory) if "a" in e)
+        assert back["a"] != back["a"]
+        assert [back[key] for key in "bcde"] == [float("inf"), -float("inf"), float("inf"), 1e308]
+
+
+def test_records_of_0_1_with_bare_nan_are_read(tmp_path):
+    (tmp_path / FILE).write_text('{"event": "metrics", "step": 1, "loss": NaN}\n')
+    (event,) = read_records(tmp_path)
+    assert event["loss"] != event["loss"]
+
+
+def test_a_log_function_that_raises_is_told_once_and_training_goes_on(caplog):
+    calls = []
+
+    def broken(event):
+        calls.append(event)
+        raise ConnectionError("no route to host")
+
+    model, optimizer, session = start(log=broken)
+    log_steps(model, optimizer, session, 6)
+    session.close()
+    assert prunus.sparsity(model) == prunus.sparsity(trained().model)
+    assert len(calls) == len(session.recorder.events)
+    told = [r.getMessage() for r in caplog.records if "log= raised" in r.getMessage()]
+    assert len(told) == 1
+    assert "ConnectionError: no route to host" in told[0]
+
+
+def test_an_interrupt_in_a_log_function_still_stops_training():
+    def stop(event):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(log=stop)
 
 
 def test_the_step_of_a_metric_is_that_of_the_session():

@@ -8,6 +8,7 @@ import torch
 
 import prunus
 from prunus.report import write_report
+from prunus.report.figure import draw
 from prunus.report.records import FILE
 from prunus.report.summary import Summary, in_units
 
@@ -201,3 +202,45 @@ def test_without_the_extra_the_error_names_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'prunus\[report\]'"):
         write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [1e308] * 5,
+        [1e308, -1e308],
+        [-1e308] * 3,
+        [1.7e308, 1.0],
+        [1e99, -1e99],
+        [5e-324, 1e-320],
+        [float("inf")] * 3,
+        [float("nan"), 1.0],
+        [10**400, 1],
+        [None, 0.5],
+        ["x", 0.5],
+    ],
+)
+def test_a_report_stands_whatever_was_logged(tmp_path, values):
+    lines = [{"event": "metrics", "step": i, "loss": v, "time": 1.0} for i, v in enumerate(values)]
+    swept = {
+        "layers": {"a": 0.5},
+        "sizes": {"a": 4},
+        "saved": {"a": 1},
+        "sparsity": 0.5,
+        "pattern": "row",
+    }
+    for value in values:
+        event = {"event": "sweep", "step": 0, "pruner": "obs", "values": {"acc": value}}
+        lines.append({**event, **swept})
+    (tmp_path / FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_report(tmp_path)
+    assert "loss" in page_of(tmp_path)
+
+
+def test_a_picture_says_how_many_values_it_leaves_out():
+    points = [(1, 0.5), (2, 1e308), (3, float("nan")), (4, float("-inf"))]
+    metrics = [{"event": "metrics", "step": i, "loss": value} for i, value in points]
+    figure = draw(Summary(metrics))
+    label = figure.axes[0].get_xlabel()
+    assert label == "optimizer step; not drawn: 3 NaN, infinite or beyond 1e100"
+    assert figure.axes[0].lines[0].get_ydata()[0] == 0.5

@@ -10,6 +10,7 @@ from torch import nn
 
 from prunus.api.session import Session
 from prunus.calibration.calibration import Calibration
+from prunus.core.numbers import count
 from prunus.modifiers.timing import Timeline
 from prunus.recipe import Recipe
 from prunus.report.records import Recorder, Sink
@@ -48,10 +49,9 @@ def attach(
     >>> prunus.sparsity(model)["0"]
     0.5
     """
-    if gradient_accumulation_steps < 1:
-        raise ValueError(f"gradient_accumulation_steps={gradient_accumulation_steps}; at least 1")
+    accumulation = count("gradient_accumulation_steps", gradient_accumulation_steps)
     if steps_per_epoch is not None:
-        steps_per_epoch = -(-steps_per_epoch // gradient_accumulation_steps)
+        steps_per_epoch = -(-count("steps_per_epoch", steps_per_epoch) // accumulation)
     loaded = Recipe.load(recipe)
     timeline = Timeline(steps_per_epoch, loaded.epochs if epochs is None else epochs)
     return Session(model, optimizer, loaded, timeline, calibration, Recorder(output_dir, log))

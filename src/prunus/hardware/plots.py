@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from prunus.hardware.estimate import Estimate
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 INK, GREY, PALE, GREEN, PLUM, ORANGE, BLUE = (
     "#222222", "#8a8a8a", "#e9e9e9", "#2f7d4f", "#7a3b69", "#c8702a", "#3b6a9c",
 )  # fmt: skip
 _MOST_BARS = 60
+
+
+class Estimated(Protocol):
+    """What a picture shows of an estimate."""
+
+    @property
+    def layers(self) -> Sequence[Any]: ...
+    def total_bits(self, form: str) -> int: ...
 
 
 def figure(columns: int, width: float, height: float) -> tuple[Any, list[Any]]:
@@ -39,7 +45,7 @@ def title(axis: Any, text: str, xlabel: str = "", ylabel: str = "") -> None:
     axis.set_ylabel(ylabel, fontsize=8, color=INK)
 
 
-def draw_estimate(estimate: Estimate, path: str | os.PathLike[str]) -> None:
+def draw_estimate(estimate: Estimated, path: str | os.PathLike[str]) -> None:
     """Bytes by format on the left; multiplications and zeros of each layer beside them."""
     called = [layer for layer in estimate.layers if layer.macs][:_MOST_BARS]
     height = max(3.0, 0.22 * len(called) + 1.2)
@@ -69,7 +75,7 @@ def draw_estimate(estimate: Estimate, path: str | os.PathLike[str]) -> None:
     picture.savefig(path, dpi=150)
 
 
-def _sizes(axis: Any, estimate: Estimate) -> None:
+def _sizes(axis: Any, estimate: Estimated) -> None:
     forms = list(dict.fromkeys(form for layer in estimate.layers for form in layer.bits))
     fits = [all(form in layer.bits for layer in estimate.layers) for form in forms]
     kib = [estimate.total_bits(form) / 8192 for form in forms]

@@ -24,6 +24,12 @@ class GroupSchedule(Schedule):
     groups: tuple[int, ...] | None = None
     """numbers of the parameter groups; default: all"""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for value in self.extremes:
+            if value < 0:
+                raise ValueError(f"{self.setting}={value:g} is negative; give 0 or more")
+
     def bind(self, context: Context) -> Run:
         return GroupRun(self, context)
 

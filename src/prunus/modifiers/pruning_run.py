@@ -3,19 +3,39 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
+from torch import nn
+
+from prunus.calibration.calibration import Calibration
 from prunus.core.layers import Layer
 from prunus.engine.method import LayerResult
+from prunus.engine.permute.step import Permute
 from prunus.engine.plan import PruningPlan
 from prunus.engine.sequential.walk import SequentialResult
 from prunus.modifiers.base import Context, Run, log
 from prunus.modifiers.events import pruning_event
+from prunus.modifiers.schedules import Schedule
 from prunus.modifiers.state_checks import check_counts, check_fields
 from prunus.modifiers.timing import Window
 
-if TYPE_CHECKING:
-    from prunus.modifiers.prune import PruningModifier
+
+class Pruning(Protocol):
+    """What a run needs to know of its modifier."""
+
+    @property
+    def permute(self) -> Permute | None: ...
+    @property
+    def pattern(self) -> str: ...
+    @property
+    def window(self) -> Window | None: ...
+    @property
+    def schedule(self) -> Schedule | None: ...
+    @property
+    def at_once(self) -> bool: ...
+    @property
+    def final_sparsity(self) -> float | None: ...
+    def plan(self, model: nn.Module, calibration: Calibration | None = None) -> PruningPlan: ...
 
 
 class PruningRun(Run):
@@ -24,7 +44,7 @@ class PruningRun(Run):
     prunes: ClassVar[bool] = True
     pruning: PruningPlan
 
-    def __init__(self, modifier: PruningModifier, context: Context) -> None:
+    def __init__(self, modifier: Pruning, context: Context) -> None:
         self.modifier, self.context = modifier, context
         if modifier.permute is not None:
             raise ValueError(

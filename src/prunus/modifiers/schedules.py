@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from prunus.core.names import did_you_mean
+from prunus.core.numbers import is_finite, shortened
 from prunus.modifiers.timing import parse_duration
 
 
@@ -82,6 +83,9 @@ class Schedule:
 
     def __post_init__(self) -> None:
         names = [*CURVES, "cyclic", "steps"]
+        for value in (*self.extremes, *self.at):
+            if not is_finite(value):
+                raise ValueError(f"{shortened(value)} is no finite number; a schedule needs one")
         if self.kind not in names:
             raise ValueError(f"unknown curve {self.kind!r}{did_you_mean(self.kind, names)}")
         if self.kind == "steps":

@@ -9,6 +9,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from prunus.core.numbers import MAX_STEPS, count, is_finite, shortened
+
+MAX_TICKS = 10_000_000
 _DURATION = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(epochs?|ep|steps?|%)")
 _UNITS = {"epoch": "ep", "epochs": "ep", "ep": "ep", "step": "step", "steps": "step", "%": "%"}
 
@@ -20,13 +23,22 @@ def parse_duration(text: str) -> tuple[float, str]:
     """
     match = _DURATION.fullmatch(str(text).strip())
     if match is None:
-        raise ValueError(f"{text!r} is not a duration; write '3ep', '500step' or '40%'")
+        message = f"{shortened(text)!r} is not a duration; write '3ep', '500step' or '40%'"
+        raise ValueError(message)
+    if float(match[1]) > MAX_STEPS:
+        raise ValueError(f"{shortened(text)!r} is longer than any training")
     value, unit = float(match[1]), _UNITS[match[2]]
     if unit == "step" and value != int(value):
         raise ValueError(f"{text!r}: steps are whole; write '{round(value)}step'")
     if unit == "%" and value > 100:
         raise ValueError(f"{text!r} is past the end of training; write at most '100%'")
     return value, unit
+
+
+def check_epochs(epochs: float) -> None:
+    """Raises ValueError for what is no length of training."""
+    if isinstance(epochs, bool) or not is_finite(epochs) or not 0 < epochs <= MAX_STEPS:
+        raise ValueError(f"epochs={shortened(epochs)}; give a positive number")
 
 
 @dataclass(frozen=True)
@@ -40,10 +52,13 @@ class Timeline:
     epochs: float | None = None
 
     def __post_init__(self) -> None:
-        if self.steps_per_epoch is not None and self.steps_per_epoch < 1:
-            raise ValueError(f"steps_per_epoch={self.steps_per_epoch}; give at least 1")
-        if self.epochs is not None and self.epochs <= 0:
-            raise ValueError(f"epochs={self.epochs}; give a positive number")
+        if self.steps_per_epoch is not None:
+            whole = count("steps_per_epoch", self.steps_per_epoch)
+            object.__setattr__(self, "steps_per_epoch", whole)
+        if self.epochs is not None:
+            check_epochs(self.epochs)
+        if self.total is not None and self.total > MAX_STEPS:
+            raise ValueError(f"epochs={self.epochs} is longer than any training")
 
     @property
     def total(self) -> int | None:
@@ -141,6 +156,10 @@ class Window(Interval):
         """The steps after which to prune, the last one always the window's end."""
         begin, end = self.span(timeline)
         every = max(1, timeline.steps(self.every or "1ep")) if end > begin else 1
+        if (end - begin) // every > MAX_TICKS:
+            raise ValueError(
+                f"{(end - begin) // every:,} pruning steps; give the window a longer 'every'"
+            )
         ticks = list(range(begin, end, every))
         # a stub of a period before the end would prune twice in a row, with nothing learnt between
         if len(ticks) > 1 and end - ticks[-1] < every / 2:

@@ -17,6 +17,7 @@ import pydantic
 
 from prunus.allocators import ALLOCATORS, Allocator, Table
 from prunus.core.names import Registry, did_you_mean
+from prunus.core.numbers import is_finite, shortened
 from prunus.modifiers import MODIFIERS, Modifier
 from prunus.modifiers.nm.maskings import MASKINGS, Masking
 from prunus.modifiers.timing import Interval
@@ -86,6 +87,7 @@ def _keys(cls: type) -> list[str]:
 def _value(hint: Any, value: Any, source: Source, path: Path) -> Any:
     if isinstance(value, bool) and bool not in members(hint):
         raise source.error(path, f"{str(value).lower()} is no value for this")
+    _check_finite(value, source, path)
     is_mapping = isinstance(value, Mapping)
     for member in members(hint):
         if member is Allocator and isinstance(value, Mapping) and "name" not in value:
@@ -97,6 +99,18 @@ def _value(hint: Any, value: Any, source: Source, path: Path) -> Any:
         if typing.get_origin(member) is tuple and isinstance(value, str):
             return (value,)
     return value
+
+
+def _check_finite(value: Any, source: Source, path: Path) -> None:
+    """Raises RecipeError for NaN, infinities and numbers too large for a float."""
+    if isinstance(value, int | float) and not is_finite(value):
+        raise source.error(path, f"expected a finite number, not {shortened(value)}")
+    if isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            _check_finite(item, source, (*path, i))
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            _check_finite(item, source, (*path, key))
 
 
 def build_named(registry: Registry[Any], data: Any, source: Source, path: Path) -> Any:

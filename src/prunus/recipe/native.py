@@ -19,7 +19,9 @@ from typing import Any
 import yaml
 
 from prunus.core.names import did_you_mean
+from prunus.core.numbers import shortened
 from prunus.modifiers import MODIFIERS, Modifier
+from prunus.modifiers.timing import check_epochs
 from prunus.recipe.build import build_named, dump
 from prunus.recipe.errors import RecipeError, Source
 from prunus.recipe.files import parse, text_of
@@ -46,8 +48,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.modifiers and self.epochs is None:
             raise ValueError("a recipe needs at least one modifier")
-        if self.epochs is not None and self.epochs <= 0:
-            raise ValueError(f"epochs={self.epochs}; give a positive number")
+        if self.epochs is not None:
+            check_epochs(self.epochs)
 
     @classmethod
     def load(
@@ -148,9 +150,14 @@ def _variables(declared: Any, overrides: dict[str, Any], source: Source) -> dict
 def _epochs(value: Any, source: Source) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise source.error(("epochs",), f"expected a positive number, not {value!r}")
-    return value
+    if isinstance(value, int | float):
+        try:
+            check_epochs(value)
+            return value
+        except ValueError:
+            pass
+    message = f"expected a positive number, not {shortened(value)}"
+    raise source.error(("epochs",), message)
 
 
 def _modifiers(entries: Any, source: Source) -> tuple[Modifier, ...]:

@@ -23,6 +23,8 @@ STYLE = {  # what a matplotlibrc must not change
 MOST_PANELS, MOST_PARTS, MOST_MARKS = 8, 5, 40
 PANEL, BAR, WIDE_BAR, AROUND = 2.3, 0.21, 0.36, 1.0
 """heights in inches: of a panel, of a bar, at least and at most, and of what is around the bars"""
+MOST = 1e100
+"""values beyond it are told, not drawn: axes of 1e308 overflow"""
 
 
 def draw(summary: Summary) -> Any:
@@ -124,20 +126,32 @@ def _line(
 ) -> None:
     for mark in marks:
         axis.axvline(mark, color=GREEN, linewidth=0.6, alpha=0.45)
-    values = [value if math.isfinite(value) else math.nan for _, value in points]
+    values = _drawable(points)
     axis.plot([step for step, _ in points], values, color=colour, linewidth=1.5,
               marker="o" if len(points) < 25 else None, markersize=3)  # fmt: skip
     axis.set_xlim(0, last)
-    _title(axis, name, "optimizer step; green: pruning" if marks else "optimizer step")
+    axis_name = "optimizer step; green: pruning" if marks else "optimizer step"
+    _title(axis, name, axis_name + _left_out(values))
+
+
+def _drawable(points: Points) -> list[float]:
+    """The values, NaN in place of those that no axis can show."""
+    return [value if abs(value) <= MOST else math.nan for _, value in points]
+
+
+def _left_out(values: list[float]) -> str:
+    count = sum(map(math.isnan, values))
+    return f"; not drawn: {count} NaN, infinite or beyond 1e100" if count else ""
 
 
 def _swept(axis: Any, *, name: str, lines: dict[str, Points]) -> None:
     for (pruner, points), colour in zip(lines.items(), cycle((ORANGE, PLUM, BLUE, GREY))):
-        axis.plot([100 * s for s, _ in points], [v for _, v in points], "o-", color=colour,
+        axis.plot([100 * s for s, _ in points], _drawable(points), "o-", color=colour,
                   linewidth=1.5, markersize=4, label=pruner)  # fmt: skip
     if len(lines) > 1:
         axis.legend(loc="lower left", fontsize=7.5, frameon=False, labelcolor=INK)
-    _title(axis, f"{name}, in one shot", "sparsity, %")
+    values = [value for points in lines.values() for value in _drawable(points)]
+    _title(axis, f"{name}, in one shot", "sparsity, %" + _left_out(values))
 
 
 def _layers(axis: Any, bars: list[Bar], summary: Summary) -> None:

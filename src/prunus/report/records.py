@@ -11,11 +11,14 @@ Each is a mapping with ``event``, ``step`` (optimizer steps done) and ``time``:
 - ``flips``: ``flip_rate`` and ``layers``, shares of the mask entries that changed in 2:4 training
 - ``execution``: ``layers``, what `prunus.accelerate` measured of each, and ``machine``, where
 - ``end``: ``sparsity``
+
+NaN and infinities stand in the file as text (``"NaN"``), because JSON has no word for them.
 """
 
 from __future__ import annotations
 
-import json
+import logging
+import math
 import os
 import time
 from collections.abc import Callable
@@ -28,33 +31,35 @@ from torch import nn
 
 from prunus.core.files import atomic_write
 from prunus.core.names import did_you_mean
+from prunus.report.lines import Event, from_line, to_line
 
-Event = dict[str, Any]
+log = logging.getLogger("prunus")
 Sink = Callable[[Event], None]
 FILE = "records.jsonl"
 
 
 def read_records(directory: str | os.PathLike[str]) -> list[Event]:
-    """The events of a run; a last line that a crash cut short is not among them.
+    """The events of a run; lines that crashes cut short are not among them.
 
-    Raises FileNotFoundError if the directory has none, ValueError for what is not a record.
+    Of those before the last a warning in the log tells the number. Raises FileNotFoundError if the
+    directory has none, ValueError if no line of the file is a record.
     """
     path = Path(directory) / FILE
     if not path.is_file():
         raise FileNotFoundError(f"no {FILE} in '{directory}'; is it the directory of a run?")
-    *lines, last = path.read_text(encoding="utf-8").split("\n")
-    events = [_parse(line, path, i) for i, line in enumerate(lines, 1) if line.strip()]
-    with suppress(json.JSONDecodeError):
-        events.append(json.loads(last))
+    *lines, last = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    numbered = [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
+    events = []
+    for i, line in numbered:
+        try:
+            events.append(from_line(line))
+        except (ValueError, RecursionError):
+            log.warning("%s:%d: this line is not a record; it is left out", path, i)
+    if numbered and not events:
+        raise ValueError(f"{path}: no line of this file is a record")
+    with suppress(ValueError, RecursionError):
+        events.append(from_line(last))
     return events
-
-
-def _parse(line: str, path: Path, number: int) -> Event:
-    try:
-        event: Event = json.loads(line)
-    except json.JSONDecodeError:
-        raise ValueError(f"{path}:{number}: this line is not a record") from None
-    return event
 
 
 def start_event(model: nn.Module, step: int, **more: Any) -> Event:
@@ -75,7 +80,10 @@ def is_main() -> bool:
 
 def number(value: Any) -> float:
     """A float of what people log: a number, or a tensor of one, with or without gradient."""
-    return float(value.detach() if hasattr(value, "detach") else value)
+    try:
+        return float(value.detach() if hasattr(value, "detach") else value)
+    except OverflowError:  # an integer of hundreds of digits
+        return math.inf if value > 0 else -math.inf
 
 
 def _numbers(event: Event) -> dict[str, float]:
@@ -156,6 +164,7 @@ class Recorder:
         self.events: list[Event] = []
         self.directory = Path(directory) if directory is not None else None
         self._sink = self._find_sink(log) if is_main() else None
+        self._sink_failed = False
         self._current = False
         """whether the file holds all of `events` but what is yet to be appended"""
 
@@ -172,12 +181,23 @@ class Recorder:
         if self.directory is not None and is_main():
             self._write(event, self.directory)
         if self._sink is not None:
-            self._sink(event)
+            self._pass_on(event, self._sink)
+
+    def _pass_on(self, event: Event, sink: Sink) -> None:
+        try:
+            sink(event)
+        except Exception as error:
+            # a night of training is worth more than a line in a log
+            if not self._sink_failed:
+                kind, what = type(error).__name__, event["event"]
+                log.warning("log= raised at the event %r: %s: %s; training goes on, and later "
+                            "errors of log= are not told", what, kind, error)  # fmt: skip
+            self._sink_failed = True
 
     def _write(self, event: Event, directory: Path) -> None:
         if self._current:
             with (directory / FILE).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(event) + "\n")
+                file.write(to_line(event) + "\n")
         else:
             self.save(directory)
             self._current = True
@@ -198,7 +218,7 @@ class Recorder:
         """Write all events to ``directory/records.jsonl``."""
         if is_main():
             with atomic_write(Path(directory) / FILE) as draft:
-                lines = (json.dumps(event) + "\n" for event in self.events)
+                lines = (to_line(event) + "\n" for event in self.events)
                 draft.write_text("".join(lines), encoding="utf-8")
 
     def close(self) -> None:

@@ -9,7 +9,8 @@ from datetime import datetime, timezone
 from functools import cached_property
 from typing import NamedTuple
 
-from prunus.report.records import Event
+from prunus.report.lines import Event
+from prunus.report.records import number
 
 MOST_BARS = 60
 _NOT_METRICS = ("event", "step", "time")
@@ -101,17 +102,26 @@ class Summary:
         result: dict[str, Points] = {}
         for event in self.metrics:
             for name, value in event.items():
-                if name not in _NOT_METRICS:
-                    result.setdefault(name, []).append((float(event["step"]), float(value)))
+                if name not in _NOT_METRICS and isinstance(value, int | float | None):
+                    result.setdefault(name, []).append((float(event["step"]), _float(value)))
         return result
+
+    @staticmethod
+    def shown(value: float | str | None) -> str:
+        """A value of a sweep as its table has it; huge ones with an exponent."""
+        if isinstance(value, str):
+            return value
+        known = _float(value)
+        return f"{known:.4f}" if abs(known) < 1e6 else f"{known:.4g}"
 
     def swept(self) -> dict[str, dict[str, Points]]:
         """Metric -> pruner -> (sparsity, value) pairs of one-shot sweeps."""
         result: dict[str, dict[str, Points]] = {}
         for event in self.sweep:
-            for name, value in event["values"].items():
+            values = {k: v for k, v in event["values"].items() if not isinstance(v, str)}
+            for name, value in values.items():
                 lines = result.setdefault(name, {})
-                lines.setdefault(event["pruner"], []).append((_sparsity(event), float(value)))
+                lines.setdefault(event["pruner"], []).append((_sparsity(event), _float(value)))
         return result
 
     def bars(self) -> list[Bar]:
@@ -188,6 +198,11 @@ class Summary:
             four = values[0], min(known), max(known), values[-1]
             rows.append((name, [f"{value:.4g}" for value in four]))
         return rows
+
+
+def _float(value: float | None) -> float:
+    """The value; NaN for null, as some programs write it."""
+    return math.nan if value is None else number(value)
 
 
 def _sparsity(event: Event) -> float:

@@ -4,26 +4,40 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
+from torch import nn
 
 from prunus.core.layers import Layer, reshard
 from prunus.core.masks import zero_pruned
-from prunus.engine.plan import mask_bytes
+from prunus.engine.plan import PruningPlan, mask_bytes
 from prunus.modifiers.base import Context, Run, log
 from prunus.modifiers.events import pruning_event
 from prunus.modifiers.grad_scaler import gradient_scale
 from prunus.modifiers.nm.eval_hook import EvalModeHook
 from prunus.modifiers.nm.layer_state import NMLayerState
-from prunus.modifiers.nm.maskings import MDGF
+from prunus.modifiers.nm.maskings import MDGF, Masking
 from prunus.modifiers.nm.stages import Groups, fitting, stages
 from prunus.modifiers.nm.state import NMState
 from prunus.modifiers.state_checks import check_fields
 from prunus.modifiers.timing import Interval
 
-if TYPE_CHECKING:
-    from prunus.modifiers.nm.modifier import NMTraining
+
+class Trains(Protocol):
+    """What a run needs to know of its modifier."""
+
+    @property
+    def masking(self) -> Masking: ...
+    @property
+    def pattern(self) -> str: ...
+    @property
+    def target(self) -> Groups: ...
+    @property
+    def structure(self) -> tuple[str, ...]: ...
+    @property
+    def window(self) -> Interval | None: ...
+    def plan(self, model: nn.Module) -> PruningPlan: ...
 
 
 class NMTrainingRun(Run):
@@ -35,7 +49,7 @@ class NMTrainingRun(Run):
 
     trains: ClassVar[bool] = True
 
-    def __init__(self, modifier: NMTraining, context: Context) -> None:
+    def __init__(self, modifier: Trains, context: Context) -> None:
         self.modifier, self.context, self.masking = modifier, context, modifier.masking
         plan = modifier.plan(context.model)
         self.layers: list[Layer] = plan.layers

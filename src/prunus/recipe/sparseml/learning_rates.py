@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from prunus.core.numbers import is_finite
 from prunus.modifiers import LearningRate
 from prunus.modifiers.schedules import CURVES
 from prunus.recipe.sparseml.parts import CAP, Part, Situation, build, duration, interval
-from prunus.recipe.sparseml.settings import REQUIRED, Settings
+from prunus.recipe.sparseml.settings import REQUIRED, Settings, as_number
 
+MAX_PIECES = 10_000
+"""of a schedule; more are a slip, not a schedule"""
 SCHEDULERS = ("StepLR", "MultiStepLR", "ExponentialLR", "CosineAnnealingWarmRestarts")
 
 
@@ -76,12 +79,16 @@ def _milestones(
     end: float,
 ) -> Part:
     factor, marks = _keyword(settings, keywords, "gamma"), keywords.pop("milestones", None)
-    if not isinstance(marks, list) or not all(type(m) in (int, float) for m in marks):
+    if not isinstance(marks, list) or not all(map(_is_epoch, marks)):
         raise settings.error(f"milestones={marks!r}; give a list of epochs", "lr_kwargs")
     if late := [m for m in sorted(marks) if 0 <= end <= m]:
         situation.note(settings, f"left out: milestones {late}, which end_epoch={end:g} cuts off")
     at = [start, *(m for m in sorted(marks) if m not in late)]
     return constants(settings, [(e, first * factor**i) for i, e in enumerate(at)], end)
+
+
+def _is_epoch(value: Any) -> bool:
+    return type(value) in (int, float) and is_finite(value)
 
 
 def _restarts(
@@ -98,9 +105,10 @@ def _restarts(
 
 def _keyword(settings: Settings, keywords: dict[str, Any], name: str) -> float:
     value = keywords.pop(name, None)
-    if type(value) not in (int, float):
+    number = None if isinstance(value, str) else as_number(value)
+    if number is None:
         raise settings.error(f"lr_kwargs needs the number {name!r}, not {value!r}", "lr_kwargs")
-    return float(value)
+    return float(number)
 
 
 def _end(settings: Settings, situation: Situation, start: float, end: float) -> float:
@@ -113,7 +121,9 @@ def _end(settings: Settings, situation: Situation, start: float, end: float) -> 
 
 def _stairs(first: float, factor: float, size: float, span: float) -> dict[str, Any]:
     """Settings of a schedule that is multiplied by the factor every `size` epochs."""
-    count = max(1, -int(-(span - 1e-9) // size))
+    count = max(1, -int(-(span - 1e-9) // size)) if size > 0 else MAX_PIECES + 1
+    if count > MAX_PIECES:
+        raise ValueError(f"a step of {size:g} epochs in {span:g} is too short; give a longer one")
     at = tuple(min(1.0, i * size / span) for i in range(count))
     return {"values": tuple(first * factor**i for i in range(count)), "at": at}
 
@@ -181,6 +191,8 @@ def _cap(
         raise settings.error("warmup has no counterpart; put a linear modifier before", "warmup")
     cycle = min(cycle, span) if cycle > 0 else span
     count = int(span / cycle + 1e-9)
+    if count > MAX_PIECES:
+        raise ValueError(f"cycle_epochs={cycle:g} is too short for {span:g} epochs")
     rest = span - count * cycle
     values, still = _cap_cycle(settings, kind, cycle, rest)
     if factor == 1 and "values" not in values:

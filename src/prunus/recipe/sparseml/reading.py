@@ -9,7 +9,7 @@ from typing import Any
 
 from prunus.core.names import did_you_mean
 from prunus.modifiers import ACDC, LearningRate, Modifier, MovementPruning, PruningModifier
-from prunus.recipe.errors import Source
+from prunus.recipe.errors import RecipeError, Source
 from prunus.recipe.sparseml.dialects import dialect_of
 from prunus.recipe.sparseml.document import Entry, entries
 from prunus.recipe.sparseml.learning_rates import function, learning_rate, set_learning_rate
@@ -127,7 +127,12 @@ def _convert(entry: Entry, situation: Situation, source: Source, strict: bool) -
         hint = did_you_mean(entry.tag, [*CONVERTERS, *REFUSED])
         raise source.error(entry.path, f"unknown modifier !{entry.tag}{hint}")
     situation.ignore(settings, "log_types")
-    part = CONVERTERS[entry.tag](settings, situation)
+    try:
+        part = CONVERTERS[entry.tag](settings, situation)
+    except RecipeError:
+        raise
+    except (ValueError, ArithmeticError) as error:  # of the dataclasses, and of extreme numbers
+        raise settings.error(str(error)) from None
     settings.done()
     yield part
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prunus.core.names import did_you_mean
+from prunus.core.numbers import is_finite
 from prunus.recipe.errors import RecipeError, Source
 from prunus.recipe.sparseml.document import Entry
 
@@ -94,11 +94,11 @@ class Settings:
 
     def span(self, end: Any = -1.0) -> tuple[float, float]:
         """``start_epoch`` (never below 0) and ``end_epoch`` (-1: the end of training)."""
-        begin = max(0.0, self.number("start_epoch", -1.0 if end != REQUIRED else REQUIRED))
+        begin = max(0.0, 0.0 + self.number("start_epoch", -1.0 if end != REQUIRED else REQUIRED))
         last = self.number("end_epoch", end)
         if 0 <= last < begin:
             raise self.error(f"end_epoch={last:g} comes before start_epoch={begin:g}", "end_epoch")
-        return begin, last if last >= 0 else -1.0
+        return begin, last + 0.0 if last >= 0 else -1.0  # not -0.0
 
     def ignore(self, *names: str) -> list[str]:
         """Those of the names that were given; they count as known."""
@@ -121,4 +121,4 @@ def as_number(value: Any) -> float | int | None:
             return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return value if math.isfinite(value) else None
+    return value if is_finite(value) else None
