@@ -167,3 +167,12 @@ def test_every_order_of_loading_resumes_the_uninterrupted_run(order, entries, ra
     for name, t in whole.state_dict().items():
         assert torch.equal(model.state_dict()[name], t)
     assert session.sparsity == first.sparsity
+
+
+def test_an_output_folder_that_cannot_be_written_is_told_when_attaching(tmp_path):
+    (tmp_path / "file").touch()
+    model = nn.Linear(8, 8)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    recipe = "modifiers: [prune: {sparsity: 0.5, layers: ['*']}]"
+    with pytest.raises(OSError, match="cannot write"):
+        prunus.attach(model, optimizer, recipe, output_dir=tmp_path / "file")

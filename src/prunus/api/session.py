@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.api.session_state import checked_state
-from prunus.calibration.calibration import Calibration
+from prunus.calibration.calibration import Calibration, as_calibration
 from prunus.core.layers import clean_parameters
 from prunus.core.mask_registry import Masks
 from prunus.core.masks import local, packed
@@ -74,7 +74,8 @@ class Session:
         """optimizer steps done, skipped ones not counted"""
         self.closed = self._unfinished = False
         self._fresh = True
-        self._context = Context(model, self.optimizer, timeline, calibration, Masks(), recorder)
+        data = as_calibration(calibration)
+        self._context = Context(model, self.optimizer, timeline, data, Masks(), recorder)
         self._listeners: list[tuple[Callable[[], Any], Callable[[], Any]]] = []
         self.runs: list[Run] = [modifier.bind(self._context) for modifier in recipe.modifiers]
         for run in self.runs:
