@@ -7,7 +7,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +94,12 @@ class Session:
             self.optimizer.register_step_pre_hook(plain(self._before)),
             self.optimizer.register_step_post_hook(plain(self._after)),
         ]
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a session is hooked onto its optimizer, so it is neither copied nor pickled; keep "
+            "session.state_dict(), and load it into a session attached to the other optimizer"
+        )
 
     def _refuse_overlap(self) -> None:
         """Raises ValueError if another open session of the optimizer prunes the same layers."""
