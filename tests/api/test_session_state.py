@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -167,3 +168,28 @@ def test_every_order_of_loading_resumes_the_uninterrupted_run(order, entries, ra
     for name, t in whole.state_dict().items():
         assert torch.equal(model.state_dict()[name], t)
     assert session.sparsity == first.sparsity
+
+
+def test_an_output_folder_that_cannot_be_written_is_told_when_attaching(tmp_path):
+    (tmp_path / "file").touch()
+    model = nn.Linear(8, 8)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    recipe = "modifiers: [prune: {sparsity: 0.5, layers: ['*']}]"
+    with pytest.raises(OSError, match="cannot write"):
+        prunus.attach(model, optimizer, recipe, output_dir=tmp_path / "file")
+
+
+@pytest.mark.parametrize("take", [copy.deepcopy, copy.copy, pickle.dumps])
+def test_a_session_is_neither_copied_nor_pickled(take):
+    *_, session = attached(steps=1)
+    with pytest.raises(TypeError, match="session.state_dict"):
+        take(session)
+
+
+@pytest.mark.parametrize("take", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_of_an_optimizer_has_no_session(take):
+    model, optimizer, session = attached(steps=1)
+    other, trained = take((optimizer, model))
+    train(trained, other, 3)
+    assert session.step == 1
+    prunus.attach(trained, other, GRADUAL).close(finish=False)

@@ -337,3 +337,42 @@ def test_the_command_is_installed():
     done = run_module("prunus", "--help")
     assert done.returncode == 0
     assert "check" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (
+            "prune",
+            "magnitude",
+            "--model",
+            "made:fails",
+            "--sparsity",
+            "0.5",
+            "--output",
+            "file/m.st",
+        ),
+        ("prune", "magnitude", "--model", "made:fails", "--sparsity", "0.5", "--output", "folder"),
+        ("prune", "magnitude", "--model", "made:fails", "--output", "m.st", "--report", "file"),
+        ("shrink", "made:fails", "--inputs", "made:fails", "--output", "folder"),
+        ("estimate", "made:fails", "--batch", "made:fails", "--report", "file"),
+    ],
+)
+def test_paths_that_cannot_be_written_are_told_before_the_work(run, tmp_path, arguments):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    code, _, error = run(*arguments)
+    assert code == 2
+    assert "file" in error or "folder" in error
+    assert "made" not in error
+
+
+def test_the_version_and_the_shipped_recipes_are_printed(run):
+    code, screen, _ = run("--version")
+    assert code == 0
+    assert re.fullmatch(r"prunus \d+\.\d+\S*, torch \S+\n", screen)
+    code, screen, _ = run("list", "recipes")
+    assert code == 0
+    assert "vit/magnitude-90" in screen
+    assert run("list", "recipe")[0] == 2
+    assert run("check", "vit/magnitude-90")[0] == 0

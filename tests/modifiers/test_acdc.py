@@ -173,3 +173,33 @@ def test_recipes_may_name_it():
 def test_n_of_m_training_is_another_entry():
     with pytest.raises(ValueError, match="ACDC masks hard; N:M training is NMTraining"):
         ACDC(pattern="2:4", masking=SRSTE())
+
+
+BOTH = """
+modifiers:
+- prune: {layers: ['0'], sparsity: 0.25, window: {from: 1step}}
+- acdc: {layers: ['0', '2'], sparsity: 0.75, window: {from: 2step, to: 10step, every: 2step}}
+"""
+
+
+@pytest.mark.parametrize("resumed_at", [None, 5, 7])
+def test_dense_phases_leave_pruned_what_another_entry_pruned(resumed_at):
+    model = two_layers()
+    optimizer = sgd(model)
+    session = prunus.attach(model, optimizer, BOTH)
+    for step in range(1, 12):
+        train(model, optimizer, 1)
+        if step == 1:
+            gone = model[0].weight == 0
+            assert gone.float().mean() == pytest.approx(0.25, abs=0.01)
+        if step == resumed_at:
+            state = copy.deepcopy(session.state_dict())
+            session.close(finish=False)
+            session = prunus.attach(model, optimizer, BOTH)
+            session.load_state_dict(state)
+        assert bool((model[0].weight[gone] == 0).all())
+        if step == 7:  # a dense phase: all others train again
+            assert torch.equal(~session.masks["0.weight"], gone)
+            assert bool(session.masks["2.weight"].all())
+    session.close()
+    assert session.sparsity == pytest.approx(0.75, abs=0.01)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -10,10 +11,11 @@ from torch import nn
 
 from prunus.api.session import Session
 from prunus.calibration.calibration import Calibration
+from prunus.core.files import check_writable
 from prunus.core.numbers import count
 from prunus.modifiers.timing import Timeline
 from prunus.recipe import Recipe
-from prunus.report.records import Recorder, Sink
+from prunus.report.records import FILE, Recorder, Sink, is_main
 
 
 def attach(
@@ -32,7 +34,8 @@ def attach(
 
     ``steps_per_epoch`` counts batches and is divided (rounding up) by
     ``gradient_accumulation_steps``; both it and ``epochs`` (default: the recipe's) are needed only
-    by recipes that count in epochs or shares of training. ``output_dir`` receives
+    by recipes that count in epochs or shares of training. ``calibration`` is tried on its first
+    batch where the recipe will need it; an iterable of batches will do. ``output_dir`` receives
     ``records.jsonl`` as training goes; ``log`` also passes events to Weights & Biases, TensorBoard
     or a function.
 
@@ -53,5 +56,7 @@ def attach(
     if steps_per_epoch is not None:
         steps_per_epoch = -(-count("steps_per_epoch", steps_per_epoch) // accumulation)
     loaded = Recipe.load(recipe)
+    if output_dir is not None and is_main():
+        check_writable(Path(output_dir) / FILE)
     timeline = Timeline(steps_per_epoch, loaded.epochs if epochs is None else epochs)
     return Session(model, optimizer, loaded, timeline, calibration, Recorder(output_dir, log))

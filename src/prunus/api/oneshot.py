@@ -11,7 +11,7 @@ from torch import nn
 from prunus.api.arguments import AllocatorLike, as_recipe, norms_data
 from prunus.api.results import Result
 from prunus.calibration.batch_norm import recalibrate as estimate_norms
-from prunus.calibration.calibration import Calibration
+from prunus.calibration.calibration import Calibration, as_calibration
 from prunus.core.mask_registry import Masks
 from prunus.core.unseen import told
 from prunus.engine.permute.step import Permute
@@ -63,6 +63,7 @@ def prune(
     >>> result.sparsity, int((model[0].weight == 0).sum())
     (0.5, 32)
     """
+    calibration = as_calibration(calibration)
     recipe = as_recipe(pruner, sparsity, pattern, layers, exclude, allocator, permute)
     modifiers = _one_shot(recipe)
     walk = Sequential.of(sequential)

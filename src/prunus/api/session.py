@@ -7,13 +7,13 @@ import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 
 from prunus.api.session_state import checked_state
-from prunus.calibration.calibration import Calibration
+from prunus.calibration.calibration import Calibration, as_calibration
 from prunus.core.layers import clean_parameters
 from prunus.core.mask_registry import Masks
 from prunus.core.masks import local, packed
@@ -75,7 +75,8 @@ class Session:
         """optimizer steps done, skipped ones not counted"""
         self.closed = self._unfinished = False
         self._fresh = True
-        self._context = Context(model, self.optimizer, timeline, calibration, Masks(), recorder)
+        data = as_calibration(calibration)
+        self._context = Context(model, self.optimizer, timeline, data, Masks(), recorder)
         self._listeners: list[tuple[Callable[[], Any], Callable[[], Any]]] = []
         self.runs: list[Run] = [modifier.bind(self._context) for modifier in recipe.modifiers]
         for run in self.runs:
@@ -96,6 +97,12 @@ class Session:
             self.optimizer.register_step_pre_hook(plain(self._before)),
             self.optimizer.register_step_post_hook(plain(self._after)),
         ]
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a session is hooked onto its optimizer, so it is neither copied nor pickled; keep "
+            "session.state_dict(), and load it into a session attached to the other optimizer"
+        )
 
     def _refuse_overlap(self) -> None:
         """Raises ValueError if another open session of the optimizer prunes the same layers."""

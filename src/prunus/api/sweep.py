@@ -13,7 +13,7 @@ from prunus.api.arguments import AllocatorLike, as_allocator, as_names, as_prune
 from prunus.api.results import Evaluate, SweepResult
 from prunus.calibration.batch_norm import put_back
 from prunus.calibration.batch_norm import recalibrate as estimate_norms
-from prunus.calibration.calibration import Calibration
+from prunus.calibration.calibration import Calibration, as_calibration
 from prunus.core.layers import reshard
 from prunus.core.patterns import parse_pattern
 from prunus.core.progress import track
@@ -54,6 +54,7 @@ def sweep(
     sparsities = [float(sparsity) for sparsity in sparsities]
     if not sparsities:
         raise ValueError("no sparsities were given; give at least one, such as [0.5, 0.75]")
+    calibration = as_calibration(calibration)
     method = Method(
         as_pruner(pruner),
         parse_pattern(pattern),

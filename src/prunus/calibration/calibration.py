@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from prunus.calibration.memory_plan import parse_bytes
-from prunus.core.layers import is_sharded, reshard
+from prunus.core.layers import is_sharded, reshard, unwrap
 from prunus.core.ranks import all_ranks, lockstep, no_error_sync
 
+log = logging.getLogger("prunus")
 Batch = Any
 
 
@@ -114,6 +116,46 @@ class Calibration:
                 return output
             return self.loss_fn(output, targets[0])
         return model(batch)
+
+
+def as_calibration(value: Any) -> Calibration | None:
+    """A Calibration as it is, anything else that has batches as one without a loss.
+
+    Raises ValueError for what cannot be iterated.
+    """
+    if value is None or isinstance(value, Calibration):
+        return value
+    if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Tensor, Mapping)):
+        kind = type(value).__name__
+        raise ValueError(f"calibration is a {kind}; pass prunus.Calibration(batches, loss_fn)")
+    return Calibration(value)
+
+
+def check_first_batch(model: nn.Module, calibration: Calibration, gradients: bool) -> None:
+    """Run the model on the first batch, with its loss where gradients will be taken.
+
+    Raises ValueError if there is no batch, or the model cannot run it. What only happened not to
+    be readable now (an OSError) is said in the log, since it is read anew when it is needed.
+    Models that are sharded or have no data yet are not run.
+    """
+    target = unwrap(model)
+    runs = not needs_all_ranks(model) and not any(p.is_meta for p in target.parameters())
+    try:
+        with undisturbed(model, calibration), torch.no_grad():
+            batch = next(iter(calibration), _NOTHING)
+            if batch is not _NOTHING and runs:
+                calibration.loss(target, batch) if gradients else calibration.run(target, batch)
+    except OSError as error:
+        log.warning("the calibration data could not be tried: %s", error)
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        kind = type(error).__name__
+        raise ValueError(f"calibration: its first batch cannot be used: {kind}: {error}") from error
+    else:
+        if batch is _NOTHING:
+            raise ValueError("calibration has no batches; at least one is needed")
+
+
+_NOTHING = object()
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -18,6 +18,7 @@ from prunus.modifiers import MODIFIERS
 from prunus.modifiers.nm.maskings import MASKINGS
 from prunus.modifiers.schedules import CURVES
 from prunus.pruners import PRUNERS
+from prunus.recipe.files import shipped_recipes
 from prunus.recipe.schema import class_schema
 from prunus.stats import STATISTICS
 
@@ -48,6 +49,15 @@ def listing() -> Iterator[RenderableType]:
         table.add_row("pattern", pattern, message)
     yield table
     yield f"curves of schedules: {', '.join([*CURVES, 'steps', 'cyclic'])}"
+
+
+def shipped_listing() -> Iterator[RenderableType]:
+    """The recipes that come with the package, with the comment that each begins with."""
+    table = table_of("recipe", "what it does")
+    for name, path in shipped_recipes().items():
+        first = path.read_text(encoding="utf-8").split("\n")[0]
+        table.add_row(name, first.removeprefix("#").strip() if first.startswith("#") else "")
+    yield table
 
 
 def description(name: str) -> Iterator[RenderableType]:

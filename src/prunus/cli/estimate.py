@@ -12,6 +12,7 @@ from rich.console import Console
 import prunus
 from prunus.calibration.calibration import to_device
 from prunus.cli.arguments import call_batch, call_model, known_device
+from prunus.core.files import check_writable
 from prunus.hardware import Machine
 from prunus.hardware import estimate as estimate_model
 
@@ -33,6 +34,8 @@ def estimate(
 ) -> None:
     """What a model's zeros are worth: bytes by format, products, energy at 45 nm, EIE's cycles."""
     where = known_device(device)
+    if report is not None:
+        check_writable(report / "estimate.json")
     network = call_model(model)
     if checkpoint is not None:
         prunus.load(checkpoint, network)

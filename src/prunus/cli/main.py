@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -25,11 +26,11 @@ from prunus.cli.arguments import (
     overrides,
 )
 from prunus.cli.bench import bench as bench_table
-from prunus.cli.catalogue import description, listing
+from prunus.cli.catalogue import description, listing, shipped_listing
 from prunus.cli.estimate import estimate
 from prunus.cli.preview import preview, timetable
 from prunus.cli.shrink import groups, shrink
-from prunus.core.files import atomic_write
+from prunus.core.files import atomic_write, check_writable
 from prunus.core.unseen import told
 from prunus.integrations.sparseml.convert import convert as convert_recipe
 from prunus.modifiers import Context, OneShotModifier
@@ -61,10 +62,30 @@ def main() -> None:
         sys.exit(2)
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"prunus {version('prunus')}, torch {torch.__version__}")
+        raise typer.Exit
+
+
+@app.callback(help=prunus.__doc__)
+def options(
+    _: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="print it and stop"),
+    ] = False,
+) -> None:
+    """What goes before a command."""
+
+
 @app.command("list")
-def list_() -> None:
-    """What recipes can name: pruners, patterns, allocators, modifiers, curves."""
-    out.print(*listing(), sep="\n")
+def list_(
+    what: Annotated[str, typer.Argument(help="'recipes': those that come with it")] = "names",
+) -> None:
+    """What recipes can name: pruners, patterns, allocators, modifiers, curves; or the recipes."""
+    if what not in ("names", "recipes"):
+        raise ValueError(f"list knows 'names' and 'recipes', not {what!r}")
+    out.print(*(listing() if what == "names" else shipped_listing()), sep="\n")
 
 
 @app.command()
@@ -121,7 +142,8 @@ def schema(
     if output is None:
         typer.echo(text)
     else:
-        output.write_text(text + "\n")
+        with atomic_write(output) as draft:
+            draft.write_text(text + "\n", encoding="utf-8")
 
 
 @app.command()
@@ -134,6 +156,8 @@ def convert(
     set_: SetOption = None,
 ) -> None:
     """The same recipe in our own words; comments say what has no counterpart."""
+    if output is not None:
+        check_writable(output)
     text = convert_recipe(recipe, dialect, overrides(set_))
     if output is None:
         typer.echo(text, nl=False)
@@ -187,6 +211,9 @@ def prune(
     """Prune a model at once and save it."""
     if (device or folder) and sequential is None:
         raise ValueError("--device and --folder are for --sequential; give --sequential auto too")
+    check_writable(output)
+    if report is not None:
+        check_writable(report / "report.html")
     blocks = None if sequential == "auto" else sequential
     network = call_model(model)
     if weights is not None:

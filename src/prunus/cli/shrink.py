@@ -13,6 +13,7 @@ from prunus.channels import save as save_shapes
 from prunus.channels import shrink as shrink_model
 from prunus.channels.shapes import load
 from prunus.cli.arguments import call_batch, call_calibration, call_model
+from prunus.core.files import check_writable
 
 Model = Annotated[str, typer.Argument(help="package.module:function that returns the model")]
 Inputs = Annotated[str, typer.Option(help="package.module:function that returns a batch of inputs")]
@@ -48,6 +49,8 @@ def shrink(
         equals = ""
     if not equals:
         raise ValueError(f"--target {target!r} must be written macs=0.5")
+    for path in (output, output.with_suffix(".json")):
+        check_writable(path)
     network = call_model(model)
     if weights is not None:
         load(weights, network)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from prunus.allocators import Table
-from prunus.calibration.calibration import Calibration
+from prunus.calibration.calibration import Calibration, check_first_batch
 from prunus.calibration.measurements import Measurements, check_measurable
 from prunus.core.blocks import by_block
 from prunus.core.layers import Layer
@@ -71,6 +71,20 @@ class PruningPlan:
         check_measurable(self.measurements().stats, f"pruner {pruner.name!r}", None)
         signals = signal_statistics(allocator, self.layers)
         check_measurable(signals, f"allocator {allocator.name!r}", None)
+
+    def try_data(self) -> None:
+        """Raises ValueError if the first batch of the data cannot be used, where it is needed."""
+        calibration = self.calibration
+        if calibration is None:
+            return
+        stats = [*self.measurements().stats.values()]
+        stats += signal_statistics(self.method.allocator, self.layers).values()
+        if self.sequential is not None:  # the model may not fit where it would have to run
+            if next(iter(calibration), None) is None:
+                raise ValueError("calibration has no batches; at least one is needed")
+        elif stats:
+            gradients = any(stat.reads == "gradients" for stat in stats)
+            check_first_batch(self.model, calibration, gradients)
 
     def check_reachable(self, target: float | None) -> None:
         """Raises ValueError if more is pruned already than the target asks for."""

@@ -10,7 +10,11 @@ import torch
 try:
     import lightning.pytorch as pl
 except ModuleNotFoundError:
-    import pytorch_lightning as pl
+    try:
+        import pytorch_lightning as pl
+    except ModuleNotFoundError as error:
+        message = f"{error}; this callback needs: pip install 'prunus[lightning]'"
+        raise ModuleNotFoundError(message, name=error.name) from None
 
 from prunus.api.attach import attach
 from prunus.api.session import Session, innermost

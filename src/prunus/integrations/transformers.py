@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+try:
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+except ModuleNotFoundError as error:
+    message = f"{error}; this callback needs: pip install 'prunus[llm]'"
+    raise ModuleNotFoundError(message, name=error.name) from None
 
 from prunus.api.attach import attach
 from prunus.api.session import Session

@@ -10,14 +10,18 @@ comes after it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
+
+from torch import Tensor
 
 from prunus.core.layers import Layer
-from prunus.core.masks import local
+from prunus.core.masks import local, packed, unpack
+from prunus.core.sharding import gather, scatter
 from prunus.modifiers.base import MODIFIERS, Context
 from prunus.modifiers.prune import PruningModifier
 from prunus.modifiers.pruning_run import PruningRun
 from prunus.modifiers.schedules import Schedule
+from prunus.modifiers.state_checks import check_tensors
 
 MOMENTA = ("momentum_buffer", "exp_avg")
 """names of the first moment in torch's optimizers"""
@@ -28,7 +32,7 @@ class ACDC(PruningModifier):
     """Alternate dense phases with phases pruned to `sparsity`; the last phase is a pruned one.
 
     The window begins with a dense phase; ``every`` is the length of a phase. In a dense phase the
-    pruned weights are trained again, from zero.
+    pruned weights are trained again, from zero; not those that another entry has pruned.
     """
 
     name: ClassVar[str] = "acdc"
@@ -57,17 +61,33 @@ class ACDCRun(PruningRun):
 
     modifier: ACDC
 
+    def __init__(self, modifier: PruningModifier, context: Context) -> None:
+        super().__init__(modifier, context)
+        self.others: dict[str, Tensor] = {}
+        """layer name -> mask that another entry had put on, which dense phases leave on"""
+
+    def _remember_others(self) -> None:
+        masks = self.context.masks
+        for layer in self.layers:
+            mask = masks.of(layer)
+            if mask is not None and not masks.owned(self, [layer]):
+                self.others[layer.name] = mask.clone()
+
     def dense(self, tick: int) -> bool:
         """Whether the phase that begins with this tick is a dense one."""
         return tick % 2 == 0 and tick < len(self.ticks) - 2
 
     def _tick(self, tick: int, step: int) -> None:
         if not self.dense(tick):
+            self._remember_others()
             super()._tick(tick, step)
             return
         context = self.context
         for layer in self.owned:
-            context.masks.lift(layer)
+            if layer.name in self.others:
+                context.masks.put(layer, self.others[layer.name], self)
+            else:
+                context.masks.lift(layer)
             if self.modifier.reset_momentum:
                 self._reset_momentum(layer)
         self.next = tick + 1
@@ -78,6 +98,23 @@ class ACDCRun(PruningRun):
         for name in MOMENTA:
             if state.get(name) is not None:
                 layer.part(local(state[name])).zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        weights = {layer.name: layer.weight for layer in self.layers}
+        others = {name: packed(gather(m, weights[name])) for name, m in self.others.items()}
+        return {**super().state_dict(), "others": others}
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        super().check_state(state)
+        check_tensors("others", state.get("others", {}), self.layers)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        weights = {layer.name: layer.weight for layer in self.layers}
+        self.others = {
+            name: scatter(unpack(mask["bits"], mask["shape"]), weights[name])
+            for name, mask in state.get("others", {}).items()  # older states have none
+        }
 
     def timetable(self) -> list[tuple[int, str]]:
         return [

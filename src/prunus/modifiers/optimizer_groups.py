@@ -22,7 +22,7 @@ class GroupSchedule(Schedule):
     window: Interval | None = None
     """when; default: all of training. Outside it the loop's own value counts"""
     groups: tuple[int, ...] | None = None
-    """numbers of the parameter groups; default: all"""
+    """numbers of the parameter groups; default: all, those that are added later too"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,9 +67,10 @@ class GroupRun(Run):
         if any(modifier.setting not in groups[i] for i in chosen):
             kind = type(self.optimizer).__name__
             raise ValueError(f"{kind} has no {modifier.setting!r} to set; drop this modifier")
-        # a group of weight decay 0 (biases, norms) was made so that it stays 0
-        spared = modifier.setting == "weight_decay" and modifier.groups is None
-        self.indices = [i for i in chosen if not (spared and groups[i]["weight_decay"] == 0)]
+        self.indices = [] if modifier.groups is None else list(modifier.groups)
+        self.seen = 0
+        """groups that are in `indices` or spared; `add_param_group` may make more"""
+        self._follow_groups()
         window, timeline = modifier.window or Interval(), context.timeline
         self.begin, self.end = window.bounds(timeline)
         if modifier.kind != "constant":
@@ -77,6 +78,15 @@ class GroupRun(Run):
         self.cycle = None
         if modifier.cycle is not None and self.end is not None:
             self.cycle = timeline.cycle(modifier.cycle, self.end - self.begin)
+
+    def _follow_groups(self) -> None:
+        """Take in groups that are new. Those of weight decay 0 (biases, norms) shall stay so."""
+        groups = self.optimizer.param_groups
+        if self.modifier.groups is None:
+            setting = self.modifier.setting
+            new = range(self.seen, len(groups))
+            self.indices += [i for i in new if setting == "lr" or groups[i][setting] != 0]
+        self.seen = max(self.seen, len(groups))
 
     def value(self, step: int) -> float:
         if self.end is None:
@@ -86,6 +96,7 @@ class GroupRun(Run):
     def before_step(self, step: int) -> None:
         if step < self.begin or (self.end is not None and step >= self.end):
             return
+        self._follow_groups()
         value = self.value(step)
         for index in self.indices:
             group = self.optimizer.param_groups[index]  # load_state_dict makes new ones

@@ -75,6 +75,7 @@ class PruningRun(Run):
 
     def check_data(self) -> None:
         self.pruning.check_data()
+        self.pruning.try_data()
 
     def start(self) -> None:
         self.pruning.check_reachable(self.modifier.final_sparsity)

@@ -60,7 +60,10 @@ class Recipe:
         strict: bool = True,
         **overrides: Any,
     ) -> Recipe:
-        """From a file, or from YAML text (anything of more lines or with ``modifiers:`` in it).
+        """From a file, YAML text (anything of more lines or with ``modifiers:`` in it), or by name.
+
+        Names are those of recipes that come with the package, as ``vit/magnitude-90``; `prunus list
+        recipes` prints them.
 
         Recipes of SparseML 1.x and CAP (YAML, or Markdown with YAML at its top) are known by their
         tags and read into the same modifiers; ``dialect`` ('sparseml' or 'cap') says which of the

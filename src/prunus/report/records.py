@@ -127,7 +127,7 @@ class _TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            message = f"{error}; log='tensorboard' needs: pip install tensorboard"
+            message = f"{error}; log='tensorboard' needs: pip install 'prunus[tensorboard]'"
             raise ImportError(message) from None
         self.directory = directory or Path("runs")
         self.make: Any = SummaryWriter  # torch leaves it untyped

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.core.blocks import Blocks
-from prunus.core.files import atomic_write
+from prunus.core.files import atomic_write, check_writable
 from prunus.core.layers import Layer, clean_name
 from prunus.core.ranks import all_ranks
 from prunus.engine.method import LayerResult
@@ -60,7 +60,10 @@ def _alike(a: Sums, b: Sums) -> bool:
 
 
 def check_folder(folder: str, weights: str | None) -> None:
-    """Raises ValueError if the folder cannot take the blocks of a run, or holds something else."""
+    """Raises ValueError if the folder cannot take the blocks of a run, or holds something else.
+
+    And OSError if it cannot be written to.
+    """
     path = Path(folder)
     if path.exists() and not path.is_dir():
         raise ValueError(f"folder='{folder}' is a file; name a folder")
@@ -75,6 +78,7 @@ def check_folder(folder: str, weights: str | None) -> None:
             f"folder='{folder}' holds {found[0].name} of something else, which loaders would take "
             "for the pruned model; use an empty folder"
         )
+    check_writable(path / PROGRESS)
 
 
 def _message_of_first(text: str) -> str:
