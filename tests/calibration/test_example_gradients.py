@@ -375,3 +375,33 @@ def test_dictionaries_are_taken_apart_too():
     model = Named()
     prunus.prune(model, cap(samples="example"), sparsity=0.5, layers="*", calibration=calibration)
     assert (model.layer.weight == 0).sum() == 16
+
+
+class _Tagger(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.a, self.out = nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 11)
+
+    def forward(self, x):
+        return self.out(self.a(self.embed(x)).tanh()).transpose(1, 2)
+
+
+@pytest.mark.parametrize("first", [0, 1, 2, 3])
+def test_texts_of_unequal_lengths_in_any_batch_have_gradients_of_their_own(first):
+    torch.manual_seed(0)
+    model = _Tagger().double()
+    x = [torch.randint(0, 11, (5, 7)) for _ in range(4)]
+    y = [t.roll(-1, 1).clone() for t in x]
+    for labels in y[1:]:  # the first batch has texts of one length
+        for i in range(5):
+            labels[i, 1 + i :] = -100
+    loss = nn.functional.cross_entropy
+    slow = torch.zeros(8, 8, dtype=torch.float64)
+    for text, labels in zip(torch.cat(x), torch.cat(y), strict=True):
+        (grad,) = torch.autograd.grad(loss(model(text[None]), labels[None]), [model.a.weight])
+        slow += grad.square() / 20
+    order = [(first + i) % 4 for i in range(4)]
+    settings = prunus.OBS(num_grads=20, samples="example", block_size=8, damp=1e-12)
+    batches = prunus.Calibration([(x[i], y[i]) for i in order], loss)
+    fast = prunus.fisher(model, batches, layers="a", settings=settings).diag()["a"]
+    torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-11)

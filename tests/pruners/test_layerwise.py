@@ -265,3 +265,55 @@ def test_layers_whose_inputs_have_no_matrix_are_refused_by_name():
         with pytest.raises(ValueError, match=message):
             prunus.prune(model, "sparsegpt", layers=[name], sparsity=0.5, calibration=data)
     assert same(model, before)
+
+
+def few_and_many(samples, cols=96, rows=48):
+    """Weights, `samples` inputs of a decaying spectrum, and as many new ones as tell."""
+    g = torch.Generator().manual_seed(0)
+    q, _ = torch.linalg.qr(torch.randn(cols, cols, generator=g, dtype=torch.float64))
+    spectrum = torch.arange(1, cols + 1, dtype=torch.float64) ** -0.5
+    w = 0.05 * torch.randn(rows, cols, generator=g, dtype=torch.float64)
+    seen, new = (
+        torch.randn(n, cols, generator=g, dtype=torch.float64) * spectrum @ q
+        for n in (samples, 4096)
+    )
+    return w, seen, new
+
+
+def error_on_new_inputs(pruner, samples):
+    w, seen, new = few_and_many(samples)
+    model = nn.Sequential(nn.Linear(96, 48, bias=False)).double()
+    with torch.no_grad():
+        model[0].weight.copy_(w)
+    prunus.prune(model, pruner, layers=["0"], pattern="2:4", calibration=prunus.Calibration([seen]))
+    return output_error(new, w, model[0].weight.detach())
+
+
+@pytest.mark.parametrize("samples", [24, 48, 96, 192])
+def test_a_refit_on_few_inputs_does_not_raise_the_error_on_new_ones(samples):
+    assert error_on_new_inputs(Wanda(refit=True), samples) < error_on_new_inputs(Wanda(), samples)
+    sweep, refitted = (error_on_new_inputs(SparseGPT(refit=r), samples) for r in (False, True))
+    assert refitted < sweep
+    assert error_on_new_inputs(ALPS(), samples) < error_on_new_inputs(Wanda(), samples)
+
+
+@pytest.mark.parametrize("exponent", [-27, 27])
+@pytest.mark.parametrize("pruner", [ALPS(iterations=30), Wanda(refit=True)], ids=str)
+def test_single_precision_results_do_not_depend_on_the_scale(pruner, exponent):
+    def pruned(s, x):
+        w, seen, _ = few_and_many(64)
+        model = nn.Sequential(nn.Linear(96, 48, bias=False))
+        with torch.no_grad():
+            model[0].weight.copy_(w.float() * s)
+        data = prunus.Calibration([seen.float() * x])
+        prunus.prune(model, pruner, layers=["0"], pattern="2:4", calibration=data)
+        return model[0].weight.detach()
+
+    s = 2.0**exponent
+    assert torch.equal(pruned(s, s), pruned(1.0, 1.0) * s)
+
+
+@pytest.mark.parametrize(("samples", "told"), [(95, True), (96, False)])
+def test_fewer_inputs_than_columns_are_told(samples, told, caplog):
+    error_on_new_inputs(Wanda(refit=True), samples)
+    assert (f"{samples} inputs for 96 columns" in caplog.text) is told

@@ -122,6 +122,7 @@ def test_refitting_never_raises_the_error_nor_brings_weights_back(samples, patte
     assert torch.equal(mask, its_mask)
     assert bool((better[~mask] == 0).all())
     total = stat.gram("cpu")
+    total = total + 0.1 * 12 / samples * total.diagonal().mean() * torch.eye(12).double()
     for old, a, b in zip(w, new, better, strict=True):
         assert quadratic(total, b - old) <= quadratic(total, a - old) * (1 + 1e-9) + 1e-12
 

@@ -120,13 +120,41 @@ def test_rows_that_got_worse_or_lost_their_numbers_are_returned_as_they_came():
     assert torch.equal(new, torch.stack([solved[0], masked[1], masked[2]]))
 
 
-def test_a_row_that_overflows_is_returned_as_it_came():
+def test_a_row_whose_squares_overflow_is_solved():
     w = torch.tensor([[1.0, 1.0, 1.0], [1e38, 1e38, 1e38]])
     gram = 2 * torch.eye(3) + torch.ones(3, 3)
     mask = torch.tensor([[True, True, False]]).expand(2, 3)
     new = refit(w, w, gram, mask)
-    assert torch.equal(new[1], torch.tensor([1e38, 1e38, 0.0]))
+    torch.testing.assert_close(new[1], torch.tensor([1.25e38, 1.25e38, 0.0]))
     torch.testing.assert_close(new[0], torch.tensor([1.25, 1.25, 0.0]))
+
+
+@pytest.mark.parametrize("exponent", [-27, -9, 9, 27])  # about 1e-8 to 1e8
+@pytest.mark.parametrize("of", ["weights", "inputs", "both"])
+def test_single_precision_refits_do_not_depend_on_the_scale(exponent, of):
+    w, gram, mask = (t.float() for t in problem(6, 30, samples=20))
+    s, x = (2.0 ** (exponent * (of in (part, "both"))) for part in ("weights", "inputs"))
+    plain = refit(w, w, gram, mask.bool(), 20, 0.1)
+    assert torch.equal(refit(w * s, w * s, gram * x**2, mask.bool(), 20, 0.1), plain * s)
+
+
+@given(st.integers(1, 5), st.integers(1, 12), st.integers(1, 30), SEEDS, st.floats(1e-3, 1e3))
+@FEW
+def test_a_ridge_is_that_of_ridge_regression_toward_the_dense_weights(
+    rows, cols, samples, seed, ridge
+):
+    w, gram, mask = problem(rows, cols, seed, samples)
+    damped = gram + ridge * gram.diagonal().mean() * torch.eye(cols, dtype=gram.dtype)
+    best = torch.stack([row_solve(r, damped, k) for r, k in zip(w, mask, strict=True)])
+    new = refit(w, w, gram, mask, 20 * cols, ridge)
+    torch.testing.assert_close(new, best, rtol=1e-5, atol=1e-6 * float(w.abs().max()))
+
+
+def test_the_ridge_grows_with_columns_over_samples():
+    assert refitting.ridge_of(256, 256) == pytest.approx(0.1)
+    assert refitting.ridge_of(64, 256) == pytest.approx(0.4)
+    assert refitting.ridge_of(262144, 4096) < 0.002
+    assert refitting.ridge_of(0, 256) == pytest.approx(25.6)
 
 
 def test_refit_keeping_all_is_bitwise_and_keeping_none_is_zero():

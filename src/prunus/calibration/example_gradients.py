@@ -113,15 +113,19 @@ def example(batch: Batch, i: int, size: int) -> Batch:
     return batch
 
 
+Seen = list[list[tuple[Tensor, Tensor]]]
+
+
 class ExampleGradients:
     """Gradients of single examples from one backward pass over a batch.
 
     The gradient of a linear layer is, for each example, the product of its inputs and the gradients
     of its outputs, both of which a hook sees (I. Goodfellow, "Efficient per-example gradient
     computations", 2015, https://arxiv.org/abs/1510.01799); convolutions likewise, with their inputs
-    unfolded. Three examples of the first batch are compared with passes of their own; where they
-    differ (a weight used outside its module, a loss that is no mean over examples) or a layer has
-    no such form, each example has its own pass.
+    unfolded. Three examples of every batch are compared with passes of their own; from the first
+    batch on where they differ (a weight used outside its module, a loss that is no mean over
+    examples, such as that of texts of unequal lengths), or if a layer has no such form, each
+    example has its own pass.
     """
 
     def __init__(
@@ -137,14 +141,16 @@ class ExampleGradients:
     def __call__(self, batch: Batch) -> Iterator[Grads]:
         """(samples, rows, cols) for each layer, at most `at_once` samples at a time."""
         size = size_of(batch)
-        if self.by_hooks is None:
-            self.by_hooks = self._agrees(batch, size)
-        if not self.by_hooks:
+        seen = None
+        if self.by_hooks is not False:
+            seen = self._seen(batch)
+            agrees = self._agrees(batch, seen, size)
+            self.by_hooks = self.by_hooks if agrees is None else agrees
+        if seen is None or not self.by_hooks:
             singles = (self._single(batch, i, size) for i in range(size))
             while some := list(islice(singles, self.at_once)):
                 yield [_stack(samples) for samples in zip(*some, strict=True)]
             return
-        seen = self._seen(batch)
         for begin in range(0, size, self.at_once):
             end = min(begin + self.at_once, size)
             yield [self._product(i, seen[i], begin, end, size) for i in range(len(self.layers))]
@@ -153,9 +159,8 @@ class ExampleGradients:
         one = example(batch, i, size)
         return micro_batch_gradients(self.model, self.layers, self.calibration, one)
 
-    def _agrees(self, batch: Batch, size: int) -> bool | None:
+    def _agrees(self, batch: Batch, seen: Seen, size: int) -> bool | None:
         """Whether hooks give what passes of their own do; None if this batch does not tell."""
-        seen = self._seen(batch)
         told = [False] * len(self.layers)
         for at in sorted({0, size // 2, size - 1}):
             fast_gradients = [
@@ -175,9 +180,9 @@ class ExampleGradients:
                     return False
         return True if all(told) else None
 
-    def _seen(self, batch: Batch) -> list[list[tuple[Tensor, Tensor]]]:
+    def _seen(self, batch: Batch) -> Seen:
         """For each layer its calls: inputs and the gradients of outputs."""
-        seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.layers]
+        seen: Seen = [[] for _ in self.layers]
         probe = torch.zeros((), device=self.layers[0].local.device, requires_grad=True)
 
         def hook(calls: list[tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:

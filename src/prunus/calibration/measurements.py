@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -17,6 +18,8 @@ from prunus.core.ranks import Ranks, all_ranks, row_cuts
 from prunus.core.sharding import any_sharded, cut_along_inputs, ranks_of
 from prunus.solvers import selection
 from prunus.stats import Statistic, all_reduce_statistics, checked_statistic
+
+log = logging.getLogger("prunus")
 
 
 def needs_of(stats: Mapping[Layer, Statistic], rows: Mapping[Layer, int]) -> list[Need]:
@@ -110,6 +113,7 @@ class Measurements:
                 stats = {rows: shared.get(rows.layer, stat) for rows, stat in stats.items()}
         all_reduce_statistics(stat for stat in stats.values() if not stat.by_rows)
         _check_finite({rows.layer: stat for rows, stat in stats.items() if stat.reads == "inputs"})
+        _tell_shortage(stats)
         return stats
 
     def _empty(self, rows: Rows) -> Statistic:
@@ -175,6 +179,19 @@ def _within(piece: Rows, share: Rows) -> Rows:
     """The piece, counted from the start of a share, as rows of the layer."""
     begin = min(share.begin + piece.begin, share.end)
     return Rows(piece.layer, begin, min(share.begin + piece.end, share.end))
+
+
+def _tell_shortage(stats: Mapping[Rows, Statistic]) -> None:
+    """One warning, if layers have seen less than what is solved from them has unknowns."""
+    short = {rows.layer.name: text for rows, stat in stats.items() if (text := stat.shortage())}
+    if short:
+        name, text = next(iter(short.items()))
+        log.warning(
+            "too little calibration data for %d of %d layers, such as %s: %s. What is solved from "
+            "it fits the calibration data better than new data, and a second-order order of "
+            "weights may be worse than that of magnitude; give at least as many, or smaller blocks",
+            len(short), len(stats), name, text,
+        )  # fmt: skip
 
 
 def _check_finite(stats: Mapping[Layer, Statistic]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from prunus.core.layers import Layer, working_precision
 from prunus.core.patterns import NM, Block, Pattern
 from prunus.pruners.base import ScorePruner
-from prunus.solvers.least_squares import refit
+from prunus.solvers.least_squares import refit, ridge_of
 from prunus.solvers.mask_swaps import swap
 from prunus.stats import InputGram, InputNorm
 
@@ -70,4 +70,5 @@ class Layerwise(ScorePruner):
             return w
         dense = working_precision(w)
         gram = stat.gram(w.device).to(dense.dtype)
-        return refit(dense, torch.where(mask, dense, 0), gram, mask)
+        start = torch.where(mask, dense, 0)
+        return refit(dense, start, gram, mask, ridge=ridge_of(stat.count, len(gram)))

@@ -21,6 +21,7 @@ from prunus.core.ranks import Ranks
 from prunus.pruners._layerwise import gram_of
 from prunus.pruners.base import JointPruner, register_pruner
 from prunus.solvers.admm import solve
+from prunus.solvers.least_squares import ridge_of
 from prunus.stats import InputGram
 
 
@@ -70,4 +71,5 @@ class ALPS(JointPruner):
         def project(scores: Tensor) -> Tensor:
             return pattern.mask(scores.masked_fill(~alive, -1), drop) & alive
 
-        return solve(dense, gram, project, self.iterations, self.damp)
+        ridge = ridge_of(stat.count, len(gram))
+        return solve(dense, gram, project, self.iterations, self.damp, ridge)

@@ -23,7 +23,7 @@ from prunus.pruners._layerwise import gram_of
 from prunus.pruners._stripes import choice, row_counts, stripe_counts
 from prunus.pruners.base import JointPruner, register_pruner
 from prunus.solvers.column_sweep import sweep_columns
-from prunus.solvers.least_squares import refit
+from prunus.solvers.least_squares import refit, ridge_of
 from prunus.stats import InputGram
 
 
@@ -73,5 +73,6 @@ class SparseGPT(JointPruner):
             dense, stat.factor(self.damp, w.device).to(dense.dtype), choose, every
         )
         if self.refit:
-            new = refit(dense, new, gram.to(dense.dtype), mask)
+            ridge = ridge_of(stat.count, len(gram))
+            new = refit(dense, new, gram.to(dense.dtype), mask, ridge=ridge)
         return new, mask

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+RIDGE = 0.1  # of the mean diagonal, where there are as many inputs as columns
+
 CHUNK = 1 << 19  # weights solved at once on a CPU: what passes between two products stays in cache
 MANY = 1 << 24  # elsewhere, only to bound the memory
 
@@ -30,7 +32,34 @@ def relative_error(dense: Tensor, w: Tensor, gram: Tensor) -> float:
     return float(layer_error(dense, w, gram).sum()) / whole if whole > 0 else 0.0
 
 
-def refit(dense: Tensor, w: Tensor, gram: Tensor, mask: Tensor, iterations: int = 20) -> Tensor:
+def ridge_of(samples: int, cols: int) -> float:
+    """The ridge toward the dense weights, in units of the mean diagonal of G.
+
+    With few inputs the weights that fit them best do not fit others: it grows as ``cols / samples``
+    and vanishes where data abound.
+    """
+    return RIDGE * cols / max(1, samples)
+
+
+def unit_of(t: Tensor) -> Tensor:
+    """() the power of two next below the largest entry, to scale by without rounding."""
+    return power_of_two(t.abs().amax() if t.numel() else t.sum())
+
+
+def power_of_two(size: Tensor) -> Tensor:
+    """The power of two next below each size; 1 for zero, NaN and infinity."""
+    exponent = torch.where(size.isfinite() & (size > 0), size, 1).double().log2().floor()
+    return exponent.exp2().to(size.dtype)
+
+
+def refit(
+    dense: Tensor,
+    w: Tensor,
+    gram: Tensor,
+    mask: Tensor,
+    iterations: int = 20,
+    ridge: float = 0.0,
+) -> Tensor:
     """(rows, cols) weights of a smaller error where `mask` keeps, and zero elsewhere.
 
     Conjugate gradients on ``min tr((w - dense) G (w - dense)^T)`` over the kept entries of each
@@ -38,7 +67,9 @@ def refit(dense: Tensor, w: Tensor, gram: Tensor, mask: Tensor, iterations: int 
     one product with G. As many iterations as a row keeps weights reach its minimum. The post-
     processing of X. Meng et al., "ALPS", 2024, https://arxiv.org/abs/2406.07831, section 3.3,
     but no row's error rises, and inputs that are always zero leave their weights as they were.
+    ``ridge`` times the mean diagonal of G is added to its diagonal, and counts in the error.
     """
+    gram = _in_units(gram, ridge)
     most = CHUNK if dense.device.type == "cpu" else MANY
     step = max(1, most // max(1, dense.shape[1]))
     parts = zip(*(torch.split(t, step) for t in (dense, w, mask)), strict=True)
@@ -46,6 +77,8 @@ def refit(dense: Tensor, w: Tensor, gram: Tensor, mask: Tensor, iterations: int 
 
 
 def _refit_rows(gram: Tensor, iterations: int, dense: Tensor, w: Tensor, mask: Tensor) -> Tensor:
+    unit = power_of_two(dense.abs().amax(1, keepdim=True)) if dense.shape[1] else 1
+    dense, w = dense / unit, w / unit
     start = torch.where(mask, w, 0)
     gap = dense - start
     r = gap @ gram
@@ -55,7 +88,15 @@ def _refit_rows(gram: Tensor, iterations: int, dense: Tensor, w: Tensor, mask: T
     )
     torch.sub(dense, new, out=gap)
     after = torch.mm(gap, gram, out=r).mul_(gap).sum(1, keepdim=True, dtype=torch.float64)
-    return torch.where(after < before, new, start)  # so NaN is no success either
+    return torch.where(after < before, new, start).mul_(unit)  # so NaN is no success either
+
+
+def _in_units(gram: Tensor, ridge: float) -> Tensor:
+    """(cols, cols) G with its ridge, its largest entry between 1 and 2, so squares are finite."""
+    diag = gram.diagonal()
+    gram = gram / unit_of(diag)
+    gram.diagonal().add_(ridge * gram.diagonal().mean())
+    return gram
 
 
 def _floor(dense: Tensor, gram: Tensor) -> Tensor:

@@ -92,6 +92,10 @@ class Statistic(Extensible):
         """
         return None
 
+    def shortage(self) -> str:
+        """What it has seen too little of, as ``8 tokens for 64 columns``; empty if enough."""
+        return ""
+
     def with_rows(self, rows: int) -> Statistic:
         """An empty one with the same settings for another number of rows: for `by_rows`."""
         raise NotImplementedError

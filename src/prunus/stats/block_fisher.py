@@ -116,6 +116,10 @@ class BlockFisher(Statistic):
         waiting = self._chunk * self.cols * max(4, self.dtype.itemsize)
         return int(self.rows * (squares * self.dtype.itemsize + waiting))
 
+    def shortage(self) -> str:
+        few = 0 < self.count < self.block_size
+        return f"{self.count} gradients for blocks of {self.block_size} weights" if few else ""
+
     def tensors(self) -> list[Tensor]:
         return self._sums
 

@@ -119,6 +119,10 @@ class InputGram(Statistic):
         """Samples (tokens, or positions of a convolution) seen."""
         return int(self._count)
 
+    def shortage(self) -> str:
+        few = 0 < self.count < self.columns
+        return f"{self.count} inputs for {self.columns} columns" if few else ""
+
     @property
     def norm(self) -> Tensor:
         """(columns,) the l2 norm over all samples seen."""
