@@ -110,3 +110,14 @@ def test_a_file_of_torch_save_is_named_with_the_remedy(name, tmp_path):
 def test_a_model_without_data_is_refused(saved):
     with pytest.raises(ValueError, match="(?s)meta device .*to_empty"):
         prunus.load(saved[0], net().to("meta"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16])
+def test_small_floats_are_saved_compactly_and_come_back(dtype, tmp_path):
+    model, other = (nn.BatchNorm1d(1) for _ in range(2))
+    values = (torch.randn(64, 64) * (torch.rand(64, 64) > 0.9)).to(dtype)
+    model.register_buffer("q", values)
+    other.register_buffer("q", torch.zeros(64, 64, dtype=dtype))
+    prunus.save(model, tmp_path / "m.safetensors", compact=True)
+    prunus.load(tmp_path / "m.safetensors", other)
+    assert torch.equal(other.q.float(), values.float())

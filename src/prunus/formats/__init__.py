@@ -133,6 +133,8 @@ def compress(t: Tensor) -> Encoded:
 
 
 def _has_few_values(t: Tensor) -> bool:
+    if t.dtype.itemsize == 1:  # a codebook saves nothing, nor can float8 be sorted
+        return False
     flat = t.detach().reshape(-1)
     if len(torch.unique(flat[:_SAMPLE])) > 16:  # most tensors are found out here
         return False
