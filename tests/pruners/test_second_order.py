@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 import prunus
 
@@ -272,3 +273,45 @@ def test_blocks_of_any_length_are_ranked_alike_where_the_fisher_says_nothing():
 def test_an_unknown_score_is_refused_with_a_near_miss():
     with pytest.raises(ValueError, match=r"unknown score 'increas'.*increase"):
         prunus.CAP(score="increas")
+
+
+def _masks(scale, damp, gradients, block_size=24):
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(24, 20), nn.ReLU(), nn.Linear(20, 5)).double()
+    g = torch.Generator().manual_seed(0)
+    batches = [
+        (
+            torch.randn(8, 24, dtype=torch.float64, generator=g),
+            torch.randint(0, 5, (8,), generator=g),
+        )
+        for _ in range(gradients)
+    ]
+    prunus.prune(
+        model,
+        prunus.CAP(num_grads=gradients, block_size=block_size, damp=damp),
+        sparsity=0.75,
+        layers=["0"],
+        calibration=prunus.Calibration(
+            batches, lambda output, y: scale * nn.functional.cross_entropy(output, y)
+        ),
+    )
+    return model[0].weight.detach() != 0
+
+
+@pytest.mark.parametrize("gradients", [8, 32])
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3, 1e6])
+def test_caps_masks_do_not_change_when_loss_and_damp_are_scaled_together(scale, gradients):
+    plain = _masks(1.0, 1e-8, gradients)
+    assert torch.equal(_masks(scale, 1e-8 * scale**2, gradients), plain)
+
+
+def test_caps_masks_of_a_summed_loss_are_those_of_a_larger_damp_not_of_rounding(caplog):
+    huge = _masks(1e6, 1e-8, 8)
+    assert "is too small beside gradients of this size" in caplog.text
+    assert torch.equal(_masks(1e8, 1e-8, 8), huge)  # the damp follows the gradients
+
+
+@pytest.mark.parametrize(("gradients", "told"), [(23, True), (24, False)])
+def test_fewer_gradients_than_a_block_is_long_are_told(gradients, told, caplog):
+    _masks(1.0, 1e-8, gradients)
+    assert (f"{gradients} gradients for blocks of 24 weights" in caplog.text) is told

@@ -132,3 +132,22 @@ def test_the_dual_form_shifts_too_where_gradients_repeat(caplog):
     c = linalg.dual_inverse(g, 1e-18)
     assert bool(c.isfinite().all())
     assert "not positive definite" in caplog.text
+
+
+@pytest.mark.parametrize("damp", [1e-12, 1e-8, 1e-4])
+@pytest.mark.parametrize("exponent", [-20, -10, 10, 20])  # of 2: twelve orders of magnitude
+def test_the_dual_form_scales_with_gradients_and_damp_together(damp, exponent):
+    g, s = samples(2, 4, 12, 0), 2.0**exponent
+    plain = linalg.dual_inverse(g, damp)
+    assert torch.equal(linalg.dual_inverse(g * s, damp * s * s), plain / (s * s))
+
+
+@pytest.mark.parametrize("size", [1e3, 1e6, 1e9])
+def test_a_damp_that_is_not_resolved_beside_gradients_is_raised_and_told(size, caplog):
+    g = samples(2, 4, 12, 0) * size
+    mean = g.square().sum((1, 2)) / (4 * 12)
+    expected = torch.stack([inverse(f) for f in (stacked(g, 0) + torch.diag_embed(
+        (1e-10 * mean).unsqueeze(1).expand(2, 12)))])  # fmt: skip
+    close(linalg.dual_inverse(g, 1e-8), expected, 1e-4)
+    assert "2 of 2 blocks were not positive definite to working precision" in caplog.text
+    assert "damp=1e-08 is too small" in caplog.text

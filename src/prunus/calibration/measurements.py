@@ -187,9 +187,9 @@ def _tell_shortage(stats: Mapping[Rows, Statistic]) -> None:
     if short:
         name, text = next(iter(short.items()))
         log.warning(
-            "too little calibration data for %d of %d layers, such as %s: %s. What is solved from "
-            "it fits the calibration data better than new data, and a second-order order of "
-            "weights may be worse than that of magnitude; give at least as many, or smaller blocks",
+            "too little calibration data for %d of %d layers, such as %s: %s. The result fits the "
+            "calibration data, not new data, and may be worse than that of magnitude; give at "
+            "least as many (of gradients: or a smaller block_size)",
             len(short), len(stats), name, text,
         )  # fmt: skip
 

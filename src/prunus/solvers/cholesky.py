@@ -73,16 +73,35 @@ def inverse(a: Tensor) -> Tensor:
     return inv.mT @ inv
 
 
+def resolvable_damp(damp: float, mean: Tensor) -> Tensor:
+    """(n,) the damp, or 1e-10 of the mean diagonal of ``G^T G / m``, (n,), where that is more.
+
+    For matrices that are singular without it: their inverse spans ``mean / damp`` in size, of which
+    working precision would leave noise. The log says so.
+    """
+    damps = (FIRST_JITTER * mean).clamp(min=damp)
+    if raised := int((damps > damp).count_nonzero()):
+        log.warning(
+            "%d of %d blocks were not positive definite to working precision: damp=%g is too small "
+            "beside gradients of this size; up to %.1e was taken (a larger 'damp', or a loss that "
+            "is a mean, does it in the open)",
+            raised, len(damps), damp, float(damps.max()),
+        )  # fmt: skip
+    return damps
+
+
 def dual_inverse(g: Tensor, damp: float) -> Tensor:
     """Inverses of ``damp I + G^T G / m`` by way of the (m, m) matrix ``m damp I + G G^T``.
 
     ``g`` is (n, m, d): m samples of each of n blocks. Cheaper than `inverse` where m < d
-    (Sherman, Morrison and Woodbury).
+    (Sherman, Morrison and Woodbury). A damp too small to be resolved beside G is raised, see
+    `resolvable_damp`.
     """
-    m = g.shape[1]
+    m, d = g.shape[1:]
     gram = g @ g.mT
-    gram.diagonal(dim1=1, dim2=2).add_(m * damp)
+    damps = resolvable_damp(damp, gram.diagonal(dim1=1, dim2=2).sum(1) / (m * d)).unsqueeze(1)
+    gram.diagonal(dim1=1, dim2=2).add_(m * damps)
     half: Tensor = torch.linalg.solve_triangular(cholesky(gram), g, upper=False)
     result = (half.mT @ half).neg_()
     result.diagonal(dim1=1, dim2=2).add_(1)
-    return result.div_(damp)
+    return result.div_(damps.unsqueeze(2))

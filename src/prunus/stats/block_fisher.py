@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from prunus.solvers.cholesky import dual_inverse, inverse
+from prunus.solvers.cholesky import dual_inverse, inverse, resolvable_damp
 from prunus.stats.base import Sampling, Statistic, register_statistic
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -40,7 +40,12 @@ class FisherBlocks:
         """(n, d, d) the inverse of `fisher`, in float64. Raises ValueError if there is none."""
         if self.dual and self.data.shape[1] < self.data.shape[2]:
             return dual_inverse(self.data.double(), self.damp)
-        return inverse(self.fisher())
+        fisher = self.fisher()
+        if self.count < fisher.shape[1]:
+            mean = fisher.diagonal(dim1=1, dim2=2).mean(1) - self.damp
+            more = resolvable_damp(self.damp, mean) - self.damp
+            fisher.diagonal(dim1=1, dim2=2).add_(more.unsqueeze(1))
+        return inverse(fisher)
 
 
 PerBlock = Callable[..., Tensor]
