@@ -136,7 +136,9 @@ def begun(pruner, seen, lr=0.1):
     entry = prunus.PruningModifier(pruner, schedule, layers=("*",), window=window)
     model = net()
     optimizer, recipe = torch.optim.Adam(model.parameters(), lr), prunus.Recipe((entry,))
+    before = len(seen)
     session = prunus.attach(model, optimizer, recipe, calibration=slow.watched(model, seen))
+    del seen[before:]  # attaching tries a batch
     return model, optimizer, session
 
 

@@ -369,7 +369,7 @@ def test_an_unknown_logger_is_an_error_with_a_suggestion():
 
 @pytest.mark.parametrize(("log", "module", "message"), [
     ("wandb", "wandb", r"pip install 'prunus\[wandb\]'"),
-    ("tensorboard", "torch.utils.tensorboard", "pip install tensorboard"),
+    ("tensorboard", "torch.utils.tensorboard", r"pip install 'prunus\[tensorboard\]'"),
 ])  # fmt: skip
 def test_a_missing_logger_names_what_to_install(log, module, message, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
