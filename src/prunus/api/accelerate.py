@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunus.core.names import few
 from prunus.core.progress import track
 from prunus.execution.inference import (
     DENSE,
@@ -74,7 +75,7 @@ class Accelerated(Printable):
         for row in self.rows:
             if row.why:
                 message.setdefault(row.why, []).append(row.name)
-        lines = [f"dense: {_few(names)}: {why}" for why, names in message.items()]
+        lines = [f"dense: {few(names, 4)}: {why}" for why, names in message.items()]
         return [*lines, self.verdict, self.machine]
 
     @property
@@ -121,11 +122,6 @@ class Accelerated(Printable):
             "verdict": self.verdict,
             "layers": [{**asdict(row), "why": row.why} for row in self.rows],
         }
-
-
-def _few(names: Sequence[str], most: int = 4) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def machine(device: torch.device) -> str:

@@ -177,11 +177,12 @@ def sparsity(model: nn.Module) -> SparsityTable:
         part = local(layer.weight.detach())
         zeros = part.numel() - int(part.count_nonzero())
         rows.append((layer.name, layer.kind, layer.shape, part.numel(), zeros))
-    for item in unseen_weights(model):
+    unseen = unseen_weights(model)
+    for item in unseen:
         part = local(item.weight)
         zeros = part.numel() - int(part.count_nonzero())
         rows.append((item.name, item.kind, tuple(item.weight.shape), part.numel(), zeros))
-    return SparsityTable(rows, told(model))
+    return SparsityTable(rows, told(model, unseen))
 
 
 Evaluate = Callable[[nn.Module], Any]

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from prunus.api.session_state import checked_state
 from prunus.calibration.calibration import Calibration, as_calibration
-from prunus.core.layers import clean_parameters
+from prunus.core.layers import clean_parameters, is_sharded
 from prunus.core.mask_registry import Masks
 from prunus.core.masks import local, packed
+from prunus.core.names import few
 from prunus.core.sharding import gather, scatter, whole_sparsity
 from prunus.core.unseen import told
 from prunus.modifiers import Context, Run
@@ -147,15 +148,12 @@ class Session:
         soft = {x.parameter_name for run in self.runs if run.soft for x in run.masked_layers}
         off = self.masks.off(soft)
         if off:
-            names = ", ".join(f"{name} ({count})" for name, count in list(off.items())[:3])
-            more = f" and {len(off) - 3} more" if len(off) > 3 else ""
             log.warning(
-                "%s: %d pruned weights were not zero, in %s%s; they are zero again. Were weights "
+                "%s: %d pruned weights were not zero, in %s; they are zero again. Were weights "
                 "loaded, or written by something other than this optimizer?",
                 when,
                 sum(off.values()),
-                names,
-                more,
+                few([f"{name} ({count})" for name, count in off.items()]),
             )
             self.masks.put_on(off)
         return off
@@ -164,9 +162,7 @@ class Session:
         """Follow parameters that were replaced; those that are computed by now are an error."""
         for layer in (layer for run in self.runs for layer in run.masked_layers):
             present = layer.present
-            if present is layer.weight or (
-                hasattr(layer.weight, "to_local") and present is not None
-            ):
+            if present is layer.weight or (is_sharded(layer.weight) and present is not None):
                 continue  # FSDP2 shows gathered copies at times
             if present is None or present.shape != layer.weight.shape:
                 what = "is computed by something else" if present is None else "has another shape"

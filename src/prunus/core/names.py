@@ -13,6 +13,12 @@ from prunus.core.plugins import load_plugins
 T = TypeVar("T")
 
 
+def few(names: Sequence[str], most: int = 3) -> str:
+    """``a, b, c and 7 more``."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def did_you_mean(word: str, options: Iterable[str]) -> str:
     """A closing clause for an error: ``; did you mean 'cap'?`` or ``; one of: cap, obs``.
 

@@ -16,6 +16,7 @@ from torch import nn
 from prunus.core.default_dense_layers import ends
 from prunus.core.fused_qkv import split_third, subtract, third_of
 from prunus.core.layers import Layer, all_layers, clean_name, unwrap
+from prunus.core.names import few
 from prunus.core.regex_alternatives import dead_alternatives
 from prunus.core.transformed import is_transformed
 from prunus.core.unseen import unseen_weights
@@ -123,8 +124,7 @@ def _spared(layers: Sequence[Layer]) -> set[str]:
     }
     for reason, names in reasons.items():
         if names:
-            some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            log.info("left dense: %s (%s)", some, reason)
+            log.info("left dense: %s (%s)", few(names), reason)
     return {name for names in reasons.values() for name in names}
 
 

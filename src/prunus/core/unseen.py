@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from prunus.core.layers import all_layers, clean_name, reshard, storage_of, unwrap
 from prunus.core.masks import local
+from prunus.core.names import few
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,12 @@ def unseen_weights(model: nn.Module) -> list[UnseenWeight]:
     return sorted(found, key=lambda item: -item.size)
 
 
-def told(model: nn.Module) -> str:
-    """One line on the weights that are no layers; empty if there are none."""
-    unseen = unseen_weights(model)
+def told(model: nn.Module, unseen: list[UnseenWeight] | None = None) -> str:
+    """One line on the weights that are no layers (found here, or before); empty if none are."""
+    unseen = unseen_weights(model) if unseen is None else unseen
     size = sum(item.size for item in unseen)
     whole = size + sum(local(layer.weight).numel() for layer in all_layers(model))
     if not size:
         return ""
-    some = ", ".join(f"{item.name} ({item.kind}, {item.size:,})" for item in unseen[:3])
-    more = f" and {len(unseen) - 3} more" if len(unseen) > 3 else ""
-    return f"not seen, dense: {size / max(1, whole):.1%} of the model's weights: {some}{more}"
+    some = few([f"{item.name} ({item.kind}, {item.size:,})" for item in unseen])
+    return f"not seen, dense: {size / max(1, whole):.1%} of the model's weights: {some}"

@@ -10,6 +10,7 @@ from torch import Tensor
 from prunus.allocators import Allocator
 from prunus.calibration.memory_plan import Rows
 from prunus.core.layers import Layer
+from prunus.core.names import few
 from prunus.core.patterns import Pattern
 from prunus.pruners import Pruner, supports
 
@@ -91,10 +92,10 @@ class LayerResult:
 
 def collapse_message(names: Sequence[str]) -> str:
     """What a person should know of layers that have no weights left."""
-    some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    remedy = "lower the sparsity, exclude the layer, or use an allocator such as 'uniform' or 'erk'"
     return (
-        f"collapsed: no weight is left in {some}, so the outputs may not depend on the inputs; "
-        "lower the sparsity, exclude the layer, or use an allocator such as 'uniform' or 'erk'"
+        f"collapsed: no weight is left in {few(names)}, so the outputs may not depend on the "
+        f"inputs; {remedy}"
     )
 
 

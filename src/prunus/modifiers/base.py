@@ -17,7 +17,7 @@ from prunus.core.extension import check_parts, check_settings
 from prunus.core.layers import Layer
 from prunus.core.mask_registry import Masks
 from prunus.core.masks import local, zero_pruned
-from prunus.core.names import Registry
+from prunus.core.names import Registry, few
 from prunus.engine.plan import PruningPlan
 from prunus.engine.sequential.walk import Sequential
 from prunus.modifiers.timing import Timeline
@@ -69,9 +69,8 @@ class Context:
             raise ValueError(
                 "DeepSpeed ZeRO flattens the weights, so masks cannot hold; use DDP or FSDP2"
             )
-        count = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(
-            f"the optimizer does not hold {', '.join(missing[:3])}{count}; attach the optimizer "
+            f"the optimizer does not hold {few(missing)}; attach the optimizer "
             "that trains these weights, built after the model was moved or sharded, or exclude them"
         )
 
