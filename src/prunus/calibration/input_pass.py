@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from prunus.calibration.calibration import Calibration, in_common, undisturbed
-from prunus.core.layers import Layer, unwrap
+from prunus.calibration.padding import Padding
+from prunus.core.layers import Layer
 from prunus.core.progress import track
 from prunus.core.ranks import all_ranks
 from prunus.stats import Statistic
@@ -18,19 +20,6 @@ from prunus.stats import Statistic
 
 class _InputsDiverged(Exception):  # noqa: N818
     """Layers that had the same input at first have different ones now."""
-
-
-def real_tokens(batch: Any, model: nn.Module) -> Tensor | None:
-    """(examples, tokens) which tokens are no padding, if a batch says so and has any padding.
-
-    Not for encoder-decoder models, whose mask is of the encoder's tokens only.
-    """
-    if getattr(getattr(unwrap(model), "config", None), "is_encoder_decoder", False):
-        return None
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
-        return None
-    return mask.bool()
 
 
 class _Inputs:
@@ -41,14 +30,18 @@ class _Inputs:
     _InputsDiverged if that turns out not to be always so.
     """
 
-    def __init__(self, stats: Mapping[Layer, Statistic], share: bool) -> None:
-        self.stats, self.share = stats, share
+    def __init__(
+        self, stats: Mapping[Layer, Statistic], share: bool, padding: Padding
+    ) -> None:
+        self.stats, self.share, self.padding = stats, share, padding
         self.leaders: dict[Layer, Layer] = {}
-        self.real: Tensor | None = None
         self.last: tuple[Layer, Tensor, int] | None = None
         self.calls = dict.fromkeys(stats, 0)
 
     def take(self, layer: Layer, x: Tensor) -> None:
+        real = self.padding.real(layer, x)
+        if self.padding.watching:
+            return
         first = layer not in self.leaders
         features = getattr(x, "features", x)  # of a sparse tensor
         version = 0 if features.is_inference() else features._version
@@ -62,22 +55,12 @@ class _Inputs:
         self.last = layer, x, version
         self.calls[layer] += 1
         if self.leaders[layer] is layer:
-            self.stats[layer].update(layer.input_matrix(self._without_padding(x)))
+            self.stats[layer].update(layer.input_matrix(x if real is None else x[real]))
 
     def check(self) -> None:
         """At the end: each layer was called as often as the one with which it shares."""
         if any(self.calls[layer] != self.calls[first] for layer, first in self.leaders.items()):
             raise _InputsDiverged
-
-    def _without_padding(self, x: Tensor) -> Tensor:
-        real = self.real
-        if real is None:
-            return x
-        if x.dim() > 2 and x.shape[:2] == real.shape:
-            return x[real.to(x.device)]
-        if x.dim() == 2 and len(x) == real.numel():
-            return x[real.flatten().to(x.device)]
-        return x
 
 
 def _see_alike(a: Layer, b: Layer) -> bool:
@@ -93,12 +76,12 @@ def measure_inputs(
 ) -> dict[Layer, Statistic]:
     """Fill the statistics from the layers' inputs, in one pass over the calibration data.
 
-    Padding (zeros in a batch's ``attention_mask``) is left out. Returns the statistic of each
+    Padding (zeros in a batch's ``attention_mask``) is left out of inputs that are its tokens. Returns the statistic of each
     layer, which is one and the same for layers that have the same input; those must not be used
     beside it. Raises ValueError for empty data, and for a layer that no batch has reached.
     """
     shared: dict[Layer, Statistic] = {}
-    inputs = _Inputs(stats, share=True)
+    inputs = _Inputs(stats, share=True, padding=Padding(model))
     with all_ranks().raise_on_all_ranks(), contextlib.suppress(_InputsDiverged):
         shared = _pass(model, inputs, calibration)
     if _on_all_ranks(inputs.leaders if shared else {}, stats) and shared:
@@ -106,7 +89,7 @@ def measure_inputs(
     for stat in stats.values():
         for t in stat.tensors():
             t.zero_()
-    return _pass(model, _Inputs(stats, share=False), calibration)
+    return _pass(model, _Inputs(stats, share=False, padding=Padding(model)), calibration)
 
 
 def _on_all_ranks(leaders: Mapping[Layer, Layer], stats: Mapping[Layer, Statistic]) -> bool:
@@ -121,15 +104,17 @@ def _pass(model: nn.Module, inputs: _Inputs, calibration: Calibration) -> dict[L
     def hook(layer: Layer) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         return lambda module, args, kwargs: inputs.take(layer, (*args, *kwargs.values())[0])
 
-    count = 0
+    count, run = 0, functools.partial(calibration.run, model)
     with contextlib.ExitStack() as stack, undisturbed(model, calibration), torch.no_grad():
         for layer in inputs.stats:
             handle = layer.module.register_forward_pre_hook(hook(layer), with_kwargs=True)
             stack.callback(handle.remove)
         for batch in track(in_common(model, calibration), "calibration"):
-            inputs.real, inputs.last = real_tokens(batch, model), None
-            calibration.run(model, batch)
+            inputs.padding.begin(batch, run)
+            inputs.last = None
+            run(batch)
             count += 1
+    inputs.padding.tell()
     inputs.check()
     if count == 0:
         raise ValueError("the calibration data is empty; nothing was pruned")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus.calibration.calibration import Calibration, undisturbed
+from prunus.calibration.calibration import Calibration, random_states_kept, undisturbed
+from prunus.calibration.padding import kind_of, padding_masks, shorter_batches
 from prunus.core.blocks import Blocks
 from prunus.core.progress import track
 
+log = logging.getLogger("prunus")
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -43,6 +46,10 @@ class BlockInput:
     """what the first block returned beside the stream, and the recorded arguments hold"""
     autocast: torch.dtype | None = None
     """in which dtype the model runs by `torch.autocast`, if it does"""
+    shorter: dict[str, BlockInput] = field(default_factory=dict)
+    """the same for the batch with a token less, by mask, of the first batch of its kind"""
+    told: set[str] = field(default_factory=set)
+    """what was said in the log of any item's padding"""
 
 
 def _place(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str:
@@ -186,7 +193,8 @@ def record(model: nn.Module, blocks: Blocks, calibration: Calibration) -> list[B
     The first block must be where the rest of the model is. Raises ValueError for empty data, and
     for a model that computes something between its blocks.
     """
-    items, recorder = [], _Recorder(blocks)
+    items, recorder = list[BlockInput](), _Recorder(blocks)
+    kinds, told = set(), set[str]()
     with contextlib.ExitStack() as stack:
         stack.enter_context(undisturbed(model, calibration))
         stack.enter_context(without_cache(model))
@@ -195,15 +203,39 @@ def record(model: nn.Module, blocks: Blocks, calibration: Calibration) -> list[B
             stack.enter_context(_forward(module, recorder.standin(number)))
         stack.enter_context(eager(model))
         for batch in track(calibration, "inputs of the first block"):
-            recorder.begin()
-            _run_around(model, calibration, batch, recorder)
-            recorder.single = True
-            assert recorder.stream is not None
-            others, stream = beside(recorder.output), recorder.stream
-            items.append(BlockInput(stream, recorder.arguments, batch, others, recorder.autocast))
+            items.append(_item(model, calibration, batch, recorder))
+            items[-1].told, kind = told, kind_of(batch)
+            if kind not in kinds and padding_masks(batch):
+                items[-1].shorter = _shorter(model, calibration, batch, recorder)
+            kinds.add(kind)
     if not items:
         raise ValueError("the calibration data is empty; nothing was pruned")
     return items
+
+
+def _item(
+    model: nn.Module, calibration: Calibration, batch: Any, recorder: _Recorder
+) -> BlockInput:
+    recorder.begin()
+    _run_around(model, calibration, batch, recorder)
+    recorder.single = True
+    assert recorder.stream is not None
+    others = beside(recorder.output)
+    return BlockInput(recorder.stream, recorder.arguments, batch, others, recorder.autocast)
+
+
+def _shorter(
+    model: nn.Module, calibration: Calibration, batch: Any, recorder: _Recorder
+) -> dict[str, BlockInput]:
+    """What the blocks are given for the batch with a token less, where the model takes it."""
+    found = {}
+    for key, cut in shorter_batches(batch, model).items():
+        with random_states_kept():
+            try:
+                found[key] = _item(model, calibration, cut, recorder)
+            except Exception as error:  # layers keep their padding then, and say so
+                log.debug("a batch with a token less was not run to the blocks: %s", error)
+    return found
 
 
 def _run_around(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,8 +10,11 @@ import torch
 from torch import nn
 
 from prunus.calibration.calibration import Calibration, to_device, undisturbed
+from prunus.calibration.padding import RecordedBatch
 from prunus.core.progress import track
 from prunus.engine.sequential.record import BlockInput, beside, eager, stream_of, with_stream
+
+log = logging.getLogger("prunus")
 
 
 def as_calibration(
@@ -37,6 +41,11 @@ def carry_on(items: list[BlockInput], number: int, outputs: dict[int, Any]) -> N
     """The outputs of a block become what the next one is given."""
     for item in items:
         _carry(item, number, outputs[id(item)])
+        for key, cut in list(item.shorter.items()):
+            if id(cut) in outputs:
+                _carry(cut, number, outputs[id(cut)])
+            else:
+                del item.shorter[key]  # the block has failed on it
 
 
 def _carry(item: BlockInput, number: int, output: Any) -> None:
@@ -51,11 +60,14 @@ def _carry(item: BlockInput, number: int, output: Any) -> None:
         item.arguments[number + 1] = tuple(fresh.get(id(x), x) for x in args), kwargs
 
 
-class _Batch(Mapping[str, Any]):
+class _Batch(RecordedBatch):
     """A batch as the block sees it: says what the user's batch says about padding."""
 
     def __init__(self, item: BlockInput, number: int) -> None:
-        self.item, self.number = item, number
+        self.item, self.number, self.told = item, number, item.told
+
+    def shorter(self) -> dict[str, Any]:
+        return {key: _Batch(cut, self.number) for key, cut in self.item.shorter.items()}
 
     def __getitem__(self, key: str) -> Any:
         if isinstance(self.item.batch, Mapping):
@@ -87,3 +99,11 @@ def advance(block: nn.Module, items: list[BlockInput], number: int) -> None:
     with undisturbed(block, calibration):
         for item in track(items, "outputs"):
             _carry(item, number, _run(block, _Batch(item, number)))
+            for key, cut in list(item.shorter.items()):
+                try:
+                    output = _run(block, _Batch(cut, number))
+                except Exception as error:  # later layers keep their padding, and say so
+                    log.debug("a batch with a token less was not run to its end: %s", error)
+                    del item.shorter[key]
+                else:
+                    _carry(cut, number, output)
