@@ -30,9 +30,7 @@ class _Inputs:
     _InputsDiverged if that turns out not to be always so.
     """
 
-    def __init__(
-        self, stats: Mapping[Layer, Statistic], share: bool, padding: Padding
-    ) -> None:
+    def __init__(self, stats: Mapping[Layer, Statistic], share: bool, padding: Padding) -> None:
         self.stats, self.share, self.padding = stats, share, padding
         self.leaders: dict[Layer, Layer] = {}
         self.last: tuple[Layer, Tensor, int] | None = None
@@ -76,9 +74,9 @@ def measure_inputs(
 ) -> dict[Layer, Statistic]:
     """Fill the statistics from the layers' inputs, in one pass over the calibration data.
 
-    Padding (zeros in a batch's ``attention_mask``) is left out of inputs that are its tokens. Returns the statistic of each
-    layer, which is one and the same for layers that have the same input; those must not be used
-    beside it. Raises ValueError for empty data, and for a layer that no batch has reached.
+    Padding (zeros in a batch's ``attention_mask``) is left out where an input's rows are the tokens
+    of that mask. Returns the statistic of each layer, which is one and the same for layers that
+    have the same input; those must not be used beside it. Raises ValueError for empty data, and for a layer that no batch has reached.
     """
     shared: dict[Layer, Statistic] = {}
     inputs = _Inputs(stats, share=True, padding=Padding(model))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from prunus.calibration.calibration import Calibration, random_states_kept, undi
 from prunus.calibration.padding import kind_of, padding_masks, shorter_batches
 from prunus.core.blocks import Blocks
 from prunus.core.progress import track
+from prunus.engine.sequential.forwards import eager, stand_in, without_cache
 
 log = logging.getLogger("prunus")
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -28,9 +29,12 @@ class BlockError(ValueError):
     """Why the blocks cannot be run one by one."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(
-            f"sequential: {message}; prune all at once, or name another list of blocks"
-        )
+        self.why = f"sequential: {message}"
+        super().__init__(f"{self.why}; prune all at once, or name another list of blocks")
+
+
+class RepeatedBlockError(BlockError):
+    """Blocks with shared weights, as ALBERT's: what they are given cannot be told by position."""
 
 
 @dataclass
@@ -94,21 +98,6 @@ def beside(output: Any) -> list[Tensor | None]:
     return [x if isinstance(x, Tensor) else None for x in others]
 
 
-@contextlib.contextmanager
-def without_cache(model: nn.Module) -> Iterator[None]:
-    """Language models must not remember keys and values from one forward pass to the next."""
-    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    configs = [config for config in found if hasattr(config, "use_cache")]
-    saved = [config.use_cache for config in configs]
-    for config in configs:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        for config, value in zip(configs, saved, strict=True):
-            config.use_cache = value
-
-
 def _like(output: Any, stream: Tensor) -> Any:
     """The stream in the form of a block's output."""
     if not isinstance(output, tuple | list):
@@ -165,26 +154,13 @@ class _Recorder:
     def _check(self, number: int, stream: Tensor, arguments: Arguments) -> None:
         name = self.blocks.name_of(number)
         if number < len(self.arguments):
-            raise BlockError(f"{name} is called more than once in a forward pass")
+            raise RepeatedBlockError(f"{name} is called more than once in a forward pass")
         if number > len(self.arguments) or (number and stream is not self.passed[-1]):
             before = self.blocks.name_of(number - 1)
             raise BlockError(f"something is computed between {before} and {name}")
         args, kwargs = arguments
         if any(x is y for x in (*args, *kwargs.values()) for y in self.passed):
             raise BlockError(f"{name} is given what an earlier block puts out, too")
-
-
-@contextlib.contextmanager
-def _forward(module: nn.Module, standin: Callable[..., Any]) -> Iterator[None]:
-    """Lets a function stand in for a module's forward, which may be a wrapper of its own."""
-    own = module.__dict__.get("forward")
-    module.forward = standin
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
 
 
 def record(model: nn.Module, blocks: Blocks, calibration: Calibration) -> list[BlockInput]:
@@ -200,7 +176,7 @@ def record(model: nn.Module, blocks: Blocks, calibration: Calibration) -> list[B
         stack.enter_context(without_cache(model))
         stack.enter_context(torch.no_grad())
         for number, module in enumerate(blocks.modules):
-            stack.enter_context(_forward(module, recorder.standin(number)))
+            stack.enter_context(stand_in(module, recorder.standin(number)))
         stack.enter_context(eager(model))
         for batch in track(calibration, "inputs of the first block"):
             items.append(_item(model, calibration, batch, recorder))
@@ -245,22 +221,11 @@ def _run_around(
         calibration.run(model, batch)
     except BlockError:
         raise
-    except Exception:  # what comes after the blocks may not like what no block has computed
-        if not recorder.complete:
+    except Exception as error:  # the model may not like what no block has computed
+        if not recorder.passed:
             raise
+        if not recorder.complete:
+            name = recorder.blocks.name
+            raise BlockError(f"the model fails around '{name}' ({error})") from error
     if not recorder.complete:
         raise BlockError(f"the model does not call all of '{recorder.blocks.name}'")
-
-
-@contextlib.contextmanager
-def eager(module: nn.Module) -> Iterator[None]:
-    """Compiled modules run as they were written, so that hooks and stand-ins are called."""
-    compiled = any(
-        getattr(m, "_compiled_call_impl", None) is not None or "_orig_mod" in m._modules
-        for m in module.modules()
-    )
-    if not compiled:
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield

@@ -12,7 +12,8 @@ from torch import nn
 from prunus.calibration.calibration import Calibration, to_device, undisturbed
 from prunus.calibration.padding import RecordedBatch
 from prunus.core.progress import track
-from prunus.engine.sequential.record import BlockInput, beside, eager, stream_of, with_stream
+from prunus.engine.sequential.forwards import eager
+from prunus.engine.sequential.record import BlockInput, beside, stream_of, with_stream
 
 log = logging.getLogger("prunus")
 

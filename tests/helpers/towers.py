@@ -1,0 +1,134 @@
+"""Models of several towers: which tokens each of their layers sees, and batches of equal lengths."""
+
+import torch
+
+from tests.helpers.blocks import VOCABULARY
+
+LENGTH, EXAMPLES = 6, 2
+TEXT, DECODER = "attention_mask", "decoder_attention_mask"
+
+
+def mask(lengths, left=False):
+    rows = [[0] * (LENGTH - n) + [1] * n if left else [1] * n + [0] * (LENGTH - n) for n in lengths]
+    return torch.tensor(rows)
+
+
+def ids(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY - 2, (EXAMPLES, LENGTH), generator=generator)
+
+
+def text(left=False, count=2):
+    """One sequence."""
+    return [{"input_ids": ids(i), TEXT: mask((LENGTH, LENGTH - 2 - i), left)} for i in range(count)]
+
+
+def translations(left=False, count=2):
+    """Two sequences of the same length, with other padding in each."""
+    return [
+        {
+            **batch,
+            "decoder_input_ids": ids(10 + i),
+            DECODER: mask((LENGTH - 1 - i, LENGTH), left),
+        }
+        for i, batch in enumerate(text(left, count))
+    ]
+
+
+def t5():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    small = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, **small))
+
+
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "d_model": 16,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "max_position_embeddings": 32,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+}
+
+
+def bart():
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    return BartForConditionalGeneration(BartConfig(**SMALL, decoder_start_token_id=2))
+
+
+def pegasus():
+    from transformers import PegasusConfig, PegasusForConditionalGeneration
+
+    return PegasusForConditionalGeneration(PegasusConfig(**SMALL, decoder_start_token_id=2))
+
+
+def marian():
+    from transformers import MarianConfig, MarianMTModel
+
+    return MarianMTModel(MarianConfig(**SMALL, decoder_start_token_id=2))
+
+
+def whisper():
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    small = {k: v for k, v in SMALL.items() if k != "max_position_embeddings"}
+    lengths = {"max_source_positions": LENGTH, "max_target_positions": 16, "num_mel_bins": 8}
+    config = WhisperConfig(**small, **lengths, decoder_start_token_id=2, suppress_tokens=None)
+    return WhisperForConditionalGeneration(config)
+
+
+def speech(left=False, count=2):
+    """As many frames, once halved, as there are tokens."""
+    return [
+        {
+            "input_features": torch.randn(EXAMPLES, 8, 2 * LENGTH),
+            "decoder_input_ids": batch["input_ids"],
+            DECODER: batch[TEXT],
+            TEXT: torch.ones(EXAMPLES, 2 * LENGTH, dtype=torch.int64),
+        }
+        for batch in text(left, count)
+    ]
+
+
+def clip():
+    from transformers import CLIPConfig, CLIPModel
+
+    tower = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    tower |= {"num_attention_heads": 2, "projection_dim": 8}
+    words = {"vocab_size": VOCABULARY, "max_position_embeddings": 16, "eos_token_id": 39}
+    image = {"image_size": 10, "patch_size": 4, "num_channels": 3}  # 2 x 2 patches, and one more
+    return CLIPModel(CLIPConfig(text_config={**tower, **words}, vision_config={**tower, **image}))
+
+
+def captions(left=False, count=2):
+    """As many words as patches."""
+    return [
+        {
+            "input_ids": batch["input_ids"][:, 1:],
+            TEXT: batch[TEXT][:, 1:],
+            "pixel_values": torch.randn(EXAMPLES, 3, 10, 10),
+        }
+        for batch in text(left, count)
+    ]
+
+
+def vilt():
+    from transformers import ViltConfig, ViltModel
+
+    small = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2}
+    small |= {"num_attention_heads": 2, "intermediate_size": 24, "max_position_embeddings": 16}
+    return ViltModel(ViltConfig(**small, image_size=8, patch_size=4))
+
+
+def pictures(left=False, count=2):
+    return [
+        {**batch, "pixel_values": torch.randn(EXAMPLES, 3, 8, 8)} for batch in text(left, count)
+    ]
