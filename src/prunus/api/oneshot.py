@@ -126,6 +126,7 @@ def _result(
         for folded in each.folded:
             result.permuted += folded.rows
             result.not_permuted |= folded.refused
+        result.outside_blocks += each.outside
         result.not_permuted |= plan.folds.refused
     return result
 

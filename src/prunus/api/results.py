@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from prunus.core.layers import all_layers
 from prunus.core.masks import local
-from prunus.core.names import did_you_mean
+from prunus.core.names import did_you_mean, few
 from prunus.core.unseen import told, unseen_weights
 from prunus.engine.method import LayerResult, collapse_message
 from prunus.engine.permute.step import FoldRow
@@ -44,6 +44,8 @@ class Result(Recorded):
     """layer name -> why its input channels are as they were, where `permute` was asked for"""
     unseen: str = ""
     """what share of the model's weights is in parameters that are no layers, and stays dense"""
+    outside_blocks: list[str] = field(default_factory=list)
+    """of a sequential run: layers in no block, which were pruned after the blocks, all together"""
     title = "pruned"
 
     @property
@@ -81,6 +83,8 @@ class Result(Recorded):
     def notes(self) -> Sequence[str]:
         message = [f"left dense: {', '.join(self.left_dense)}"] if self.left_dense else []
         message += [self.unseen] if self.unseen else []
+        if self.outside_blocks:
+            message.append(f"outside the blocks, pruned after them: {few(self.outside_blocks)}")
         if collapsed := [row.name for row in self.rows if row.collapsed]:
             message.append(collapse_message(collapsed))
         if self.permuted:

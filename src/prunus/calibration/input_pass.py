@@ -76,7 +76,8 @@ def measure_inputs(
 
     Padding (zeros in a batch's ``attention_mask``) is left out where an input's rows are the tokens
     of that mask. Returns the statistic of each layer, which is one and the same for layers that
-    have the same input; those must not be used beside it. Raises ValueError for empty data, and for a layer that no batch has reached.
+    have the same input; those must not be used beside it. Raises ValueError for empty data, and for
+    a layer that no batch has reached.
     """
     shared: dict[Layer, Statistic] = {}
     inputs = _Inputs(stats, share=True, padding=Padding(model))

@@ -1,8 +1,8 @@
 """Padding in layers' inputs: left out where it is known whose tokens the rows of an input are.
 
 Equal shapes prove nothing: there may be as many tokens in an encoder as in a decoder, as many words
-as image patches. So one batch of each kind is run once more with one token less in one sequence.
-The inputs that get shorter by that token are rows of this sequence; no other is.
+as image patches. So one batch of each kind is run once more with half the tokens of one sequence.
+The inputs that have half the rows then are tokens of this sequence; no others are.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import re
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,7 +46,7 @@ class RecordedBatch(Mapping[str, Any]):
     """what was said in the log before, of other parts of the model"""
 
     @abstractmethod
-    def shorter(self) -> Mapping[str, Any]:
+    def shorter(self) -> Mapping[str, Sequence[Any]]:
         """What the part is given for the batches of `shorter_batches`, by mask."""
 
 
@@ -79,25 +79,32 @@ def kind_of(batch: Any) -> tuple[Any, ...]:
     return names, tuple(sorted(padding_masks(batch)))
 
 
-def shorter_batches(batch: Any, model: nn.Module) -> dict[str, Any]:
-    """For each mask with padding, the batch with the last token of its sequence cut off.
+def shorter_batches(batch: Any, model: nn.Module) -> dict[str, list[Any]]:
+    """For each mask with padding, the batch with half the tokens of its sequence.
 
-    A mask is left out if it is not known of which tensors it is.
+    And with one token less, for models that do not take the half, as where all tokens of an image
+    must be there. A mask is left out if it is not known of which tensors it is.
     """
     if isinstance(batch, RecordedBatch):
-        return dict(batch.shorter())
+        return {key: [*cuts] for key, cuts in batch.shorter().items()}
     decodes = bool(getattr(getattr(unwrap(model), "config", None), "is_encoder_decoder", False))
     found = {}
-    for key in padding_masks(batch):
+    for key, mask in padding_masks(batch).items():
         if names := _sequence(batch, key, decodes):
-            mutable = isinstance(batch, MutableMapping)
-            found[key] = cut = copy.copy(batch) if mutable else dict(batch)
-            for name in names:
-                cut[name] = batch[name][:, :-1]
+            lengths = dict.fromkeys((mask.shape[1] // 2, mask.shape[1] - 1))
+            found[key] = [_cut(batch, names, length) for length in lengths]
             given = {"labels", *(f"{DECODER}{name}" for name in TOKENS)} & set(batch)
             if key == MASK and decodes and not given and "input_ids" in batch:
-                cut[f"{DECODER}input_ids"] = batch["input_ids"]  # which BART decodes, shifted
+                for cut in found[key]:
+                    cut[f"{DECODER}input_ids"] = batch["input_ids"]  # which BART decodes, shifted
     return found
+
+
+def _cut(batch: Mapping[str, Any], names: Sequence[str], length: int) -> Any:
+    cut = copy.copy(batch) if isinstance(batch, MutableMapping) else dict(batch)
+    for name in names:
+        cut[name] = batch[name][:, :length]
+    return cut
 
 
 def _sequence(batch: Mapping[str, Any], key: str, decodes: bool) -> list[str]:
@@ -127,10 +134,10 @@ def _layouts(examples: int, tokens: int) -> dict[str, Shape]:
     }
 
 
-def _layout(mask: Shape, full: Shape, cut: Shape) -> str | None:
-    """How an input lies that loses one token: None if none, "unknown" if it only changes."""
+def _layout(mask: Shape, full: Shape, length: int, cut: Shape) -> str | None:
+    """How an input lies whose tokens get as few: None if none do, "unknown" if it only changes."""
     examples, tokens = mask
-    after = _layouts(examples, tokens - 1)
+    after = _layouts(examples, length)
     for name, axes in _layouts(examples, tokens).items():
         n = len(axes)
         heads = full[:n] == axes and cut[:n] == after[name]
@@ -143,12 +150,15 @@ def _layout(mask: Shape, full: Shape, cut: Shape) -> str | None:
 class _Sequence:
     """Where the tokens of a mask go."""
 
+    length: int = 0
+    """of the shorter batch"""
     cut: dict[Place, Shape] = field(default_factory=dict)
     """shapes of inputs for the shorter batch"""
     layouts: dict[Place, str | None] = field(default_factory=dict)
 
     def decide(self, place: Place, mask: Shape, full: Shape) -> None:
-        layout = _layout(mask, full, self.cut[place]) if place in self.cut else "unknown"
+        cut = self.cut.get(place)
+        layout = "unknown" if cut is None else _layout(mask, full, self.length, cut)
         # (tokens * examples) looks the same, and is likely where tokens come first
         if layout == "flat" and mask[0] > 1 and "tokens first" in self.layouts.values():
             layout = "unknown"
@@ -179,35 +189,46 @@ class Padding:
         self.masks, kind = padding_masks(batch), kind_of(batch)
         self.told = batch.told if isinstance(batch, RecordedBatch) else self.told
         self.first = kind not in self.kinds
-        shorter = shorter_batches(batch, self.model) if self.first and self.masks else {}
         self.sequences = self.kinds.setdefault(kind, {key: _Sequence() for key in self.masks})
-        due = [*shorter.items()]
-        for i in range(self._most(len(due))):
-            key, cut = due[i] if i < len(due) else ("", batch)  # other ranks have one
-            self.watched = self.sequences[key].cut if key else {}
-            self._watch(cut, run)
+        if needs_all_ranks(self.model):
+            self._watch_in_common(batch, run)
+        elif self.first:
+            for key, cuts in shorter_batches(batch, self.model).items():
+                for cut in cuts:
+                    if self._watch(key, cut, run):
+                        break
         self.watched = None
         self.calls.clear()
 
-    def _most(self, count: int) -> int:
-        """On whichever rank there are most, where a forward pass needs all ranks."""
-        ranks = all_ranks()
-        if ranks.group is None or not needs_all_ranks(self.model):
-            return count
-        counts = torch.zeros(ranks.world_size, dtype=torch.int64)
-        counts[ranks.rank] = count
-        return int(ranks.all_reduce(counts).max())
-
-    def _watch(self, batch: Any, run: Callable[[Any], Any]) -> None:
+    def _watch(self, key: str, cut: Any, run: Callable[[Any], Any]) -> bool:
+        """Run a shorter batch; whether to its end."""
+        self.sequences[key].length, self.sequences[key].cut = cut[key].shape[1], {}
+        self.watched = self.sequences[key].cut
         self.calls.clear()
         with random_states_kept():
             try:
-                run(batch)
+                run(cut)
             except Exception as error:
                 # a loss may not take the shorter output; layers that were not reached keep padding
-                if needs_all_ranks(self.model):
-                    raise
-                log.debug("a batch with a token less was not run to its end: %s", error)
+                log.debug("a batch with fewer tokens was not run to its end: %s", error)
+                return False
+        return True
+
+    def _watch_in_common(self, batch: Any, run: Callable[[Any], Any]) -> None:
+        """As often on every rank, where a forward pass needs all ranks; none may fail."""
+        cuts = shorter_batches(batch, self.model) if self.first else {}
+        ranks, due = all_ranks(), [(key, few_less[-1]) for key, few_less in cuts.items()]
+        counts = torch.zeros(ranks.world_size, dtype=torch.int64)
+        counts[ranks.rank] = len(due)
+        for i in range(int(ranks.all_reduce(counts).max())):
+            key, cut = due[i] if i < len(due) else (None, batch)
+            self.watched = {}
+            if key is not None:
+                self.sequences[key].length = cut[key].shape[1]
+                self.watched = self.sequences[key].cut
+            self.calls.clear()
+            with random_states_kept():
+                run(cut)
 
     def real(self, layer: Layer, x: Any) -> Tensor | None:
         """An index of the real tokens in a layer's input; None for all. To be called once each."""

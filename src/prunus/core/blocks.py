@@ -95,6 +95,8 @@ def _lists(model: nn.Module) -> dict[str, Blocks]:
         children = list(module.children())
         if not isinstance(module, nn.ModuleList | nn.Sequential) or not children:
             continue
+        if any(isinstance(child, nn.ModuleList | nn.ModuleDict) for child in children):
+            continue  # which nobody calls
         whole = [any(child.children()) for child in children]
         one_class = len({type(child) for child in children}) == 1
         if (one_class and any(whole)) or (all(whole) and _of_one_kind(children)):

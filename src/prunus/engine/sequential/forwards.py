@@ -1,4 +1,4 @@
-"""How a model runs while its blocks are looked at: without a cache, as written, around stand-ins."""
+"""How a model runs while its blocks are recorded: uncached, as written, around stand-ins."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class BlockInput:
     autocast: torch.dtype | None = None
     """in which dtype the model runs by `torch.autocast`, if it does"""
     shorter: dict[str, BlockInput] = field(default_factory=dict)
-    """the same for the batch with a token less, by mask, of the first batch of its kind"""
+    """the same with fewer tokens, by mask, for the first batch of its kind"""
     told: set[str] = field(default_factory=set)
     """what was said in the log of any item's padding"""
 
@@ -203,14 +203,16 @@ def _item(
 def _shorter(
     model: nn.Module, calibration: Calibration, batch: Any, recorder: _Recorder
 ) -> dict[str, BlockInput]:
-    """What the blocks are given for the batch with a token less, where the model takes it."""
+    """What the blocks are given for the batch with fewer tokens, where the model takes it."""
     found = {}
-    for key, cut in shorter_batches(batch, model).items():
-        with random_states_kept():
-            try:
-                found[key] = _item(model, calibration, cut, recorder)
-            except Exception as error:  # layers keep their padding then, and say so
-                log.debug("a batch with a token less was not run to the blocks: %s", error)
+    for key, cuts in shorter_batches(batch, model).items():
+        for cut in cuts:
+            with random_states_kept():
+                try:
+                    found[key] = _item(model, calibration, cut, recorder)
+                    break
+                except Exception as error:  # layers keep their padding then, and say so
+                    log.debug("a batch with fewer tokens did not reach the blocks: %s", error)
     return found
 
 
@@ -221,6 +223,8 @@ def _run_around(
         calibration.run(model, batch)
     except BlockError:
         raise
+    except _RecordingComplete:
+        return
     except Exception as error:  # the model may not like what no block has computed
         if not recorder.passed:
             raise

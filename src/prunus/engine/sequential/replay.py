@@ -67,8 +67,8 @@ class _Batch(RecordedBatch):
     def __init__(self, item: BlockInput, number: int) -> None:
         self.item, self.number, self.told = item, number, item.told
 
-    def shorter(self) -> dict[str, Any]:
-        return {key: _Batch(cut, self.number) for key, cut in self.item.shorter.items()}
+    def shorter(self) -> dict[str, list[_Batch]]:
+        return {key: [_Batch(cut, self.number)] for key, cut in self.item.shorter.items()}
 
     def __getitem__(self, key: str) -> Any:
         if isinstance(self.item.batch, Mapping):
@@ -104,7 +104,7 @@ def advance(block: nn.Module, items: list[BlockInput], number: int) -> None:
                 try:
                     output = _run(block, _Batch(cut, number))
                 except Exception as error:  # later layers keep their padding, and say so
-                    log.debug("a batch with a token less was not run to its end: %s", error)
+                    log.debug("a batch with fewer tokens was not run to its end: %s", error)
                     del item.shorter[key]
                 else:
                     _carry(cut, number, output)
