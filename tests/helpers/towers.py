@@ -39,7 +39,8 @@ def t5():
     from transformers import T5Config, T5ForConditionalGeneration
 
     small = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
-    return T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, **small))
+    config = T5Config(vocab_size=VOCABULARY, decoder_start_token_id=0, **small)
+    return T5ForConditionalGeneration(config)
 
 
 SMALL = {

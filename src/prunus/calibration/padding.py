@@ -2,17 +2,16 @@
 
 Equal shapes prove nothing: there may be as many tokens in an encoder as in a decoder, as many words
 as image patches. So one batch of each kind is run once more with half the tokens of one sequence.
-The inputs that have half the rows then are tokens of this sequence; no others are.
+The inputs that have half the rows then are tokens of this sequence; no others are. Models that take
+one length alone are run with other padding instead: the rows that change are the padding.
 """
 
 from __future__ import annotations
 
-import copy
 import logging
 import re
-from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,113 +19,20 @@ import torch
 from torch import Tensor, nn
 
 from prunus.calibration.calibration import needs_all_ranks, random_states_kept
-from prunus.core.layers import Layer, unwrap
+from prunus.calibration.probes import RecordedBatch, kind_of, padding_masks, probes_of
+from prunus.core.layers import Layer
 from prunus.core.names import few
 from prunus.core.ranks import all_ranks
 
 log = logging.getLogger("prunus")
-MASK = "attention_mask"
-DECODER, ENCODER = "decoder_", "encoder_"
-TOKENS = ("input_ids", "inputs_embeds", "inputs", "input_values", "input_features", "hidden_states")
-BESIDE = (
-    *("token_type_ids", "mm_token_type_ids", "position_ids", "segment_ids", "special_tokens_mask"),
-    *("global_attention_mask", "bbox", "langs", "labels", "xpath_tags_seq", "xpath_subs_seq"),
-)
-"""what is given for each token, beside the tokens"""
+UNKNOWN = "unknown"
 
 Place = tuple[Layer, int]
 """a layer, and how often it was called before in the same forward pass"""
-Shape = tuple[int, ...]
 
 
-class RecordedBatch(Mapping[str, Any]):
-    """A batch of what a part of a model is given, in place of the whole model's batch."""
-
-    told: set[str]
-    """what was said in the log before, of other parts of the model"""
-
-    @abstractmethod
-    def shorter(self) -> Mapping[str, Sequence[Any]]:
-        """What the part is given for the batches of `shorter_batches`, by mask."""
-
-
-def padding_masks(batch: Any) -> dict[str, Tensor]:
-    """(examples, tokens) True where tokens are real, by key; of masks that call some padding."""
-    masks = {key: batch[key] for key in _mask_keys(batch)} if isinstance(batch, Mapping) else {}
-    return {key: m.bool() for key, m in masks.items() if m.shape[1] > 1 and not bool(m.all())}
-
-
-def _mask_keys(batch: Mapping[str, Any]) -> list[str]:
-    """Keys of padding masks: others that are called so have no tokens of their own."""
-    found = []
-    for key, value in batch.items():
-        if isinstance(key, str) and MASK in key and isinstance(value, Tensor) and value.dim() == 2:
-            before, after = _affixes(key)
-            own = any(f"{before}{name}{after}" in batch for name in TOKENS)
-            if own or (before, after) in (("", ""), (DECODER, "")):
-                found.append(key)
-    return found
-
-
-def _affixes(key: str) -> tuple[str, str]:
-    before, _, after = key.partition(MASK)
-    return before, after
-
-
-def kind_of(batch: Any) -> tuple[Any, ...]:
-    """What batches have in common that are fed through a model in the same way."""
-    names = tuple(sorted(map(str, batch))) if isinstance(batch, Mapping) else ()
-    return names, tuple(sorted(padding_masks(batch)))
-
-
-def shorter_batches(batch: Any, model: nn.Module) -> dict[str, list[Any]]:
-    """For each mask with padding, the batch with half the tokens of its sequence.
-
-    And with one token less, for models that do not take the half, as where all tokens of an image
-    must be there. A mask is left out if it is not known of which tensors it is.
-    """
-    if isinstance(batch, RecordedBatch):
-        return {key: [*cuts] for key, cuts in batch.shorter().items()}
-    decodes = bool(getattr(getattr(unwrap(model), "config", None), "is_encoder_decoder", False))
-    found = {}
-    for key, mask in padding_masks(batch).items():
-        if names := _sequence(batch, key, decodes):
-            lengths = dict.fromkeys((mask.shape[1] // 2, mask.shape[1] - 1))
-            found[key] = [_cut(batch, names, length) for length in lengths]
-            given = {"labels", *(f"{DECODER}{name}" for name in TOKENS)} & set(batch)
-            if key == MASK and decodes and not given and "input_ids" in batch:
-                for cut in found[key]:
-                    cut[f"{DECODER}input_ids"] = batch["input_ids"]  # which BART decodes, shifted
-    return found
-
-
-def _cut(batch: Mapping[str, Any], names: Sequence[str], length: int) -> Any:
-    cut = copy.copy(batch) if isinstance(batch, MutableMapping) else dict(batch)
-    for name in names:
-        cut[name] = batch[name][:, :length]
-    return cut
-
-
-def _sequence(batch: Mapping[str, Any], key: str, decodes: bool) -> list[str]:
-    """Keys of the tensors that run along the tokens of a mask; none if that is not clear."""
-    before, after = _affixes(key)
-    shape = batch[key].shape
-    long = [k for k, x in batch.items() if isinstance(x, Tensor) and x.shape[:2] == shape]
-    own = [k for k in long if k.startswith(before) and k.endswith(after)]
-    if before or after:
-        return own + [k for k in long if k == "labels" and before == DECODER]
-    others = [_affixes(k) for k in _mask_keys(batch) if k != key] + [(DECODER, ""), (ENCODER, "")]
-    own = [k for k in own if not any(k.startswith(b) and k.endswith(a) for b, a in others)]
-    beside = [k for k in own if k in BESIDE and not (k == "labels" and decodes)]
-    tokens = [k for k in own if k in TOKENS]
-    unnamed = [k for k in own if k not in (key, "labels", *beside, *tokens)]
-    if not tokens and len(unnamed) != 1 and not set(TOKENS) & set(batch):
-        return []
-    return [key, *beside, *(tokens or ([] if set(TOKENS) & set(batch) else unnamed))]
-
-
-def _layouts(examples: int, tokens: int) -> dict[str, Shape]:
-    """The first axes of an input whose rows are tokens."""
+def _axes(examples: int, tokens: int) -> dict[str, tuple[int, ...]]:
+    """The first axes of an input whose rows are tokens, by the name of its layout."""
     return {
         "examples first": (examples, tokens),
         "tokens first": (tokens, examples),
@@ -134,35 +40,75 @@ def _layouts(examples: int, tokens: int) -> dict[str, Shape]:
     }
 
 
-def _layout(mask: Shape, full: Shape, length: int, cut: Shape) -> str | None:
-    """How an input lies whose tokens get as few: None if none do, "unknown" if it only changes."""
-    examples, tokens = mask
-    after = _layouts(examples, length)
-    for name, axes in _layouts(examples, tokens).items():
-        n = len(axes)
-        heads = full[:n] == axes and cut[:n] == after[name]
-        if heads and len(full) > n and full[n:] == cut[n:]:
-            return name
-    return None if full == cut else "unknown"
+def _real(mask: Tensor, layout: str) -> Tensor:
+    """The mask as an index of an input of this layout."""
+    axes = _axes(*mask.shape)[layout]
+    return (mask.T if layout == "tokens first" else mask).reshape(axes)
 
 
 @dataclass
-class _Sequence:
-    """Where the tokens of a mask go."""
+class _Rows:
+    """What is kept of an input: its shape and a number for each row."""
+
+    shape: tuple[int, ...]
+    marks: Tensor | None = None
+    sizes: Tensor | None = None
+
+    @classmethod
+    def of(cls, x: Any, with_marks: bool) -> _Rows:
+        if not isinstance(x, Tensor):  # a sparse tensor has no tokens
+            return cls(())
+        if not with_marks:
+            return cls(tuple(x.shape))
+        x = x.detach().double()
+        weights = torch.cos(torch.arange(x.shape[-1], dtype=x.dtype, device=x.device))
+        return cls(tuple(x.shape), x @ weights, x.abs().sum(-1))
+
+    def changed(self, other: _Rows) -> Tensor:
+        """Where the rows are others, but for rounding."""
+        assert self.marks is not None
+        assert self.sizes is not None
+        assert other.marks is not None
+        return (self.marks - other.marks).abs() > 1e-5 * self.sizes
+
+
+@dataclass
+class _Probe:
+    """What layers were given in the run of a probe."""
 
     length: int = 0
-    """of the shorter batch"""
-    cut: dict[Place, Shape] = field(default_factory=dict)
-    """shapes of inputs for the shorter batch"""
-    layouts: dict[Place, str | None] = field(default_factory=dict)
+    """tokens in its sequence"""
+    rows: dict[Place, _Rows] = field(default_factory=dict)
 
-    def decide(self, place: Place, mask: Shape, full: Shape) -> None:
-        cut = self.cut.get(place)
-        layout = "unknown" if cut is None else _layout(mask, full, self.length, cut)
-        # (tokens * examples) looks the same, and is likely where tokens come first
-        if layout == "flat" and mask[0] > 1 and "tokens first" in self.layouts.values():
-            layout = "unknown"
-        self.layouts[place] = layout
+    def layout(self, place: Place, mask: Tensor, x: Any) -> str | None:
+        """How an input lies that has the tokens of the mask; None for others, or UNKNOWN."""
+        if place not in self.rows:
+            return UNKNOWN
+        whole = self.length == mask.shape[1]
+        now, then = _Rows.of(x, whole), self.rows[place]
+        if not whole:
+            return self._by_shape(mask, now.shape, then.shape)
+        return self._by_value(mask, now, then) if now.shape == then.shape else UNKNOWN
+
+    def _by_shape(self, mask: Tensor, now: tuple[int, ...], then: tuple[int, ...]) -> str | None:
+        less = _axes(len(mask), self.length)
+        for name, axes in _axes(*mask.shape).items():
+            n = len(axes)
+            if len(now) > n and (now[:n], then[:n]) == (axes, less[name]) and now[n:] == then[n:]:
+                return name
+        return None if now == then else UNKNOWN
+
+    def _by_value(self, mask: Tensor, now: _Rows, then: _Rows) -> str | None:
+        if not now.shape:
+            return None
+        changed = now.changed(then)
+        for name, axes in _axes(*mask.shape).items():
+            n = len(axes)
+            if len(now.shape) > n and now.shape[:n] == axes:
+                rows = changed.reshape(*axes, -1).any(-1)
+                if torch.equal(rows, ~_real(mask, name).to(rows.device)):
+                    return name
+        return UNKNOWN if bool(changed.any()) else None
 
 
 class Padding:
@@ -170,85 +116,106 @@ class Padding:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.kinds: dict[tuple[Any, ...], dict[str, _Sequence]] = {}
-        self.sequences: dict[str, _Sequence] = {}
+        self.kinds: dict[Any, dict[str, dict[Place, str | None]]] = {}
+        """layouts of inputs, by mask, of the kinds of batches"""
+        self.layouts: dict[str, dict[Place, str | None]] = {}
+        self.probes: dict[str, _Probe] = {}
         self.masks: dict[str, Tensor] = {}
         self.calls: Counter[Layer] = Counter()
-        self.first = False  # whether the batch is the first one of its kind
-        self.watched: dict[Place, Shape] | None = None
+        self.watched: _Probe | None = None
+        self.whole = False  # whether the probe has the batch's own length
         self.kept: dict[str, None] = {}
         self.told: set[str] = set()
 
     @property
     def watching(self) -> bool:
-        """Whether a shorter batch is run, of which nothing is measured."""
+        """Whether a probe is run, of which nothing is measured."""
         return self.watched is not None
 
     def begin(self, batch: Any, run: Callable[[Any], Any]) -> None:
-        """Tell of the batch that is run next; `run` is called with others before, if need be."""
+        """Tell of the batch that is run next; `run` is called with probes before, if need be."""
         self.masks, kind = padding_masks(batch), kind_of(batch)
         self.told = batch.told if isinstance(batch, RecordedBatch) else self.told
-        self.first = kind not in self.kinds
-        self.sequences = self.kinds.setdefault(kind, {key: _Sequence() for key in self.masks})
-        if needs_all_ranks(self.model):
-            self._watch_in_common(batch, run)
-        elif self.first:
-            for key, cuts in shorter_batches(batch, self.model).items():
-                for cut in cuts:
-                    if self._watch(key, cut, run):
-                        break
+        first = kind not in self.kinds
+        self.layouts = self.kinds.setdefault(kind, {key: {} for key in self.masks})
+        probes = probes_of(batch, self.model) if first and self.masks else {}
+        if all_ranks().group is not None and needs_all_ranks(self.model):
+            self.probes = self._watch_in_common(batch, probes, run)
+        else:
+            self.probes = {key: self._watch_all(key, each, run) for key, each in probes.items()}
         self.watched = None
         self.calls.clear()
 
-    def _watch(self, key: str, cut: Any, run: Callable[[Any], Any]) -> bool:
-        """Run a shorter batch; whether to its end."""
-        self.sequences[key].length, self.sequences[key].cut = cut[key].shape[1], {}
-        self.watched = self.sequences[key].cut
-        self.calls.clear()
+    def _watch_all(self, key: str, probes: list[Any], run: Callable[[Any], Any]) -> _Probe:
+        """The first probe that runs to its end, or what came furthest."""
+        furthest = _Probe()
+        for probe in probes:
+            ended = self._watch(key, probe, run)
+            assert self.watched is not None
+            if len(self.watched.rows) > len(furthest.rows):
+                furthest = self.watched
+            if ended:
+                break
+        return furthest
+
+    def _watch(self, key: str, probe: Any, run: Callable[[Any], Any]) -> bool:
+        self._open(key, probe)
         with random_states_kept():
             try:
-                run(cut)
+                run(probe)
             except Exception as error:
                 # a loss may not take the shorter output; layers that were not reached keep padding
-                log.debug("a batch with fewer tokens was not run to its end: %s", error)
+                log.debug("a batch with other tokens was not run to its end: %s", error)
                 return False
         return True
 
-    def _watch_in_common(self, batch: Any, run: Callable[[Any], Any]) -> None:
+    def _open(self, key: str, probe: Any) -> _Probe:
+        length = probe[key].shape[1]
+        self.watched, self.whole = _Probe(length), length == self.masks[key].shape[1]
+        self.calls.clear()
+        return self.watched
+
+    def _watch_in_common(
+        self, batch: Any, probes: dict[str, list[Any]], run: Callable[[Any], Any]
+    ) -> dict[str, _Probe]:
         """As often on every rank, where a forward pass needs all ranks; none may fail."""
-        cuts = shorter_batches(batch, self.model) if self.first else {}
-        ranks, due = all_ranks(), [(key, few_less[-1]) for key, few_less in cuts.items()]
+        ranks, due, found = all_ranks(), list(probes), {}
         counts = torch.zeros(ranks.world_size, dtype=torch.int64)
         counts[ranks.rank] = len(due)
         for i in range(int(ranks.all_reduce(counts).max())):
-            key, cut = due[i] if i < len(due) else (None, batch)
-            self.watched = {}
-            if key is not None:
-                self.sequences[key].length = cut[key].shape[1]
-                self.watched = self.sequences[key].cut
-            self.calls.clear()
+            probe, self.watched = batch, _Probe()  # another rank has one
+            if i < len(due):
+                probe = probes[due[i]][-2]  # a token less, which all models take
+                found[due[i]] = self._open(due[i], probe)
             with random_states_kept():
-                run(cut)
+                run(probe)
+        return found
 
     def real(self, layer: Layer, x: Any) -> Tensor | None:
         """An index of the real tokens in a layer's input; None for all. To be called once each."""
-        place, shape = (layer, self.calls[layer]), tuple(x.shape) if isinstance(x, Tensor) else ()
+        place = layer, self.calls[layer]
         self.calls[layer] += 1
         if self.watched is not None:
-            self.watched[place] = shape
+            self.watched.rows[place] = _Rows.of(x, self.whole)
             return None
         for key, mask in self.masks.items():
-            sequence, size = self.sequences[key], tuple(mask.shape)
-            if self.first:
-                sequence.decide(place, size, shape)
-            layout = sequence.layouts.get(place, "unknown")
-            axes = _layouts(*size).get(layout or "")
-            if axes is not None and shape[: len(axes)] == axes:
-                mask = mask.T if layout == "tokens first" else mask
-                return mask.reshape(axes).to(x.device)
+            layout = self._layout(key, mask, place, x)
+            axes = _axes(*mask.shape).get(layout or "")
+            if axes is not None and tuple(x.shape[: len(axes)]) == axes:
+                return _real(mask, str(layout)).to(x.device)
             if layout is not None:
                 self.kept[re.sub(r"\d+", "*", layer.name)] = None
         return None
+
+    def _layout(self, key: str, mask: Tensor, place: Place, x: Any) -> str | None:
+        layouts = self.layouts[key]
+        if key in self.probes:
+            layout = self.probes[key].layout(place, mask, x)
+            # (tokens * examples) looks the same, and is likely where tokens come first
+            if layout == "flat" and len(mask) > 1 and "tokens first" in layouts.values():
+                layout = UNKNOWN
+            layouts[place] = layout
+        return layouts.get(place, UNKNOWN)
 
     def tell(self) -> None:
         """One line about the layers of which padding was not left out, if that was not said yet."""

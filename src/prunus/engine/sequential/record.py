@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.calibration.calibration import Calibration, random_states_kept, undisturbed
-from prunus.calibration.padding import kind_of, padding_masks, shorter_batches
+from prunus.calibration.probes import kind_of, padding_masks, probes_of
 from prunus.core.blocks import Blocks
 from prunus.core.progress import track
 from prunus.engine.sequential.forwards import eager, stand_in, without_cache
@@ -50,8 +50,8 @@ class BlockInput:
     """what the first block returned beside the stream, and the recorded arguments hold"""
     autocast: torch.dtype | None = None
     """in which dtype the model runs by `torch.autocast`, if it does"""
-    shorter: dict[str, BlockInput] = field(default_factory=dict)
-    """the same with fewer tokens, by mask, for the first batch of its kind"""
+    probes: dict[str, list[BlockInput]] = field(default_factory=dict)
+    """the same with another sequence, by mask, for the first batch of its kind"""
     told: set[str] = field(default_factory=set)
     """what was said in the log of any item's padding"""
 
@@ -182,7 +182,7 @@ def record(model: nn.Module, blocks: Blocks, calibration: Calibration) -> list[B
             items.append(_item(model, calibration, batch, recorder))
             items[-1].told, kind = told, kind_of(batch)
             if kind not in kinds and padding_masks(batch):
-                items[-1].shorter = _shorter(model, calibration, batch, recorder)
+                items[-1].probes = _probes(model, calibration, batch, recorder)
             kinds.add(kind)
     if not items:
         raise ValueError("the calibration data is empty; nothing was pruned")
@@ -200,19 +200,19 @@ def _item(
     return BlockInput(recorder.stream, recorder.arguments, batch, others, recorder.autocast)
 
 
-def _shorter(
+def _probes(
     model: nn.Module, calibration: Calibration, batch: Any, recorder: _Recorder
-) -> dict[str, BlockInput]:
-    """What the blocks are given for the batch with fewer tokens, where the model takes it."""
-    found = {}
-    for key, cuts in shorter_batches(batch, model).items():
-        for cut in cuts:
+) -> dict[str, list[BlockInput]]:
+    """What the blocks are given for batches in which one sequence is another."""
+    found: dict[str, list[BlockInput]] = {}
+    for key, probes in probes_of(batch, model).items():
+        found[key] = []
+        for probe in probes:
             with random_states_kept():
                 try:
-                    found[key] = _item(model, calibration, cut, recorder)
-                    break
-                except Exception as error:  # layers keep their padding then, and say so
-                    log.debug("a batch with fewer tokens did not reach the blocks: %s", error)
+                    found[key].append(_item(model, calibration, probe, recorder))
+                except Exception as error:  # without one, layers keep their padding, and say so
+                    log.debug("a batch with other tokens did not reach the blocks: %s", error)
     return found
 
 

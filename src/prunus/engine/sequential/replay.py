@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from prunus.calibration.calibration import Calibration, to_device, undisturbed
-from prunus.calibration.padding import RecordedBatch
+from prunus.calibration.probes import RecordedBatch
 from prunus.core.progress import track
 from prunus.engine.sequential.forwards import eager
 from prunus.engine.sequential.record import BlockInput, beside, stream_of, with_stream
@@ -42,11 +42,11 @@ def carry_on(items: list[BlockInput], number: int, outputs: dict[int, Any]) -> N
     """The outputs of a block become what the next one is given."""
     for item in items:
         _carry(item, number, outputs[id(item)])
-        for key, cut in list(item.shorter.items()):
-            if id(cut) in outputs:
-                _carry(cut, number, outputs[id(cut)])
-            else:
-                del item.shorter[key]  # the block has failed on it
+        for key, probes in item.probes.items():
+            ended = [probe for probe in probes if id(probe) in outputs][:1]
+            for probe in ended:
+                _carry(probe, number, outputs[id(probe)])
+            item.probes[key] = ended
 
 
 def _carry(item: BlockInput, number: int, output: Any) -> None:
@@ -67,8 +67,8 @@ class _Batch(RecordedBatch):
     def __init__(self, item: BlockInput, number: int) -> None:
         self.item, self.number, self.told = item, number, item.told
 
-    def shorter(self) -> dict[str, list[_Batch]]:
-        return {key: [_Batch(cut, self.number)] for key, cut in self.item.shorter.items()}
+    def probes(self) -> dict[str, list[_Batch]]:
+        return {key: [_Batch(x, self.number) for x in xs] for key, xs in self.item.probes.items()}
 
     def __getitem__(self, key: str) -> Any:
         if isinstance(self.item.batch, Mapping):
@@ -100,11 +100,18 @@ def advance(block: nn.Module, items: list[BlockInput], number: int) -> None:
     with undisturbed(block, calibration):
         for item in track(items, "outputs"):
             _carry(item, number, _run(block, _Batch(item, number)))
-            for key, cut in list(item.shorter.items()):
-                try:
-                    output = _run(block, _Batch(cut, number))
-                except Exception as error:  # later layers keep their padding, and say so
-                    log.debug("a batch with fewer tokens was not run to its end: %s", error)
-                    del item.shorter[key]
-                else:
-                    _carry(cut, number, output)
+            for key, probes in item.probes.items():
+                item.probes[key] = _first_carried(block, probes, number)
+
+
+def _first_carried(block: nn.Module, probes: list[BlockInput], number: int) -> list[BlockInput]:
+    """The first one that the block takes, carried on to the next."""
+    for probe in probes:
+        try:
+            output = _run(block, _Batch(probe, number))
+        except Exception as error:  # without one, later layers keep their padding, and say so
+            log.debug("a batch with other tokens was not run to its end: %s", error)
+        else:
+            _carry(probe, number, output)
+            return [probe]
+    return []
