@@ -1,6 +1,9 @@
 """Models of several towers: which tokens each of their layers sees, and batches of equal lengths."""
 
 import torch
+from torch import nn
+
+import prunus
 
 from tests.helpers.blocks import VOCABULARY
 
@@ -133,3 +136,97 @@ def pictures(left=False, count=2):
     return [
         {**batch, "pixel_values": torch.randn(EXAMPLES, 3, 8, 8)} for batch in text(left, count)
     ]
+
+
+def opt_350m():
+    """Its blocks stand between two projections."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "ffn_dim": 24, "num_attention_heads": 2}
+    small |= {"vocab_size": VOCABULARY, "max_position_embeddings": 32, "word_embed_proj_dim": 8}
+    return OPTForCausalLM(OPTConfig(**small, do_layer_norm_before=False))
+
+
+def jamba():
+    """Mamba and attention in turn."""
+    from transformers import JambaConfig, JambaForCausalLM
+
+    small = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24}
+    small |= {"num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 2}
+    small |= {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4}
+    small |= {"num_experts": 1, "num_experts_per_tok": 1, "mamba_d_state": 4}
+    return JambaForCausalLM(JambaConfig(**small))
+
+
+def albert():
+    """One block, called three times."""
+    from transformers import AlbertConfig, AlbertForSequenceClassification
+
+    small = {"vocab_size": VOCABULARY, "embedding_size": 8, "hidden_size": 16}
+    small |= {"num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
+    return AlbertForSequenceClassification(AlbertConfig(**small, max_position_embeddings=16))
+
+
+# encoders and decoders of our own
+
+
+class CrossBlock(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.cross, self.up, self.down = (nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, hidden_states, context):
+        x = hidden_states + torch.tanh(self.cross(context)).mean(1, keepdim=True)
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+class SelfBlock(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(LENGTH)
+        self.mlp = nn.Sequential(nn.Linear(width, 12), nn.ReLU(), nn.Linear(12, width))
+
+    def forward(self, hidden_states):
+        return hidden_states + self.mlp(self.norm(hidden_states))
+
+
+class Translator(nn.Module):
+    """The decoder is registered first and called last; what is between them is in no block."""
+
+    def __init__(self, blocks=2):
+        super().__init__()
+        torch.manual_seed(0)
+        self.decoder = nn.ModuleList(CrossBlock() for _ in range(blocks))
+        self.encoder = nn.ModuleList(SelfBlock() for _ in range(blocks))
+        self.stem, self.bridge = nn.Linear(8, 8), nn.Linear(8, 8)
+        norm = nn.BatchNorm1d(24)
+        norm.running_mean.normal_()
+        self.tail = nn.Sequential(nn.Linear(8, 24), norm, nn.ReLU(), nn.Linear(24, 4))
+
+    def forward(self, x):
+        x = hidden = self.stem(x)
+        for block in self.encoder:
+            hidden = block(hidden)
+        context = self.bridge(hidden)
+        for block in self.decoder:
+            x = block(x, context=context)
+        return self.tail(x.mean(1))
+
+
+TRANSLATOR = ["encoder.0", "encoder.1", "decoder.0", "decoder.1"]
+
+
+def sentences(count=3):
+    generator = torch.Generator().manual_seed(1)
+    return prunus.Calibration(
+        [torch.randn(4, LENGTH, 8, generator=generator) for _ in range(count)]
+    )
+
+
+def slowly(model, blocks, outside, pruner, calibration, **arguments):
+    """Block after block on the whole model, which runs anew for each, and the others last."""
+    rows = []
+    for layers in [*([f"{block}.*"] for block in blocks), *([outside] if outside else [])]:
+        result = prunus.prune(model, pruner, layers=layers, calibration=calibration, **arguments)
+        rows += result.rows
+    return rows

@@ -101,8 +101,7 @@ class Calibration:
     def _run(self, model: nn.Module, batch: Batch) -> Any:
         if self.forward is not None:
             return self.forward(model, batch)
-        device = next(model.parameters()).device
-        batch = to_device(batch, device)
+        batch = to_device(batch, device_of(model))
         if isinstance(batch, Mapping):
             if batch.get("use_cache"):  # passes must not know of each other
                 batch = {**batch, "use_cache": False}
@@ -156,6 +155,12 @@ def check_first_batch(model: nn.Module, calibration: Calibration, gradients: boo
 
 
 _NOTHING = object()
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """That of the first parameter with data; blocks may be on disk."""
+    places = [p.device for p in model.parameters()]
+    return next((place for place in places if place.type != "meta"), places[0])
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

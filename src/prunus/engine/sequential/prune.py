@@ -87,6 +87,7 @@ def prune_blocks(
     _check_places(model, how, permute, folds)
     weights = None if how.weights is None else Weights(how.weights)
     walk = Walk(model, calibration, blocks_for(model, how), layers, how, weights)
+    walk.check_folder()
     with _rest(walk):
         if method.pattern.fixed is None:
             method = _decided(method, layers, target, walk)

@@ -89,7 +89,6 @@ class BlockPruning:
         """Open the folder, once it is known what the first block is given."""
         walk = self.walk
         if walk.how.folder is not None and self.finished is None:
-            walk.check_folder()
             self.finished = FinishedBlocks(walk.how.folder, self._identity(self.items))
             walk.finished = self.finished
 
