@@ -40,9 +40,13 @@ def padding_masks(batch: Any) -> dict[str, Tensor]:
 
 
 def kind_of(batch: Any) -> tuple[Any, ...]:
-    """What batches have in common that are fed through a model in the same way."""
-    names = tuple(sorted(map(str, batch))) if isinstance(batch, Mapping) else ()
-    return names, tuple(sorted(padding_masks(batch)))
+    """What batches have in common that are fed through a model in the same way.
+
+    A single example may be fed otherwise than several, and flags say how.
+    """
+    items = batch.items() if isinstance(batch, Mapping) else ()
+    flags = [(str(key), repr(x) if isinstance(x, bool | int | str) else "") for key, x in items]
+    return tuple(sorted(flags)), tuple(sorted((key, len(m) == 1) for key, m in padding_masks(batch).items()))
 
 
 def probes_of(batch: Any, model: nn.Module) -> dict[str, list[Any]]:

@@ -115,16 +115,15 @@ class Walk:
         self._sort()
         alone = len(self.blocks.lists) == 1
         for blocks in self.blocks.lists:
-            try:
-                items = self._items(blocks)
-            except BlockError as error:
-                again = isinstance(error, RepeatedBlockError)
-                if self.how.weights is not None or (alone and not again):
-                    raise
-                log.warning("%s: the layers of '%s' come last, together", error.why, blocks.name)
-                self._use([other for other in self.blocks.lists if other is not blocks])
-            else:
+            items, error = self._items(blocks)
+            if error is None:
                 yield self._numbers(blocks), items
+                continue
+            again = isinstance(error, RepeatedBlockError)
+            if self.how.weights is not None or (alone and not again):
+                raise error
+            log.warning("%s: the layers of '%s' come last, together", error.why, blocks.name)
+            self._use([other for other in self.blocks.lists if other is not blocks])
 
     def _numbers(self, blocks: Blocks) -> range:
         return self.blocks.numbers(blocks)
@@ -152,15 +151,30 @@ class Walk:
             for batch in self.calibration:
                 self.calibration.run(self.model, batch)
                 break
-        self._use(sorted(lists, key=lambda b: seen.index(b) if b in seen else len(seen)))
+        places = [seen.index(b) if b in seen else len(seen) for b in lists]
+        ranks = all_ranks()  # which must go the same way, whatever their first batches are
+        places = ranks.all_reduce(torch.tensor(places) * (ranks.rank == 0)).tolist()
+        self._use([b for _, b in sorted(zip(places, lists, strict=True), key=lambda pair: pair[0])])
 
-    def _items(self, blocks: Blocks) -> list[BlockInput]:
+    def _items(self, blocks: Blocks) -> tuple[list[BlockInput], BlockError | None]:
+        """What the blocks are given, or why they cannot be run one by one on some rank."""
+        items, error = list[BlockInput](), None
         with (
             all_ranks().raise_on_all_ranks(),
             self.block(self._numbers(blocks)[0], at_home=True),
             self.within_reach(besides=blocks),
         ):
-            return record(self.model, blocks, self.calibration)
+            try:
+                items = record(self.model, blocks, self.calibration)
+            except BlockError as caught:
+                error = caught
+        found = torch.tensor([error is not None, isinstance(error, RepeatedBlockError)]).int()
+        failed, again = all_ranks().all_reduce(found).tolist()
+        if again and not isinstance(error, RepeatedBlockError):
+            error = RepeatedBlockError(f"another rank calls '{blocks.name}' more than once")
+        elif failed and error is None:
+            error = BlockError(f"another rank cannot run the blocks of '{blocks.name}' one by one")
+        return items, error
 
     @contextlib.contextmanager
     def within_reach(self, besides: Blocks | None = None) -> Iterator[None]:

@@ -117,7 +117,7 @@ class _Recorder:
     def __init__(self, blocks: Blocks) -> None:
         self.blocks = blocks
         self.output: Any = None
-        self.single = False  # whether a batch has shown that each block is called once
+        self.single = False  # whether a batch of this kind has shown that each is called once
         self.begin()
 
     def begin(self) -> None:
@@ -179,8 +179,10 @@ def record(model: nn.Module, blocks: Blocks, calibration: Calibration) -> list[B
             stack.enter_context(stand_in(module, recorder.standin(number)))
         stack.enter_context(eager(model))
         for batch in track(calibration, "inputs of the first block"):
+            kind = kind_of(batch)
+            recorder.single = kind in kinds
             items.append(_item(model, calibration, batch, recorder))
-            items[-1].told, kind = told, kind_of(batch)
+            items[-1].told = told
             if kind not in kinds and padding_masks(batch):
                 items[-1].probes = _probes(model, calibration, batch, recorder)
             kinds.add(kind)
@@ -194,7 +196,6 @@ def _item(
 ) -> BlockInput:
     recorder.begin()
     _run_around(model, calibration, batch, recorder)
-    recorder.single = True
     assert recorder.stream is not None
     others = beside(recorder.output)
     return BlockInput(recorder.stream, recorder.arguments, batch, others, recorder.autocast)
@@ -205,6 +206,7 @@ def _probes(
 ) -> dict[str, list[BlockInput]]:
     """What the blocks are given for batches in which one sequence is another."""
     found: dict[str, list[BlockInput]] = {}
+    recorder.single = True
     for key, probes in probes_of(batch, model).items():
         found[key] = []
         for probe in probes:
