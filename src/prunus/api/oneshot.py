@@ -52,7 +52,7 @@ def prune(
     estimates BatchNorm statistics anew on the pruned model, from the calibration data or from data
     of its own, which wants batches of some tens of examples and no labels. ``sequential`` prunes
     block by block, each on the outputs of the pruned ones before it: the name of the list of
-    blocks, True to find it, or a `Sequential` that says where the blocks are meanwhile.
+    blocks, True to walk all lists, or a `Sequential` that says where the blocks are meanwhile.
     ``permute``, for N:M, regroups input channels first: `lsa`, `reallocate`, or a `Permute`.
 
     Raises ValueError with the remedy if anything does not fit; the model is then untouched, as it

@@ -46,7 +46,8 @@ def kind_of(batch: Any) -> tuple[Any, ...]:
     """
     items = batch.items() if isinstance(batch, Mapping) else ()
     flags = [(str(key), repr(x) if isinstance(x, bool | int | str) else "") for key, x in items]
-    return tuple(sorted(flags)), tuple(sorted((key, len(m) == 1) for key, m in padding_masks(batch).items()))
+    padded = [(key, len(mask) == 1) for key, mask in padding_masks(batch).items()]
+    return tuple(sorted(flags)), tuple(sorted(padded))
 
 
 def probes_of(batch: Any, model: nn.Module) -> dict[str, list[Any]]:

@@ -67,7 +67,7 @@ class PruningModifier(metaclass=_TakesMasking):
     """when; default: at once, or over all of training for a schedule"""
     sequential: bool | str = False
     """prune block by block, each on the outputs of the pruned ones before: the name of the list of
-    blocks, as `model.layers`, or true to find it"""
+    blocks, as `model.layers`, or true to walk all lists"""
     permute: Permute | None = None
     """for N:M: regroup input channels first, so that less is lost; once on a finished model"""
 

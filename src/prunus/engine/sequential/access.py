@@ -50,7 +50,7 @@ class Sequential:
 
     @classmethod
     def of(cls, value: bool | str | Sequential) -> Sequential | None:
-        """What recipes and calls may write: the list's name, or true to find it."""
+        """What recipes and calls may write: the list's name, or true to walk all."""
         if isinstance(value, Sequential) or not value:
             return value or None
         return cls(None if value is True else value)
