@@ -7,7 +7,7 @@ import copy
 import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -48,6 +48,8 @@ class Calibration:
     memory: str | int | None = None
     """for statistics, as ``"8GiB"`` or bytes; over it, several passes over the batches are made.
     Default: four fifths of what is free"""
+    told: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
+    """what the log has said of these batches, once"""
 
     def __post_init__(self) -> None:
         if isinstance(self.batches, Iterator):

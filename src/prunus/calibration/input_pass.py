@@ -80,7 +80,7 @@ def measure_inputs(
     a layer that no batch has reached.
     """
     shared: dict[Layer, Statistic] = {}
-    inputs = _Inputs(stats, share=True, padding=Padding(model))
+    inputs = _Inputs(stats, share=True, padding=Padding(model, calibration.told))
     with all_ranks().raise_on_all_ranks(), contextlib.suppress(_InputsDiverged):
         shared = _pass(model, inputs, calibration)
     if _on_all_ranks(inputs.leaders if shared else {}, stats) and shared:
@@ -88,7 +88,9 @@ def measure_inputs(
     for stat in stats.values():
         for t in stat.tensors():
             t.zero_()
-    return _pass(model, _Inputs(stats, share=False, padding=Padding(model)), calibration)
+    return _pass(
+        model, _Inputs(stats, share=False, padding=Padding(model, calibration.told)), calibration
+    )
 
 
 def _on_all_ranks(leaders: Mapping[Layer, Layer], stats: Mapping[Layer, Statistic]) -> bool:
