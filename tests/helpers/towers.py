@@ -23,7 +23,9 @@ def ids(seed):
 
 def text(left=False, count=2):
     """One sequence."""
-    return [{"input_ids": ids(i), TEXT: mask((LENGTH, LENGTH - 2 - i % 3), left)} for i in range(count)]
+    return [
+        {"input_ids": ids(i), TEXT: mask((LENGTH, LENGTH - 2 - i % 3), left)} for i in range(count)
+    ]
 
 
 def translations(left=False, count=2):
