@@ -242,6 +242,14 @@ def test_check_plans_the_statistics_to_fit_the_memory(run):
     )
 
 
+def test_check_names_what_comes_after_the_blocks(run, tmp_path):
+    text = "modifiers:\n  - prune: {pruner: wanda, sparsity: 0.5, layers: '*', sequential: true}\n"
+    (tmp_path / "blocks.yaml").write_text(text)
+    code, screen, _ = run("check", str(tmp_path / "blocks.yaml"), "--model", "user_module:llama")
+    assert code == 0
+    assert "outside the blocks, pruned after them: lm_head" in " ".join(screen.split())
+
+
 def test_prune_takes_memory_and_recalibrates(run):
     code, screen, error = run(
         "prune",

@@ -16,7 +16,7 @@ from prunus.core.mask_registry import Masks
 from prunus.core.unseen import told
 from prunus.engine.permute.step import Permute
 from prunus.engine.plan import PruningPlan
-from prunus.engine.sequential.access import Sequential
+from prunus.engine.sequential.options import Sequential
 from prunus.engine.sequential.walk import SequentialResult
 from prunus.modifiers import MovementPruning, OneShotModifier
 from prunus.modifiers.events import pruning_event

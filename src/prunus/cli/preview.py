@@ -25,6 +25,8 @@ def preview(entry: Run | PruningPlan, where: str) -> Iterator[RenderableType]:
     yield _layers(layers, plan, where)
     if entry.left_dense:
         yield f"left dense: {', '.join(entry.left_dense)}"
+    if plan is not None and plan.outside_blocks:
+        yield f"outside the blocks, pruned after them: {', '.join(plan.outside_blocks)}"
     if plan is not None and plan.permute is not None:
         yield _folds(plan)
     if memory := entry.memory():

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import nn
 
@@ -72,8 +73,13 @@ class BlockLists:
                 return self.numbers(blocks)[number]
         return None
 
-    def shared(self) -> set[nn.Module]:
-        """Modules that are in several blocks at once."""
+    def owner(self, layer: Layer) -> int | None:
+        """The number of the one block that a layer is in; None if it is in none, or in several."""
+        return None if layer.module in self._shared else self.number_of(layer.name)
+
+    @cached_property
+    def _shared(self) -> set[nn.Module]:
+        """Modules that are in several blocks."""
         counts = Counter(m for module in self.modules for m in set(module.modules()))
         return {m for m, count in counts.items() if count > 1}
 

@@ -21,7 +21,7 @@ from prunus.engine.layer_solve import plan_measurements
 from prunus.engine.method import Method
 from prunus.engine.permute.folds import FoldPlan
 from prunus.engine.permute.step import Permute, permute_layers, plan_folds
-from prunus.engine.sequential.access import Sequential
+from prunus.engine.sequential.options import Sequential
 from prunus.engine.sequential.prune import NO_INPUTS, blocks_for, check_sequential, prune_blocks
 from prunus.engine.sequential.walk import SequentialResult
 from prunus.engine.step import check_reachable, prune_step, stage_count
@@ -61,6 +61,14 @@ class PruningPlan:
     def left_dense(self) -> list[str]:
         """Names of the layers that the default spares."""
         return self.selection.left_dense
+
+    @property
+    def outside_blocks(self) -> list[str]:
+        """Names of the layers that a sequential run prunes after all blocks."""
+        if self.sequential is None:
+            return []
+        blocks = blocks_for(self.model, self.sequential)
+        return [layer.name for layer in self.layers if blocks.owner(layer) is None]
 
     def check_data(self) -> None:
         """Raises ValueError if calibration data is needed and there is none."""
@@ -144,7 +152,7 @@ class PruningPlan:
             return measured.nbytes
         blocks, held = blocks_for(self.model, self.sequential), Counter[int | None]()
         for layer, stat in measured.stats.items():
-            held[blocks.number_of(layer.name)] += stat.nbytes
+            held[blocks.owner(layer)] += stat.nbytes
         return min(measured.nbytes, max(held.values(), default=0))
 
 

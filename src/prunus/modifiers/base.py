@@ -19,7 +19,7 @@ from prunus.core.mask_registry import Masks
 from prunus.core.masks import local, zero_pruned
 from prunus.core.names import Registry, few
 from prunus.engine.plan import PruningPlan
-from prunus.engine.sequential.access import Sequential
+from prunus.engine.sequential.options import Sequential
 from prunus.modifiers.timing import Timeline
 
 log = logging.getLogger("prunus")

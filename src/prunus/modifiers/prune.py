@@ -15,7 +15,7 @@ from prunus.core.selection import select
 from prunus.engine.method import Method
 from prunus.engine.permute.step import Permute
 from prunus.engine.plan import PruningPlan
-from prunus.engine.sequential.access import Sequential
+from prunus.engine.sequential.options import Sequential
 from prunus.modifiers.base import MODIFIERS, Context
 from prunus.modifiers.nm.modifier import NMTraining
 from prunus.modifiers.pruning_run import PruningRun

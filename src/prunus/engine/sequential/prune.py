@@ -26,8 +26,9 @@ from prunus.engine.allocator_signals import signal_statistics, signals_of
 from prunus.engine.method import Method
 from prunus.engine.permute.folds import Fold
 from prunus.engine.permute.step import Permute
-from prunus.engine.sequential.access import Sequential, Walk
+from prunus.engine.sequential.access import Walk
 from prunus.engine.sequential.lazy_weights import Weights, materialize, release
+from prunus.engine.sequential.options import Sequential
 from prunus.engine.sequential.record import BlockInput
 from prunus.engine.sequential.replay import as_calibration, carry_on
 from prunus.engine.sequential.resume import check_folder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,26 +15,23 @@ from prunus.calibration.calibration import Calibration, random_states_kept, undi
 from prunus.calibration.probes import kind_of, padding_masks, probes_of
 from prunus.core.blocks import Blocks
 from prunus.core.progress import track
+from prunus.engine.sequential.calls import (
+    Arguments,
+    BlockError,
+    RepeatedBlockError,
+    beside,
+    in_form_of,
+    returns_more,
+    stream_of,
+    without_stream,
+)
 from prunus.engine.sequential.forwards import eager, stand_in, without_cache
 
 log = logging.getLogger("prunus")
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class _RecordingComplete(Exception):  # noqa: N818
     """All that the blocks are called with is known."""
-
-
-class BlockError(ValueError):
-    """Why the blocks cannot be run one by one."""
-
-    def __init__(self, message: str) -> None:
-        self.why = f"sequential: {message}"
-        super().__init__(f"{self.why}; prune all at once, or name another list of blocks")
-
-
-class RepeatedBlockError(BlockError):
-    """Blocks with shared weights, as ALBERT's: what they are given cannot be told by position."""
 
 
 @dataclass
@@ -54,56 +51,6 @@ class BlockInput:
     """the same with another sequence, by mask, for the first batch of its kind"""
     told: set[str] = field(default_factory=set)
     """what was said in the log of any item's padding"""
-
-
-def _place(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str:
-    """Where in a block's arguments the stream is."""
-    if args and isinstance(args[0], Tensor):
-        return 0
-    if isinstance(kwargs.get("hidden_states"), Tensor):
-        return "hidden_states"
-    raise BlockError("a block is called without a tensor in front")
-
-
-def _without(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Arguments]:
-    place = _place(args, kwargs)
-    # a cache would grow with each pass
-    caches = {key: None for key, x in kwargs.items() if type(x).__name__.endswith("Cache")}
-    if place == 0:
-        return args[0], ((None, *args[1:]), {**kwargs, **caches})
-    return kwargs[str(place)], (args, {**kwargs, **caches, str(place): None})
-
-
-def with_stream(stream: Tensor, arguments: Arguments) -> Arguments:
-    args, kwargs = arguments
-    if args and args[0] is None:
-        return (stream, *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": stream}
-
-
-def stream_of(output: Any) -> Tensor:
-    stream = output[0] if isinstance(output, tuple | list) else output
-    if not isinstance(stream, Tensor):
-        raise BlockError(f"a block returns {type(stream).__name__}, not a tensor")
-    return stream
-
-
-def _others(output: Any) -> bool:
-    return isinstance(output, tuple | list) and any(x is not None for x in output[1:])
-
-
-def beside(output: Any) -> list[Tensor | None]:
-    """The tensors that a block returns beside the stream, None for anything else."""
-    others = output[1:] if isinstance(output, tuple | list) else ()
-    return [x if isinstance(x, Tensor) else None for x in others]
-
-
-def _like(output: Any, stream: Tensor) -> Any:
-    """The stream in the form of a block's output."""
-    if not isinstance(output, tuple | list):
-        return stream
-    items = [stream, *output[1:]]
-    return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
 
 
 class _Recorder:
@@ -134,7 +81,7 @@ class _Recorder:
 
     def standin(self, number: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            stream, arguments = _without(args, kwargs)
+            stream, arguments = without_stream(args, kwargs)
             self._check(number, stream, arguments)
             if number == 0:
                 self.stream, kind = stream, stream.device.type
@@ -146,7 +93,7 @@ class _Recorder:
             if self.complete and self.single:
                 raise _RecordingComplete
             self.passed.append(stream.view_as(stream))  # another object for each block
-            return _like(output, self.passed[-1])
+            return in_form_of(output, self.passed[-1])
 
         return forward
 
@@ -154,7 +101,7 @@ class _Recorder:
         """What the first block of this class returns."""
         cls = type(self.blocks.modules[number])
         known = cls in self.outputs
-        if not known or (_others(self.outputs[cls]) and cls not in self.computed):
+        if not known or (returns_more(self.outputs[cls]) and cls not in self.computed):
             self.outputs[cls] = self.forwards[number](*args, **kwargs)
             stream_of(self.outputs[cls])
             self.computed.add(cls)

@@ -12,8 +12,9 @@ from torch import nn
 from prunus.calibration.calibration import Calibration, to_device, undisturbed
 from prunus.calibration.probes import RecordedBatch
 from prunus.core.progress import track
+from prunus.engine.sequential.calls import beside, stream_of, with_stream
 from prunus.engine.sequential.forwards import eager
-from prunus.engine.sequential.record import BlockInput, beside, stream_of, with_stream
+from prunus.engine.sequential.record import BlockInput
 
 log = logging.getLogger("prunus")
 

@@ -18,6 +18,7 @@ from prunus.engine.method import LayerResult, LayerUpdate, Method
 from prunus.engine.permute.folds import Fold
 from prunus.engine.permute.step import PermutationResult, Permute, permute_layers
 from prunus.engine.sequential.access import Walk
+from prunus.engine.sequential.options import Sequential as Sequential
 from prunus.engine.sequential.record import BlockInput
 from prunus.engine.sequential.replay import advance, as_calibration
 from prunus.engine.sequential.resume import (

@@ -13,7 +13,7 @@ from prunus.core.patterns import Pattern, parse_pattern
 from prunus.core.selection import select
 from prunus.engine.method import Method
 from prunus.engine.plan import PruningPlan
-from prunus.engine.sequential.access import Sequential
+from prunus.engine.sequential.options import Sequential
 from prunus.modifiers.base import MODIFIERS, Context
 from prunus.modifiers.nm.maskings import STE, Masking
 from prunus.modifiers.nm.run import NMTrainingRun
