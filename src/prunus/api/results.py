@@ -174,7 +174,7 @@ def sparsity(model: nn.Module) -> SparsityTable:
     """
     rows = []
     for layer in all_layers(model):
-        part = local(layer.weight.detach())
+        part = layer.local
         zeros = part.numel() - int(part.count_nonzero())
         rows.append((layer.name, layer.kind, layer.shape, part.numel(), zeros))
     unseen = unseen_weights(model)

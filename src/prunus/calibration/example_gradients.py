@@ -61,11 +61,19 @@ def micro_batch_gradients(
             for p in model.parameters():
                 p.grad = None
         else:
-            found = torch.autograd.grad(loss, weights, allow_unused=True)
+            found = _gradients(loss, weights)
     return [
         None if g is None else layer.matrix(layer.part(local(g.detach()))).unsqueeze(0)
         for layer, g in zip(layers, found, strict=True)
     ]
+
+
+def _gradients(loss: Tensor, weights: Sequence[Tensor]) -> list[Tensor | None]:
+    """Of weights that may repeat, as those of experts do."""
+    each = {id(w): w for w in weights}
+    grads = torch.autograd.grad(loss, list(each.values()), allow_unused=True)
+    found = dict(zip(each, grads, strict=True))
+    return [found[id(w)] for w in weights]
 
 
 class _Tap(torch.autograd.Function):
@@ -133,10 +141,10 @@ class ExampleGradients:
     ) -> None:
         self.model, self.layers, self.calibration = unwrap(model), layers, calibration
         self.at_once = at_once
-        reasons = [message for layer in layers if (message := layer.no_input_matrix())]
+        reasons = [x.name for x in layers if not x.reads_arguments or x.no_inputs()]
         self.by_hooks: bool | None = False if reasons else None
         if reasons:
-            log.info("one backward pass for each example, because %s", reasons[0])
+            log.info("one backward pass for each example, because %s is no plain layer", reasons[0])
 
     def __call__(self, batch: Batch) -> Iterator[Grads]:
         """(samples, rows, cols) for each layer, at most `at_once` samples at a time."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 from torch import nn
 
@@ -64,7 +65,7 @@ def find_blocks(model: nn.Module, name: str | None = None) -> Blocks | None:
         hint = did_you_mean(name, lists) or (f"; lists are: {', '.join(lists)}" if lists else "")
         raise ValueError(f"sequential: the model has no list of blocks {name!r}{hint}")
     sizes = {
-        key: sum(layer.weight.numel() for module in blocks.modules for layer in all_layers(module))
+        key: sum(prod(layer.shape) for module in blocks.modules for layer in all_layers(module))
         for key, blocks in lists.items()
     }
     if not any(sizes.values()):

@@ -44,7 +44,14 @@ def _compile(pattern: str) -> re.Pattern[str]:
 
 def _hits(items: Sequence[T], names: Callable[[T], Sequence[str]], pattern: str) -> list[int]:
     regex = _compile(pattern)
-    return [i for i, item in enumerate(items) if any(map(regex.fullmatch, names(item)))]
+    hits = [i for i, item in enumerate(items) if any(map(regex.fullmatch, names(item)))]
+    if not hits and _NUMBERED.search(pattern) and not pattern.startswith("re:"):
+        # experts.up[3] is a name, unless something is called experts.up3
+        return _hits(items, names, _NUMBERED.sub(r"[[]\1]", pattern))
+    return hits
+
+
+_NUMBERED = re.compile(r"(?<!\[)\[(\d+)\]")
 
 
 def match_names(
@@ -107,7 +114,7 @@ def _match(
             part = third_of(layer, letter, modules)
             chosen += [] if part.name in {c.name for c in chosen} else [part]
     places = {id(layer.weight): i for i, layer in enumerate(layers)}
-    return sorted(chosen, key=lambda layer: (places[id(layer.weight)], layer.qkv_part or 0))
+    return sorted(chosen, key=lambda layer: (places[id(layer.weight)], layer.part_key or 0))
 
 
 ADAPTERS = re.compile(r"(^|\.)(lora_\w+|modules_to_save|original_module)(\.|$)")
@@ -141,9 +148,9 @@ def _refuse_unseen(model: nn.Module, layers: Sequence[Layer], patterns: Sequence
         ]
         if hits:
             raise ValueError(
-                f"layer pattern {pattern!r} names {hits[0].name} ({hits[0].kind}), which is no "
-                "Linear, convolution or attention weight: prunus leaves such weights dense; drop "
-                "the pattern, or make them modules of their own"
+                f"layer pattern {pattern!r} names {hits[0].name} ({hits[0].kind}), which prunus "
+                "does not know as a weight that inputs are multiplied with, and leaves dense; drop "
+                "the pattern, or make it the weight of a Linear"
             )
 
 
@@ -172,7 +179,8 @@ def select(
 
     A pattern is a glob (``*`` crosses dots), a class name (``Linear``) or ``re:`` and a regular
     expression for the whole name. ``attn.qkv[q]`` is a third of a fused weight (unless a layer is
-    called so by the rules of globs). Default: every Linear and convolution but `layers.ends`.
+    called so by the rules of globs). Default: every Linear, convolution, recurrent weight and
+    expert but `layers.ends`.
 
     Raises ValueError for a pattern that matches nothing, for a chosen weight that cannot be pruned,
     and when no layer is left.

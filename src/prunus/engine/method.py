@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from prunus.allocators import Allocator
+from prunus.allocators import Allocator, SignalAllocator
 from prunus.calibration.memory_plan import Rows
+from prunus.core.input_parts import input_parts
 from prunus.core.layers import Layer
 from prunus.core.names import few
 from prunus.core.patterns import Pattern
@@ -33,11 +34,22 @@ class Method:
         Raises ValueError if the pruner or a layer does not go with the pattern.
         """
         supports(self.pruner, self.pattern)
+        layers = [part for layer in layers for part in self._parts(layer)]
         _check_shapes(layers, self.pattern)
         for layer in layers:
             self.pruner.check(layer.matrix_shape()[1], self.pattern)
         grouped = self.pattern.kind in ("N:M", "block")
         return [layer.with_channels_inner() for layer in layers] if grouped else list(layers)
+
+    def _parts(self, layer: Layer) -> list[Layer]:
+        """The layer, or its parts where inputs are measured and these have different ones."""
+        measured = any(_reads_inputs(x, layer) for x in (self.pruner, self.allocator))
+        return input_parts(layer) if measured else [layer]
+
+
+def _reads_inputs(source: object, layer: Layer) -> bool:
+    stat = source.statistic(layer) if isinstance(source, (Pruner, SignalAllocator)) else None
+    return getattr(stat, "reads", "") == "inputs"
 
 
 def _check_shapes(layers: Sequence[Layer], pattern: Pattern) -> None:

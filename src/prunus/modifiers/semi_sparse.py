@@ -90,7 +90,7 @@ class SemiSparseRun(Run):
         if self.modifier.layers is None:
             chosen = [layer for layer in chosen if isinstance(layer.module, nn.Linear)]
         for layer in chosen:
-            if not isinstance(layer.module, nn.Linear) or layer.qkv_part is not None:
+            if not isinstance(layer.module, nn.Linear) or layer.piece is not None:
                 raise ValueError(
                     f"layers: {layer.name} is a {layer.kind}; only whole Linear layers "
                     "can be accelerated; name those alone, or exclude this one"

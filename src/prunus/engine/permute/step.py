@@ -107,9 +107,12 @@ def plan_folds(
         raise ValueError(
             f"permute is for N:M patterns; pattern '{pattern}' has no order of columns"
         )
-    if parts := [layer.name for layer in layers if layer.qkv_part is not None]:
-        raise ValueError(f"permute moves whole layers, not {parts[0]}; name the whole layer")
-    plan = with_whole_groups(find_folds(model, layers, permute.shared), pattern.m)
+    pieces = [layer for layer in layers if layer.piece is not None]
+    if thirds := [layer.name for layer in pieces if layer.is_linear]:
+        raise ValueError(f"permute moves whole layers, not {thirds[0]}; name the whole layer")
+    whole = [layer for layer in layers if layer.piece is None]
+    plan = with_whole_groups(find_folds(model, whole, permute.shared), pattern.m)
+    plan.refused.update({x.name: "it is one of several matrices in a weight" for x in pieces})
     _warn_of_zeros(plan.folds)
     return plan
 

@@ -1,0 +1,124 @@
+"""Weights that are no Linear's own are pruned as a Linear of the same weights is."""
+
+import pytest
+import torch
+
+import prunus
+
+from tests.helpers.cases import PRUNERS
+from tests.helpers.raw_models import PAIRS
+
+
+def data():
+    batches = [(x, x) for x in torch.randn(3, 20, 8, dtype=torch.float64)]
+    return prunus.Calibration(batches, lambda y, x: (y.sum(-1) - x.sum(-1)).square().mean())
+
+
+def pruned(model, pruner, pattern):
+    how = {} if ":" in pattern else {"sparsity": 0.5}
+    torch.manual_seed(1)
+    return prunus.prune(model, pruner, pattern=pattern, layers=["*"], calibration=data(), **how)
+
+
+FEW = ("magnitude", "obs", "wanda", "sparsegpt")
+CASES = [(name, pair) for name in FEW for pair in PAIRS]
+CASES += [(name, "experts-transposed") for name in PRUNERS if name not in FEW]
+
+
+@pytest.mark.parametrize(("name", "pair"), CASES)
+def test_a_raw_weight_becomes_what_the_same_weight_of_a_linear_becomes(name, pair):
+    case, pair = PRUNERS[name], PAIRS[pair]
+    for pattern in ("unstructured", "2:4"):
+        raw, plain = pair.made()
+        pruner = case.pruner
+        if hasattr(pruner, "num_grads"):
+            pruner = type(pruner)(**{**vars(pruner), "num_grads": 3})
+        result = pruned(raw, pruner, pattern)
+        pruned(plain, pruner, pattern)
+        assert result.sparsity == pytest.approx(0.5, abs=0.01)
+        for a, b in zip(pair.raw_weights(raw), pair.plain_weights(plain), strict=True):
+            torch.testing.assert_close(a, b.reshape(a.shape), rtol=1e-5, atol=1e-8)
+
+
+def test_experts_have_names_numbers_and_rows_of_their_own():
+    raw, _ = PAIRS["experts"].made()
+    result = prunus.prune(raw, "magnitude", sparsity=0.5, layers=["up_proj[1]", "*down*"])
+    assert [row.name for row in result.rows] == [
+        "up_proj[1]",
+        "down_proj[0]",
+        "down_proj[1]",
+        "down_proj[2]",
+    ]
+    assert (raw.up_proj[0] != 0).all()
+    assert (raw.up_proj[2] != 0).all()
+    assert int((raw.up_proj[1] == 0).sum() + (raw.down_proj == 0).sum()) == 256
+    assert set(result.masks) == {"up_proj", "down_proj"}
+    table = prunus.sparsity(raw)
+    assert table["up_proj[1]"] == float((raw.up_proj[1] == 0).double().mean())
+    assert table.total == 256 / 768
+    left = prunus.prune(raw, "magnitude", sparsity=0.5, exclude=["up_proj[1]"], layers=["Experts"])
+    assert "up_proj[1]" not in [row.name for row in left.rows]
+
+
+def test_along_the_inputs_is_along_the_inputs_whichever_way_experts_are_stored():
+    for name in ("experts", "experts-transposed"):
+        raw, _ = PAIRS[name].made()
+        prunus.prune(raw, "magnitude", pattern="2:4", layers=["*"])
+        for w in PAIRS[name].raw_weights(raw):
+            assert ((w != 0).reshape(len(w), -1, 4).sum(-1) == 2).all()
+
+
+def test_rows_with_different_inputs_are_measured_apart_or_refused():
+    class Cross(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mha = torch.nn.MultiheadAttention(8, 1, bias=False)
+
+        def forward(self, x):
+            return self.mha(x[:2], x[2:], x[2:])[0]
+
+    model, x = Cross(), torch.randn(9, 8)
+    expected = model.mha.in_proj_weight.detach().chunk(3)
+    norms = [part.norm(dim=0) for part in (x[:2], x[2:], x[2:])]
+    how = {"pattern": "row", "layers": ["mha.in*"], "calibration": prunus.Calibration([x])}
+    result = prunus.prune(model, "wanda", sparsity=0.5, **how)
+    assert [row.name[-3:] for row in result.rows] == ["[q]", "[k]", "[v]"]
+    for got, w, norm in zip(model.mha.in_proj_weight.chunk(3), expected, norms, strict=True):
+        keep = (w.abs() * norm).argsort(1).argsort(1) >= 4
+        assert torch.equal(got != 0, keep)
+
+
+RECIPES = {
+    "gradual": "modifiers: [prune: {sparsity: {from: 0.3, to: 0.5}, window: {to: 75%, every: 25%}, layers: ['*']}]",
+    "trained": "modifiers: [nm_training: {pattern: '2:4', masking: sr_ste, layers: ['*']}]",
+    "hidden": "modifiers: [nm_training: {pattern: '2:4', masking: mdgf, layers: ['*']}]",
+}
+
+
+@pytest.mark.parametrize("pair", ["experts-transposed", "heads", "recurrent", "bilinear"])
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_training_masks_them_as_it_does_linear_layers_and_resumes(recipe, pair, tmp_path):
+    pair = PAIRS[pair]
+    models = pair.made()
+    for model in models:
+        optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+        session = prunus.attach(model, optimizer, recipe, steps_per_epoch=4, epochs=1)
+        for step in range(4):
+            x = torch.randn(
+                20, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(step)
+            )
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step == 1:
+                state = session.state_dict()
+                session.load_state_dict(state)
+        session.close()
+    raw, plain = models
+    for a, b in zip(pair.raw_weights(raw), pair.plain_weights(plain), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+        assert float((a == 0).double().mean()) == pytest.approx(0.5, abs=0.1)
+    prunus.save(raw, tmp_path / "raw.safetensors", pruning=session if model is raw else None)
+    loaded = prunus.load(tmp_path / "raw.safetensors")
+    for name, p in raw.named_parameters():
+        assert torch.equal(loaded.state_dict[name], p)
