@@ -60,6 +60,25 @@ def test_experts_have_names_numbers_and_rows_of_their_own():
     assert "up_proj[1]" not in [row.name for row in left.rows]
 
 
+def test_tables_show_a_stack_of_many_experts_as_one_row():
+    class ManyExperts(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = torch.nn.Parameter(torch.randn(12, 4, 8))
+            self.down = torch.nn.Parameter(torch.randn(3, 8, 4))
+
+    model = ManyExperts()
+    result = prunus.prune(model, "magnitude", sparsity=0.5, layers=["*"])
+    assert len(result.rows) == 15
+    for table in (result, prunus.sparsity(model)):
+        first = [row[0] for row in table.cells()]
+        assert first == ["up[0..11]", "down[0]", "down[1]", "down[2]", "15 layers"]
+    up = next(iter(result.cells()))
+    zeros = int((model.up == 0).sum())
+    assert up[1:5] == ("4x8", "unstructured", f"{zeros / 384:.4f}", str(zeros))
+    assert up[5] == f"≤ {max(row.score_lost for row in result.rows[:12]):.2%}"
+
+
 def test_along_the_inputs_is_along_the_inputs_whichever_way_experts_are_stored():
     for name in ("experts", "experts-transposed"):
         raw, _ = PAIRS[name].made()

@@ -15,7 +15,7 @@ from prunus.core.unseen import told, unseen_weights
 from prunus.engine.method import LayerResult, collapse_message
 from prunus.engine.permute.step import FoldRow
 from prunus.report.records import Recorder
-from prunus.report.tables import Printable, Recorded, share
+from prunus.report.tables import Printable, Recorded, share, stacks
 
 if TYPE_CHECKING:
     from prunus.recipe import Recipe
@@ -70,10 +70,12 @@ class Result(Recorded):
         return [kind for kind in kinds if any(kind[1](row) is not None for row in self.rows)]
 
     def cells(self) -> Iterable[Sequence[str]]:
-        for row in self.rows:
+        for name, at in stacks([row.name for row in self.rows]):
+            rows, row = self.rows[at], self.rows[at.start]
             shape = "x".join(map(str, row.shape))
-            lost = ["" if (x := get(row)) is None else f"{x:.2%}" for _, get in self._losses()]
-            yield row.name, shape, row.pattern, share(row.zeros, row.size), f"{row.zeros:,}", *lost
+            lost = [_highest(rows, get) for _, get in self._losses()]
+            zeros, size = sum(x.zeros for x in rows), sum(x.size for x in rows)
+            yield name, shape, row.pattern, share(zeros, size), f"{zeros:,}", *lost
         zeros = sum(row.zeros for row in self.rows)
         size = sum(row.size for row in self.rows)
         yield f"{len(self.rows)} layers", "", "", share(zeros, size), f"{zeros:,}"
@@ -94,6 +96,11 @@ class Result(Recorded):
         if self.not_permuted:
             message.append(f"not permuted: {len(self.not_permuted)} layers; see .not_permuted")
         return message
+
+
+def _highest(rows: Sequence[LayerResult], get: Callable[[LayerResult], float | None]) -> str:
+    found = [x for row in rows if (x := get(row)) is not None]
+    return (f"{max(found):.2%}" if len(rows) == 1 else f"≤ {max(found):.2%}") if found else ""
 
 
 @dataclass
@@ -152,7 +159,9 @@ class SparsityTable(Printable):
         return "layer", "kind", "shape", "sparsity", "zeros"
 
     def cells(self) -> Iterable[Sequence[str]]:
-        for name, kind, shape, size, zeros in self.rows:
+        for name, at in stacks([row[0] for row in self.rows]):
+            _, kind, shape, *_ = self.rows[at.start]
+            size, zeros = (sum(row[i] for row in self.rows[at]) for i in (3, 4))
             yield name, kind, "x".join(map(str, shape)), share(zeros, size), f"{zeros:,}"
         zeros = sum(row[4] for row in self.rows)
         size = sum(row[3] for row in self.rows)
@@ -162,8 +171,8 @@ class SparsityTable(Printable):
 def sparsity(model: nn.Module) -> SparsityTable:
     """Zeros of every floating weight of two or more axes (of this rank's part).
 
-    Those that are no Linear, convolution or attention weight, which `prune` leaves dense, have rows
-    too: recurrent weights, embeddings, experts in one tensor.
+    Those that prunus knows no layer for, and leaves dense, have rows too: embeddings, and the
+    weights of people's own modules.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     >>> nn.init.zeros_(model[0].weight).shape
