@@ -79,6 +79,23 @@ def test_tables_show_a_stack_of_many_experts_as_one_row():
     assert up[5] == f"≤ {max(row.score_lost for row in result.rows[:12]):.2%}"
 
 
+def test_what_reads_modules_leaves_experts_alone_and_says_so():
+    raw, _ = PAIRS["experts-transposed"].made()
+    x = torch.randn(12, 8, dtype=torch.float64)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8).double(), raw)
+    data = prunus.Calibration([x])
+    result = prunus.prune(
+        model, "wanda", pattern="2:4", layers=["*"], permute=True, calibration=data
+    )
+    assert result.not_permuted["1.up_proj[0]"] == "it is one of several matrices in a weight"
+    table = prunus.estimate(model, x)
+    assert [layer.macs for layer in table.layers] == [12 * 64] + 6 * [None]
+    expected = model(x)
+    chosen = prunus.accelerate(model, x)
+    assert "Experts computes with a weight of its own" in " ".join(str(chosen).split())
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_along_the_inputs_is_along_the_inputs_whichever_way_experts_are_stored():
     for name in ("experts", "experts-transposed"):
         raw, _ = PAIRS[name].made()

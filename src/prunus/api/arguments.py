@@ -47,7 +47,7 @@ def as_recipe(
     layers: Sequence[str] | str | None,
     exclude: Sequence[str] | str,
     allocator: AllocatorLike,
-    permute: str | Permute | None,
+    permute: bool | str | Permute | None,
 ) -> Recipe:
     """The recipe that a call of `prune` stands for."""
     name = os.fspath(pruner) if isinstance(pruner, str | os.PathLike) else ""
@@ -65,9 +65,19 @@ def as_recipe(
         exclude=as_names(exclude),
         pattern=pattern or "unstructured",
         allocator=as_allocator(allocator),
-        permute=Permute(permute) if isinstance(permute, str) else permute,
+        permute=as_permute(permute),
     )
     return Recipe((modifier,))
+
+
+def as_permute(permute: bool | str | Permute | None) -> Permute | None:
+    if isinstance(permute, str):
+        return Permute(permute)
+    if permute is None or isinstance(permute, bool):
+        return Permute() if permute else None
+    if not isinstance(permute, Permute):
+        raise ValueError(f"permute={permute!r}; use True, 'lsa', 'reallocate' or a prunus.Permute")
+    return permute
 
 
 def as_names(patterns: Sequence[str] | str | None) -> tuple[str, ...]:

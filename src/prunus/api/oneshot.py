@@ -38,7 +38,7 @@ def prune(
     calibration: Calibration | None = None,
     recalibrate: bool | Calibration = False,
     sequential: bool | str | Sequential = False,
-    permute: str | Permute | None = None,
+    permute: bool | str | Permute | None = None,
     output_dir: str | os.PathLike[str] | None = None,
 ) -> Result:
     """Prune a model in place, at once.
@@ -52,7 +52,7 @@ def prune(
     of its own, which wants batches of some tens of examples and no labels. ``sequential`` prunes
     block by block, each on the outputs of the pruned ones before it: the name of the list of
     blocks, True to find it, or a `Sequential` that says where the blocks are meanwhile.
-    ``permute``, for N:M, regroups input channels first: `lsa`, `reallocate`, or a `Permute`.
+    ``permute``, for N:M, regroups input channels first: true, `lsa`, `reallocate`, or a `Permute`.
 
     Raises ValueError with the remedy if anything does not fit; the model is then untouched, as it
     is after an interrupt, and ``output_dir`` too.

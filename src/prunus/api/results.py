@@ -161,7 +161,9 @@ class SparsityTable(Printable):
     def cells(self) -> Iterable[Sequence[str]]:
         for name, at in stacks([row[0] for row in self.rows]):
             _, kind, shape, *_ = self.rows[at.start]
-            size, zeros = (sum(row[i] for row in self.rows[at]) for i in (3, 4))
+            size, zeros = (
+                sum(counts) for counts in zip(*(row[3:] for row in self.rows[at]), strict=True)
+            )
             yield name, kind, "x".join(map(str, shape)), share(zeros, size), f"{zeros:,}"
         zeros = sum(row[4] for row in self.rows)
         size = sum(row[3] for row in self.rows)

@@ -55,6 +55,8 @@ def _refused(layer: Layer, parent: nn.Module | None) -> str:
     if isinstance(module, _PARENTS) or isinstance(parent, _PARENTS):
         owner = module if isinstance(module, _PARENTS) else parent
         return f"{type(owner).__name__} computes with the weight without calling the layer"
+    if not layer.is_module:
+        return f"{layer.kind} computes with a weight of its own, which no kernel here replaces"
     if parent is not None and _reads_weight(type(parent), layer.name.rpartition(".")[2]):
         return f"{type(parent).__name__} reads the weight itself in its forward pass"
     if is_sharded(layer.weight):
