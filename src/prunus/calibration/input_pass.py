@@ -15,6 +15,8 @@ from prunus.core.progress import track
 from prunus.core.ranks import all_ranks
 from prunus.stats import Statistic
 
+NO_INPUTS = "no calibration batch reached"
+
 
 class _InputsDiverged(Exception):  # noqa: N818
     """Layers that had the same input at first have different ones now."""
@@ -47,6 +49,8 @@ class _Inputs:
         self.real: Tensor | None = None
         self.last: tuple[Layer, Tensor, int] | None = None
         self.calls = dict.fromkeys(stats, 0)
+        self.rows = dict.fromkeys(stats, 0)
+        """samples that the statistic of each layer has taken in"""
 
     def take(self, layer: Layer, x: Tensor) -> None:
         first = layer not in self.leaders
@@ -62,7 +66,10 @@ class _Inputs:
         self.last = layer, x, version
         self.calls[layer] += 1
         if self.leaders[layer] is layer:
-            self.stats[layer].update(layer.input_matrix(self._without_padding(x)))
+            samples = layer.input_matrix(self._without_padding(x))
+            self.rows[layer] += len(samples)
+            if len(samples):
+                self.stats[layer].update(samples)
 
     def check(self) -> None:
         """At the end: each layer was called as often as the one with which it shares."""
@@ -90,34 +97,47 @@ def _see_alike(a: Layer, b: Layer) -> bool:
 
 def measure_inputs(
     model: nn.Module, stats: Mapping[Layer, Statistic], calibration: Calibration
-) -> dict[Layer, Statistic]:
+) -> tuple[dict[Layer, Statistic], set[Layer]]:
     """Fill the statistics from the layers' inputs, in one pass over the calibration data.
 
     Padding (zeros in a batch's ``attention_mask``) is left out. Returns the statistic of each
     layer, which is one and the same for layers that have the same input; those must not be used
-    beside it. Raises ValueError for empty data, and for a layer that no batch has reached.
+    beside it. And the layers that no sample has reached on any rank: not called, or with nothing,
+    as experts are that no token is sent to. Raises ValueError for empty data.
     """
-    shared: dict[Layer, Statistic] = {}
-    inputs = _Inputs(stats, share=True)
+    inputs, batches = _Inputs(stats, share=True), None
     with all_ranks().raise_on_all_ranks(), contextlib.suppress(_InputsDiverged):
-        shared = _pass(model, inputs, calibration)
-    if _on_all_ranks(inputs.leaders if shared else {}, stats) and shared:
-        return shared
-    for stat in stats.values():
-        for t in stat.tensors():
-            t.zero_()
-    return _pass(model, _Inputs(stats, share=False), calibration)
+        batches = _pass(model, inputs, calibration)
+    if not _on_all_ranks(inputs.leaders, stats, batches is not None):
+        for stat in stats.values():
+            for t in stat.tensors():
+                t.zero_()
+        inputs = _Inputs(stats, share=False)
+        with all_ranks().raise_on_all_ranks():
+            batches = _pass(model, inputs, calibration)
+    leaders = [inputs.leaders.get(layer, layer) for layer in stats]
+    counted = torch.tensor([batches or 0, *(inputs.rows[leader] for leader in leaders)])
+    total, *rows = all_ranks().all_reduce(counted).tolist()
+    if total == 0:
+        raise ValueError("the calibration data is empty; nothing was pruned")
+    unreached = {layer for layer, count in zip(stats, rows, strict=True) if count == 0}
+    return {x: stats[leader] for x, leader in zip(stats, leaders, strict=True)}, unreached
 
 
-def _on_all_ranks(leaders: Mapping[Layer, Layer], stats: Mapping[Layer, Statistic]) -> bool:
+def _on_all_ranks(
+    leaders: Mapping[Layer, Layer], stats: Mapping[Layer, Statistic], passed: bool
+) -> bool:
     """Whether the same layers share on all ranks, where routing may depend on the data."""
     places = {layer: i for i, layer in enumerate(stats)}
-    places_here = torch.tensor([places[leaders[x]] if x in leaders else -1 for x in stats])
+    here = [places[leaders[x]] if x in leaders else -1 for x in stats]
+    places_here = torch.tensor([*here, 0 if passed else 1])
     total, squares = all_ranks().all_reduce(torch.stack([places_here, places_here.square()]))
-    return bool((squares * all_ranks().world_size == total.square()).all())
+    return bool((squares * all_ranks().world_size == total.square()).all()) and int(total[-1]) == 0
 
 
-def _pass(model: nn.Module, inputs: _Inputs, calibration: Calibration) -> dict[Layer, Statistic]:
+def _pass(model: nn.Module, inputs: _Inputs, calibration: Calibration) -> int:
+    """Feed the inputs of all batches; returns how many that were."""
+
     def hook(layer: Layer) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         return lambda module, args, kwargs: inputs.take(layer, (*args, *kwargs.values())[0])
 
@@ -131,10 +151,4 @@ def _pass(model: nn.Module, inputs: _Inputs, calibration: Calibration) -> dict[L
             calibration.run(model, batch)
             count += 1
     inputs.check()
-    if count == 0:
-        raise ValueError("the calibration data is empty; nothing was pruned")
-    if missed := [layer.name for layer in inputs.stats if layer not in inputs.leaders]:
-        raise ValueError(
-            f"no calibration batch reached {', '.join(missed[:5])}; nothing was pruned"
-        )
-    return {layer: inputs.stats[leader] for layer, leader in inputs.leaders.items()}
+    return count
