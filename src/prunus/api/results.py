@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from prunus.core.layers import all_layers
-from prunus.core.masks import local
+from prunus.core.masks import count_zeros, local
 from prunus.core.names import did_you_mean
 from prunus.core.unseen import told, unseen_weights
 from prunus.engine.method import LayerResult, collapse_message, misfits_message, unreached_messages
@@ -191,13 +191,12 @@ def sparsity(model: nn.Module) -> SparsityTable:
     rows = []
     for layer in all_layers(model):
         part = local(layer.weight.detach())
-        zeros = part.numel() - int(part.count_nonzero())
-        rows.append((layer.name, layer.kind, layer.shape, part.numel(), zeros))
+        rows.append((layer.name, layer.kind, layer.shape, part.numel(), count_zeros(part)))
     unseen = unseen_weights(model)
     for item in unseen:
         part = local(item.weight)
-        zeros = part.numel() - int(part.count_nonzero())
-        rows.append((item.name, item.kind, tuple(item.weight.shape), part.numel(), zeros))
+        shape = tuple(item.weight.shape)
+        rows.append((item.name, item.kind, shape, part.numel(), count_zeros(part)))
     return SparsityTable(rows, told(model, unseen))
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunus.calibration.calibration import Calibration, to_device, undisturbed
+from prunus.calibration.batches import to_device
+from prunus.calibration.calibration import Calibration, undisturbed
 from prunus.core.progress import track
 from prunus.engine.sequential.record import BlockInput, beside, eager, stream_of, with_stream
 
