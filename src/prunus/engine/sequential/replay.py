@@ -73,9 +73,8 @@ class _Batch(Mapping[str, Any]):
 def _run(block: nn.Module, batch: _Batch) -> Any:
     item, first = batch.item, next(block.parameters(), None)
     device = item.stream.device if first is None else first.device
-    args, kwargs = with_stream(
-        item.stream.to(device), to_device(item.arguments[batch.number], device)
-    )
+    # copies, because the block may write to them and runs more than once
+    args, kwargs = to_device(with_stream(item.stream, item.arguments[batch.number]), device, True)
     on = item.autocast is not None
     with eager(block), torch.autocast(device.type, item.autocast, enabled=on):
         return block(*args, **kwargs)
