@@ -281,8 +281,8 @@ def _load_into(model: nn.Module, state: Mapping[str, Tensor], path: Any) -> None
         ):
             raise ValueError(
                 f"{clean_name(name)!r} of the model cannot be written to: it was made inside "
-                "torch.inference_mode, or is no tensor (quantized by torch); load into a model that "
-                "is neither, and quantize it then"
+                "torch.inference_mode, or is no tensor (quantized by torch); load into a model "
+                "that is neither, and quantize it then"
             )
     restore_gathers(target, gathers)
     parts = target.state_dict()

@@ -22,7 +22,7 @@ from prunus.core.layers import Layer
 from prunus.core.progress import track
 from prunus.core.ranks import Ranks, all_ranks, lockstep, no_error_sync
 from prunus.core.sharding import any_sharded
-from prunus.stats import Sampling, Statistic
+from prunus.stats import Sampling, Statistic, take_in
 
 log = logging.getLogger("prunus")
 AT_ONCE = 16  # examples whose gradients are formed together
@@ -171,16 +171,16 @@ class _Exchange:
 
 
 def _update(
-    stats: Iterable[Statistic],
+    stats: Mapping[Rows, Statistic],
     grads: Sequence[Tensor],
     flags: Tensor,
     alive: Sequence[Tensor | None],
 ) -> None:
     """Add the good samples, where there are weights."""
-    for stat, g, flag, mask in zip(stats, grads, flags, alive, strict=True):
+    for (rows, stat), g, flag, mask in zip(stats.items(), grads, flags, alive, strict=True):
         good = (flag == GOOD) | (flag == NOTHING)
         taken = g if bool(good.all()) else g[good.to(g.device)]
-        stat.update(taken if mask is None else taken * mask)
+        take_in(stat, taken if mask is None else taken * mask, rows.layer.name)
 
 
 def _alive(rows: Rows) -> Tensor | None:
@@ -249,5 +249,5 @@ def measure_gradients(
                 for grads, flags, where in exchange(packet):
                     tally.add(flags, where)
                     with torch.autocast(layers[0].local.device.type, enabled=False):
-                        _update(stats.values(), grads, flags, alive)
+                        _update(stats, grads, flags, alive)
     return last, tally.finish()

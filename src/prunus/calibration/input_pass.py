@@ -13,7 +13,7 @@ from prunus.calibration.calibration import Calibration, in_common, undisturbed
 from prunus.core.layers import Layer, unwrap
 from prunus.core.progress import track
 from prunus.core.ranks import all_ranks
-from prunus.stats import Statistic
+from prunus.stats import Statistic, take_in
 
 NO_INPUTS = "no calibration batch reached"
 
@@ -69,7 +69,7 @@ class _Inputs:
             samples = layer.input_matrix(self._without_padding(x))
             self.rows[layer] += len(samples)
             if len(samples):
-                self.stats[layer].update(samples)
+                take_in(self.stats[layer], samples, layer.name)
 
     def check(self) -> None:
         """At the end: each layer was called as often as the one with which it shares."""

@@ -239,7 +239,7 @@ def _is_empty(weight: Tensor) -> bool:
 
 
 def storage_of(weight: nn.Parameter) -> tuple[int, ...]:
-    """What tied weights have in common: one Parameter, or views of one memory, in whatever order."""
+    """What tied weights have in common: one Parameter, or views of one memory, in any order."""
     if nn.parameter.is_lazy(weight):
         return (id(weight),)
     part = local(weight.detach())

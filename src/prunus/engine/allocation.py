@@ -46,16 +46,18 @@ def _checked(allocator: Allocator, problem: Problem) -> list[int]:
     """Raises ValueError for an allocation that no masks can meet."""
     allocation, units = allocator.allocate(problem), problem.units
     who = f"allocator {allocator.name!r} ({type(allocator).__name__})"
-    if not isinstance(allocation, Allocation) or len(allocation.drop) != len(units):
+    drops = list(allocation.drop) if isinstance(allocation, Allocation) else []
+    if len(drops) != len(units):
         raise ValueError(f"{who} gave no prunus.Allocation of {len(units)} layers; see `filled`")
-    for unit, drop in zip(units, allocation.drop, strict=True):
-        if not isinstance(drop, numbers.Integral) or not unit.pruned <= drop <= unit.size:
+    for unit, drop in zip(units, drops, strict=True):
+        whole = isinstance(drop, numbers.Integral) and not isinstance(drop, bool)
+        if not whole or not unit.pruned <= drop <= unit.size:
             raise ValueError(
                 f"{who} drops {drop!r} units of {unit.name}, where a whole number from "
                 f"{unit.pruned} (zero already) to {unit.size} is needed; `prunus.filled` rounds "
                 "and keeps within these bounds"
             )
-    return [int(drop) for drop in allocation.drop]
+    return [int(drop) for drop in drops]
 
 
 def _drops(

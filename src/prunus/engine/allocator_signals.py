@@ -18,6 +18,7 @@ from prunus.core.layers import Layer
 from prunus.core.names import few
 from prunus.core.ranks import all_ranks
 from prunus.core.sharding import gather
+from prunus.engine.checked_calls import unchanged
 from prunus.engine.method import Method
 from prunus.engine.unreached import refuse_unreached
 from prunus.stats import Statistic, all_reduce_statistics, checked_statistic
@@ -38,11 +39,14 @@ Measure = Callable[[Mapping[Layer, Statistic]], tuple[Mapping[Layer, Statistic],
 def _signal(
     allocator: SignalAllocator, block: Sequence[Layer], stats: Mapping[Layer, Statistic]
 ) -> float:
-    parts = [
-        (layer.matrix(gather(layer.local, layer.weight.detach())), stats.get(layer))
-        for layer in block
-    ]
-    found = allocator.signal(parts)
+    weights = [layer.matrix(gather(layer.local, layer.weight.detach())) for layer in block]
+    who = f"allocator {allocator.name!r}: {type(allocator).__name__}.signal"
+    with unchanged(allocator, weights, who) as copies:
+        answer = allocator.signal([(w, stats.get(x)) for w, x in zip(copies, block, strict=True)])
+    try:
+        found = float(answer)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{who} gives {answer!r} for {block[0].name}; return a number") from None
     if not math.isfinite(found):
         raise ValueError(
             f"allocator {allocator.name!r} sees {found} in {block[0].name}: are there NaN in its "

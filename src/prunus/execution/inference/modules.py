@@ -102,7 +102,8 @@ class Sparse(nn.Module):
         super().__setattr__(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_exporting() or torch.jit.is_tracing() or not isinstance(x, Tensor):
+        traced = torch._C._get_tracing_state() is not None or not isinstance(x, Tensor)
+        if traced or torch.compiler.is_exporting():
             raise ValueError(NO_EXPORT)
         if self._parameters["weight"] is not None:  # as torch.func.functional_call puts it there
             raise RuntimeError(READ_ONLY)
