@@ -8,6 +8,8 @@ from typing import Any, cast
 
 from prunus.allocators import ALLOCATORS, Allocator, Table
 from prunus.calibration.calibration import Calibration
+from prunus.engine.fitting import Misfits
+from prunus.engine.method import Unreached
 from prunus.engine.permute.step import Permute
 from prunus.modifiers import PruningModifier
 from prunus.pruners import PRUNERS, Pruner
@@ -48,12 +50,16 @@ def as_recipe(
     exclude: Sequence[str] | str,
     allocator: AllocatorLike,
     permute: bool | str | Permute | None,
+    misfits: Misfits,
+    unreached: Unreached,
 ) -> Recipe:
     """The recipe that a call of `prune` stands for."""
     name = os.fspath(pruner) if isinstance(pruner, str | os.PathLike) else ""
     if isinstance(pruner, Recipe | os.PathLike) or name.endswith(ENDINGS) or is_text(name):
         settings = {"pattern": pattern, "layers": layers, "exclude": exclude}
         settings |= {"allocator": allocator, "permute": permute}  # type: ignore[dict-item]
+        choices = {"misfits": misfits, "unreached": unreached}
+        settings |= {key: value for key, value in choices.items() if value != "error"}
         if clash := [key for key, value in settings.items() if value]:
             raise ValueError(f"{', '.join(clash)} belong in the recipe, which was given as well")
         overrides: dict[str, Any] = {} if sparsity is None else {"sparsity": sparsity}
@@ -66,6 +72,8 @@ def as_recipe(
         pattern=pattern or "unstructured",
         allocator=as_allocator(allocator),
         permute=as_permute(permute),
+        misfits=misfits,
+        unreached=unreached,
     )
     return Recipe((modifier,))
 

@@ -29,7 +29,7 @@ from prunus.api.results import Result
 from prunus.api.session import Session
 from prunus.core.files import atomic_write
 from prunus.core.layers import clean_name, is_sharded, unwrap
-from prunus.core.masks import local
+from prunus.core.masks import count_zeros, local
 from prunus.core.names import did_you_mean
 from prunus.core.ranks import Ranks
 from prunus.core.sharding import gather, ranks_of, shard
@@ -95,9 +95,8 @@ def save(
     """
     parts = {clean_name(name): t for name, t in unwrap(model).state_dict().items()}
     for name, t in parts.items():
-        if not isinstance(t, Tensor) or t.is_meta:
-            what = "is on the meta device" if isinstance(t, Tensor) else "is no tensor"
-            raise ValueError(f"{name!r} {what}; safetensors files hold tensors with data only")
+        if reason := _not_writable(t):
+            raise ValueError(f"{name!r} {reason}")
     cuts = (ranks_of(t) for t in parts.values() if is_sharded(t))
     shards = next(cuts, Ranks())
     state = _gathered(parts, parts)
@@ -107,6 +106,17 @@ def save(
     with shards.raise_on_all_ranks():
         if is_main():
             _write(path, state, masks, pruning, compact)
+
+
+def _not_writable(t: Any) -> str:
+    """Why safetensors cannot hold it; empty if it can."""
+    hold = "safetensors files hold tensors with data only"
+    quantized = "save a model that was quantized by torch with torch.save"
+    if not isinstance(t, Tensor):
+        return f"is no tensor but a {type(t).__name__}; {hold}; {quantized}"
+    if t.is_quantized:
+        return f"is {t.dtype}, which safetensors files do not hold; {quantized}"
+    return f"is on the meta device; {hold}" if t.is_meta else ""
 
 
 def _write(
@@ -120,7 +130,7 @@ def _write(
         masks = {
             name: t != 0
             for name, t in state.items()
-            if t.dim() > 1 and t.is_floating_point() and bool((t == 0).any())
+            if t.dim() > 1 and t.is_floating_point() and count_zeros(t)
         }
     header: dict[str, Any] = {
         "version": 2 if compact else 1,
@@ -186,9 +196,9 @@ def _compact(
     result: dict[str, Tensor] = {}
     stored: dict[str, dict[str, Any]] = {}
     aliases: dict[str, str] = {}
-    first: dict[tuple[int, torch.Size], str] = {}
+    first: dict[tuple[object, ...], str] = {}
     for name, t in tensors.items():
-        key = (t.data_ptr(), t.shape)
+        key = t.data_ptr(), t.shape, t.stride()  # a transposed one has other entries
         if t.numel() and key in first:
             aliases[name] = first[key]
             continue
@@ -265,6 +275,15 @@ def _load_into(model: nn.Module, state: Mapping[str, Tensor], path: Any) -> None
         shape = tuple(parts[names[name]].shape)
         if tuple(t.shape) != shape:
             raise ValueError(f"'{path}' has {name!r} as {tuple(t.shape)}, the model as {shape}")
+    for name, t in parts.items():
+        if not isinstance(t, Tensor) or (
+            t.is_inference() and not torch.is_inference_mode_enabled()
+        ):
+            raise ValueError(
+                f"{clean_name(name)!r} of the model cannot be written to: it was made inside "
+                "torch.inference_mode, or is no tensor (quantized by torch); load into a model "
+                "that is neither, and quantize it then"
+            )
     restore_gathers(target, gathers)
     parts = target.state_dict()
     names = {clean_name(name): name for name in parts}

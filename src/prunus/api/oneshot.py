@@ -14,6 +14,8 @@ from prunus.calibration.batch_norm import recalibrate as estimate_norms
 from prunus.calibration.calibration import Calibration, as_calibration
 from prunus.core.mask_registry import Masks
 from prunus.core.unseen import told
+from prunus.engine.fitting import Misfits
+from prunus.engine.method import Unreached
 from prunus.engine.permute.step import Permute
 from prunus.engine.plan import PruningPlan
 from prunus.engine.sequential.walk import Sequential, SequentialResult
@@ -39,6 +41,8 @@ def prune(
     recalibrate: bool | Calibration = False,
     sequential: bool | str | Sequential = False,
     permute: bool | str | Permute | None = None,
+    misfits: Misfits = "error",
+    unreached: Unreached = "error",
     output_dir: str | os.PathLike[str] | None = None,
 ) -> Result:
     """Prune a model in place, at once.
@@ -53,6 +57,9 @@ def prune(
     block by block, each on the outputs of the pruned ones before it: the name of the list of
     blocks, True to find it, or a `Sequential` that says where the blocks are meanwhile.
     ``permute``, for N:M, regroups input channels first: true, `lsa`, `reallocate`, or a `Permute`.
+    ``misfits="dense"`` leaves layers dense that the pattern does not divide, or whose inputs cannot
+    be measured; ``unreached`` says what becomes of layers about which the data tells nothing:
+    `error`, `magnitude` or `dense`. The result names both.
 
     Raises ValueError with the remedy if anything does not fit; the model is then untouched, as it
     is after an interrupt, and ``output_dir`` too.
@@ -64,7 +71,9 @@ def prune(
     (0.5, 32)
     """
     calibration = as_calibration(calibration)
-    recipe = as_recipe(pruner, sparsity, pattern, layers, exclude, allocator, permute)
+    recipe = as_recipe(
+        pruner, sparsity, pattern, layers, exclude, allocator, permute, misfits, unreached
+    )
     modifiers = _one_shot(recipe)
     walk = Sequential.of(sequential)
     _check_together(modifiers, walk)
@@ -82,7 +91,7 @@ def prune(
             for change in done[-1].changes:
                 masks.put(change.layer, change.mask)
             method = plan.method.pruner.name, str(plan.method.pattern)
-            recorder(pruning_event(*method, done[-1].rows, 0, target))
+            recorder(pruning_event(*method, done[-1].rows, 0, target, plan.misfits))
         if norms is not None:
             estimate_norms(model, norms)
         if output_dir is not None:
@@ -122,6 +131,7 @@ def _result(
     result = Result(list(rows.values()), dict(masks), recipe, left_dense, recorder)
     result.unseen = told(plans[0].model)
     for plan, each in zip(plans, done, strict=True):
+        result.misfits |= {name: why for name, why in plan.misfits.items() if name not in rows}
         for folded in each.folded:
             result.permuted += folded.rows
             result.not_permuted |= folded.refused

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from prunus.core.layers import all_layers
-from prunus.core.masks import local
+from prunus.core.masks import count_zeros, local
 from prunus.core.names import did_you_mean
 from prunus.core.unseen import told, unseen_weights
-from prunus.engine.method import LayerResult, collapse_message
+from prunus.engine.method import LayerResult, collapse_message, misfits_message, unreached_messages
 from prunus.engine.permute.step import FoldRow
 from prunus.report.records import Recorder
 from prunus.report.tables import Printable, Recorded, share, stacks
@@ -44,7 +44,14 @@ class Result(Recorded):
     """layer name -> why its input channels are as they were, where `permute` was asked for"""
     unseen: str = ""
     """what share of the model's weights is in parameters that are no layers, and stays dense"""
+    misfits: dict[str, str] = field(default_factory=dict)
+    """layer name -> why it does not fit, and was left dense, where `misfits` is `dense`"""
     title = "pruned"
+
+    @property
+    def unreached(self) -> dict[str, str]:
+        """Layer name -> `magnitude` or `dense`: what was done for lack of calibration data."""
+        return {row.name: row.unreached for row in self.rows if row.unreached}
 
     @property
     def sparsity(self) -> float:
@@ -82,6 +89,8 @@ class Result(Recorded):
 
     def notes(self) -> Sequence[str]:
         message = [f"left dense: {', '.join(self.left_dense)}"] if self.left_dense else []
+        message += [misfits_message(self.misfits)] if self.misfits else []
+        message += unreached_messages(self.rows)
         message += [self.unseen] if self.unseen else []
         if collapsed := [row.name for row in self.rows if row.collapsed]:
             message.append(collapse_message(collapsed))
@@ -115,7 +124,14 @@ class SweepResult(Recorded):
 
     values: dict[float, dict[str, float]]
     recorder: Recorder = field(default_factory=Recorder, repr=False)
+    misfits: dict[str, str] = field(default_factory=dict)
+    """layer name -> why it does not fit, and was dense throughout"""
+    unreached: list[str] = field(default_factory=list)
+    """what was done with layers about which the calibration data told nothing"""
     title = "sweep"
+
+    def notes(self) -> Sequence[str]:
+        return [*([misfits_message(self.misfits)] if self.misfits else []), *self.unreached]
 
     def header(self) -> Sequence[str]:
         names = next(iter(self.values.values()), {})
@@ -186,13 +202,12 @@ def sparsity(model: nn.Module) -> SparsityTable:
     rows = []
     for layer in all_layers(model):
         part = layer.local
-        zeros = part.numel() - int(part.count_nonzero())
-        rows.append((layer.name, layer.kind, layer.shape, part.numel(), zeros))
+        rows.append((layer.name, layer.kind, layer.shape, part.numel(), count_zeros(part)))
     unseen = unseen_weights(model)
     for item in unseen:
         part = local(item.weight)
-        zeros = part.numel() - int(part.count_nonzero())
-        rows.append((item.name, item.kind, tuple(item.weight.shape), part.numel(), zeros))
+        shape = tuple(item.weight.shape)
+        rows.append((item.name, item.kind, shape, part.numel(), count_zeros(part)))
     return SparsityTable(rows, told(model, unseen))
 
 

@@ -15,10 +15,12 @@ from prunus.calibration.batch_norm import put_back
 from prunus.calibration.batch_norm import recalibrate as estimate_norms
 from prunus.calibration.calibration import Calibration, as_calibration
 from prunus.core.layers import reshard
+from prunus.core.names import check_choice
 from prunus.core.patterns import parse_pattern
 from prunus.core.progress import track
 from prunus.core.selection import select
-from prunus.engine.method import Method
+from prunus.engine.fitting import MISFITS, Misfits, fitting_layers
+from prunus.engine.method import UNREACHED, Method, Unreached, unreached_messages
 from prunus.engine.step import check_reachable, prepare_sweep
 from prunus.modifiers.events import pruning_event
 from prunus.pruners import Pruner
@@ -37,6 +39,8 @@ def sweep(
     allocator: AllocatorLike = None,
     calibration: Calibration | None = None,
     recalibrate: bool | Calibration = False,
+    misfits: Misfits = "error",
+    unreached: Unreached = "error",
 ) -> SweepResult:
     """Prune to each sparsity, call ``evaluate(model)``, and put the weights back bit for bit.
 
@@ -59,13 +63,16 @@ def sweep(
         as_pruner(pruner),
         parse_pattern(pattern),
         as_allocator(allocator) or ALLOCATORS[as_pruner(pruner).allocator](),
+        unreached=unreached,
     )
+    check_choice("misfits", misfits, MISFITS)
+    check_choice("unreached", unreached, UNREACHED)
     if bad := [s for s in sparsities if not 0 <= s <= 1]:
         raise ValueError(f"sparsity {bad[0]:g} is not between 0 and 1")
     if method.pattern.fixed is not None:
         raise ValueError(f"pattern '{pattern}' has one sparsity only; use prune instead of sweep")
     chosen = select(model, None if layers is None else as_names(layers), as_names(exclude))
-    fitted = method.fit(chosen.layers)
+    fitted, unfit = fitting_layers(method, chosen.layers, misfits)
     check_reachable(fitted, method.pattern, min(sparsities))
     prune_to = prepare_sweep(method, fitted, model, calibration)
     norms = norms_data(recalibrate, calibration)
@@ -82,12 +89,12 @@ def sweep(
                     estimate_norms(model, norms)
                 metrics = _metrics(evaluate(model))
             values[sparsity] = metrics
-            event = pruning_event(method.pruner.name, pattern, rows, 0, sparsity)
+            event = pruning_event(method.pruner.name, pattern, rows, 0, sparsity, unfit)
             recorder({**event, "event": "sweep", "values": metrics})
             _restore(model, saved)
     finally:
         _restore(model, saved)
-    return SweepResult(values, recorder)
+    return SweepResult(values, recorder, unfit, unreached_messages(rows))
 
 
 def _metrics(value: Any) -> dict[str, float]:

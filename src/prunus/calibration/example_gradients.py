@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus.calibration.calibration import Batch, Calibration
+from prunus.calibration.batches import Batch, tensors_in
+from prunus.calibration.calibration import Calibration
 from prunus.core.layers import Layer, unwrap
 from prunus.core.masks import local
 from prunus.core.ranks import no_error_sync
@@ -30,7 +31,7 @@ def gradients_on(model: nn.Module, layers: Sequence[Layer]) -> Iterator[None]:
     before = [(p, p.grad) for p in model.parameters()]
     frozen = [layer.weight for layer in layers if not layer.weight.requires_grad]
     try:
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             for weight in frozen:
                 weight.requires_grad_(True)
             for p, _ in before:
@@ -95,18 +96,10 @@ def size_of(batch: Batch) -> int:
 
     Raises ValueError if it has none.
     """
-    for tensor in _tensors(batch):
+    for tensor in tensors_in(batch):
         if tensor.dim():
             return len(tensor)
     raise ValueError("samples='example' needs batches of tensors, to take the examples apart")
-
-
-def _tensors(batch: Batch) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping | tuple | list):
-        for item in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from _tensors(item)
 
 
 def example(batch: Batch, i: int, size: int) -> Batch:

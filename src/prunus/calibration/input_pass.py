@@ -14,7 +14,9 @@ from prunus.calibration.products import products
 from prunus.core.layers import Layer, unwrap
 from prunus.core.progress import track
 from prunus.core.ranks import all_ranks
-from prunus.stats import Statistic
+from prunus.stats import Statistic, take_in
+
+NO_INPUTS = "no calibration batch reached"
 
 
 class _InputsDiverged(Exception):  # noqa: N818
@@ -48,6 +50,8 @@ class _Inputs:
         self.real: Tensor | None = None
         self.last: tuple[Layer, Tensor, int] | None = None
         self.calls = dict.fromkeys(stats, 0)
+        self.rows = dict.fromkeys(stats, 0)
+        """samples that the statistic of each layer has taken in"""
 
     def add(self, layer: Layer, x: Tensor, read: Callable[[Tensor], Tensor] | None = None) -> None:
         """One call of the layer; ``read`` turns the input into (samples, columns)."""
@@ -65,7 +69,10 @@ class _Inputs:
         self.last = layer, x, version
         self.calls[layer] += 1
         if self.leaders[layer] is layer:
-            self.stats[layer].update(read(self._without_padding(x)))
+            samples = read(self._without_padding(x))
+            self.rows[layer] += len(samples)
+            if len(samples):
+                take_in(self.stats[layer], samples, layer.name)
 
     def check(self) -> None:
         """At the end: each layer was called as often as the one with which it shares."""
@@ -87,7 +94,7 @@ def _same(a: Any, b: Any) -> bool:
     """Whether two inputs are one tensor, or views of the same memory."""
     if a is b or not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return a is b
-    if a.layout != torch.strided or b.layout != torch.strided:
+    if a.layout != torch.strided or b.layout != torch.strided or not a.numel():
         return False
     return (a.data_ptr(), a.shape, a.stride()) == (b.data_ptr(), b.shape, b.stride())
 
@@ -106,53 +113,67 @@ def _see_alike(a: Layer, b: Layer) -> bool:
 
 def measure_inputs(
     model: nn.Module, stats: Mapping[Layer, Statistic], calibration: Calibration
-) -> dict[Layer, Statistic]:
+) -> tuple[dict[Layer, Statistic], set[Layer]]:
     """Fill the statistics from the layers' inputs, in one pass over the calibration data.
 
     Padding (zeros in a batch's ``attention_mask``) is left out. Returns the statistic of each
     layer, which is one and the same for layers that have the same input; those must not be used
-    beside it. Raises ValueError for empty data, and for a layer that no batch has reached.
+    beside it. And the layers that no sample has reached on any rank: not called, or with nothing,
+    as experts are that no token is sent to. Raises ValueError for empty data.
     """
     for layer in stats:
         if message := layer.no_inputs():
             raise ValueError(f"{message}; exclude it, or use a pruner that needs no inputs")
-    shared: dict[Layer, Statistic] = {}
     inputs = _Inputs(stats, share=True)
-    with all_ranks().raise_on_all_ranks(), contextlib.suppress(_InputsDiverged):
-        shared = _pass(model, inputs, calibration)
-    if _on_all_ranks(inputs.leaders if shared else {}, stats) and shared:
-        return shared
-    for stat in stats.values():
-        for t in stat.tensors():
-            t.zero_()
-    return _pass(model, _Inputs(stats, share=False), calibration)
+    batches = _pass(model, inputs, calibration)
+    if not _on_all_ranks(inputs.leaders, stats, batches is not None):
+        for stat in stats.values():
+            for t in stat.tensors():
+                t.zero_()
+        inputs = _Inputs(stats, share=False)
+        batches = _pass(model, inputs, calibration)
+    leaders = [inputs.leaders.get(layer, layer) for layer in stats]
+    counted = torch.tensor([batches or 0, *(inputs.rows[leader] for leader in leaders)])
+    total, *rows = all_ranks().all_reduce(counted).tolist()
+    if total == 0:
+        raise ValueError("the calibration data is empty; nothing was pruned")
+    unreached = {layer for layer, count in zip(stats, rows, strict=True) if count == 0}
+    return {x: stats[leader] for x, leader in zip(stats, leaders, strict=True)}, unreached
 
 
-def _on_all_ranks(leaders: Mapping[Layer, Layer], stats: Mapping[Layer, Statistic]) -> bool:
+def _on_all_ranks(
+    leaders: Mapping[Layer, Layer], stats: Mapping[Layer, Statistic], passed: bool
+) -> bool:
     """Whether the same layers share on all ranks, where routing may depend on the data."""
     places = {layer: i for i, layer in enumerate(stats)}
-    places_here = torch.tensor([places[leaders[x]] if x in leaders else -1 for x in stats])
+    here = [places[leaders[x]] if x in leaders else -1 for x in stats]
+    places_here = torch.tensor([*here, 0 if passed else 1])
     total, squares = all_ranks().all_reduce(torch.stack([places_here, places_here.square()]))
-    return bool((squares * all_ranks().world_size == total.square()).all())
+    return bool((squares * all_ranks().world_size == total.square()).all()) and int(total[-1]) == 0
 
 
-def _pass(model: nn.Module, inputs: _Inputs, calibration: Calibration) -> dict[Layer, Statistic]:
+def _pass(model: nn.Module, inputs: _Inputs, calibration: Calibration) -> int | None:
+    """Feed the inputs of all batches; how many that were, or None if layers do not share after all.
+
+    All ranks make the same passes.
+    """
     by_call = [layer for layer in inputs.stats if layer.reads_arguments]
     by_product = [layer for layer in inputs.stats if not layer.reads_arguments]
-    count = _run(model, inputs, calibration, by_call, by_product)
-    if count == 0:
-        raise ValueError("the calibration data is empty; nothing was pruned")
-    missed = torch.tensor([layer not in inputs.leaders for layer in by_call], dtype=torch.int64)
-    if bool((all_ranks().all_reduce(missed) == all_ranks().world_size).any()):
-        # weights that are used without calling their module
-        uncalled = [layer for layer in by_call if layer not in inputs.leaders]
-        _run(model, inputs, calibration, [], uncalled)
-    inputs.check()
-    if missing := [layer.name for layer in inputs.stats if layer not in inputs.leaders]:
-        raise ValueError(
-            f"no calibration batch reached {', '.join(missing[:5])}; nothing was pruned"
-        )
-    return {layer: inputs.stats[leader] for layer, leader in inputs.leaders.items()}
+    count = None
+    with all_ranks().raise_on_all_ranks(), contextlib.suppress(_InputsDiverged):
+        count = _run(model, inputs, calibration, by_call, by_product)
+        inputs.check()
+    missed = [count is not None and layer not in inputs.leaders for layer in by_call]
+    totals = all_ranks().all_reduce(torch.tensor(missed, dtype=torch.int64))
+    if not bool((totals == all_ranks().world_size).any()):
+        return count
+    # weights that are used without calling their module
+    uncalled = [layer for layer, miss in zip(by_call, missed, strict=True) if miss]
+    again = None
+    with all_ranks().raise_on_all_ranks(), contextlib.suppress(_InputsDiverged):
+        again = _run(model, inputs, calibration, [], uncalled)
+        inputs.check()
+    return count if again is not None else None
 
 
 def _run(

@@ -143,31 +143,40 @@ def _first_tensor(value: Any) -> Tensor | None:
 def block_influence(
     model: nn.Module, calibration: Calibration, layers: Sequence[str] | None = None
 ) -> dict[Block, float]:
-    """One minus the mean cosine of input and output, for each block that keeps the shape."""
+    """One minus the mean cosine of input and output, for each block that keeps the shape.
+
+    The mean is that over all tokens (or places) of all batches.
+    """
     sums: dict[Block, tuple[float, int]] = {}
     unlike: set[Block] = set()
+    inputs: dict[Block, Tensor | None] = {}
 
-    def hook(block: Block, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        x, y = _first_tensor([*args, *kwargs.values()]), _first_tensor(output)
+    def before(block: Block, module: nn.Module, args: Any, kwargs: Any) -> None:
+        x = _first_tensor([*args, *kwargs.values()])
+        inputs[block] = None if x is None else x.clone()  # which the block may write to
+
+    def after(block: Block, module: nn.Module, args: Any, output: Any) -> None:
+        x, y = inputs.pop(block), _first_tensor(output)
         if x is None or y is None or x.shape != y.shape:
             unlike.add(block)
             return
         dim = -1 if x.dim() == 3 else 1
         cosine = torch.cosine_similarity(x.float(), y.float(), dim=dim)
         total, count = sums.get(block, (0.0, 0))
-        sums[block] = total + float(1 - cosine.mean()), count + 1
+        sums[block] = total + float((1 - cosine).sum()), count + cosine.numel()
 
     with contextlib.ExitStack() as stack:
         for name, container in _containers(model, layers).items():
             for index, module in enumerate(container.children()):
-                handle = module.register_forward_hook(
-                    partial(hook, Block(name, index)), with_kwargs=True
-                )
-                stack.callback(handle.remove)
+                block = Block(name, index)
+                first = module.register_forward_pre_hook(partial(before, block), with_kwargs=True)
+                stack.callback(first.remove)
+                stack.callback(module.register_forward_hook(partial(after, block)).remove)
         with undisturbed(model, calibration), torch.no_grad():
             for batch in calibration:
                 calibration.run(model, batch)
-    return {b: total / count for b, (total, count) in sums.items() if b not in unlike}
+    known = {block: sums[block] for block in sums if block not in unlike}
+    return {block: total / max(1, count) for block, (total, count) in known.items()}
 
 
 def _loss_without(model: nn.Module, block: Block, calibration: Calibration) -> float:

@@ -206,6 +206,12 @@ def prune(
     permute: Annotated[
         str | None, typer.Option(help="regroup channels before N:M pruning: lsa or reallocate")
     ] = None,
+    misfits: Annotated[
+        str, typer.Option(help="of layers that the pattern does not divide: error or dense")
+    ] = "error",
+    unreached: Annotated[
+        str, typer.Option(help="of layers without calibration data: error, magnitude or dense")
+    ] = "error",
     report: Annotated[Path | None, typer.Option(help="folder for report.html")] = None,
 ) -> None:
     """Prune a model at once and save it."""
@@ -230,6 +236,8 @@ def prune(
         recalibrate=recalibrate,
         sequential=sequential is not None and prunus.Sequential(blocks, device, folder=folder),
         permute=None if permute is None else prunus.Permute(permute, shared),  # type: ignore[arg-type]
+        misfits=misfits,  # type: ignore[arg-type]
+        unreached=unreached,  # type: ignore[arg-type]
     )
     out.print(result)
     prunus.save(network, output, pruning=result, compact=compact)

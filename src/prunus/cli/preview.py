@@ -10,6 +10,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from prunus.core.layers import Layer
+from prunus.engine.method import misfits_message
 from prunus.engine.plan import PruningPlan
 from prunus.modifiers import Run
 
@@ -25,6 +26,8 @@ def preview(entry: Run | PruningPlan, where: str) -> Iterator[RenderableType]:
     yield _layers(layers, plan, where)
     if entry.left_dense:
         yield f"left dense: {', '.join(entry.left_dense)}"
+    if entry.misfits:
+        yield misfits_message(entry.misfits)
     if plan is not None and plan.permute is not None:
         yield _folds(plan)
     if memory := entry.memory():

@@ -5,6 +5,7 @@ A `Layer` is one weight that can be pruned, seen as a matrix (outputs, inputs * 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from prunus.core.masks import local
 from prunus.core.patches import patches
 from prunus.core.pieces import Piece
 from prunus.core.raw_weights import RawWeight, raw_weights
+from prunus.core.shared_memory import places
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -250,14 +252,21 @@ def _weights_of(module: nn.Module) -> Iterable[RawWeight]:
     return raw_weights(module)
 
 
+def _is_empty(weight: Tensor) -> bool:
+    return not nn.parameter.is_lazy(weight) and weight.numel() == 0
+
+
 def storage_of(weight: nn.Parameter) -> tuple[int, ...]:
-    """What tied weights have in common, be they one Parameter or two that share memory."""
-    pointer = 0 if nn.parameter.is_lazy(weight) else local(weight.detach()).data_ptr()
-    return (pointer, *weight.shape) if pointer else (id(weight),)  # meta and empty: no memory
+    """What tied weights have in common: one Parameter, or views of one memory, in any order."""
+    if nn.parameter.is_lazy(weight):
+        return (id(weight),)
+    part = local(weight.detach())
+    pointer = part.data_ptr()  # meta and empty: no memory
+    return (pointer, *itertools.chain(*places(part))) if pointer else (id(weight),)
 
 
 def all_layers(model: nn.Module) -> Iterator[Layer]:
-    """Every prunable weight in the order of registration, tied weights once.
+    """Every prunable weight in the order of registration, tied ones once, empty ones not.
 
     A weight that is computed (parametrized) is among them as no Parameter; `select` refuses it.
     """
@@ -272,6 +281,8 @@ def all_layers(model: nn.Module) -> Iterator[Layer]:
         tied: set[str] = set()
         for attribute, piece, inputs_first in _weights_of(module):
             weight = getattr(module, attribute)
+            if _is_empty(weight):
+                continue
             if isinstance(weight, nn.Parameter) and (piece is None or piece.number == 0):
                 if storage_of(weight) in seen:
                     tied.add(attribute)
@@ -287,6 +298,22 @@ def all_layers(model: nn.Module) -> Iterator[Layer]:
             elif attribute == "weight":
                 called = name
             yield Layer(called, parameter, module, weight, False, piece, inputs_first)
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Names of weights that are no layers of their own: the name under which each is one.
+
+    Tied weights are known by the first of their names; empty ones are no layer, and have none.
+    """
+    first = {storage_of(layer.weight): layer.parameter_name for layer in all_layers(model)}
+    found = {}
+    for full_name, module in unwrap(model).named_modules():
+        for attribute, *_ in _weights_of(module):
+            weight, name = getattr(module, attribute), clean_name(full_name)
+            name = f"{name}.{attribute}" if name else attribute
+            if isinstance(weight, nn.Parameter) and first.get(storage_of(weight), "") != name:
+                found[name] = first.get(storage_of(weight), "")
+    return found
 
 
 def unwrap(model: nn.Module) -> nn.Module:

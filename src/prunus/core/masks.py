@@ -30,6 +30,19 @@ def local(tensor: Tensor) -> Tensor:
     return result
 
 
+def count_zeros(t: Tensor) -> int:
+    """How many entries are zero, of dtypes too that torch cannot count: float8 and quantized ones.
+
+    >>> count_zeros(torch.tensor([0.0, 1.0, -0.0]))
+    2
+    """
+    if t.is_quantized:
+        t = t.dequantize()
+    if t.is_floating_point() and t.element_size() == 1:
+        t = t.view(torch.uint8) & 0x7F  # without the sign
+    return t.numel() - int(t.count_nonzero())
+
+
 def pack(mask: Tensor) -> Tensor:
     """Booleans to bits, eight to a uint8, the first in the highest bit."""
     flat = mask.reshape(-1)

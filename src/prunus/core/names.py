@@ -33,6 +33,13 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
     return f"; one of: {', '.join(sorted(options)[:10])}{more}" if options else ""
 
 
+def check_choice(argument: str, value: object, options: Sequence[str]) -> None:
+    """Raises ValueError, with the nearest option, for a value that is none of them."""
+    if value not in options:
+        near = did_you_mean(str(value), options)
+        raise ValueError(f"{argument}={value!r} is not known{near}")
+
+
 class Registry(Mapping[str, type[T]], Generic[T]):
     """Classes by the name a recipe uses. Indexing by an unknown name suggests the nearest.
 

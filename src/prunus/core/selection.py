@@ -15,9 +15,18 @@ from torch import nn
 
 from prunus.core.default_dense_layers import ends
 from prunus.core.fused_qkv import split_third, subtract, third_of
-from prunus.core.layers import Layer, all_layers, clean_name, unwrap
+from prunus.core.layers import (
+    Layer,
+    all_layers,
+    clean_name,
+    clean_parameters,
+    tied_names,
+    unwrap,
+)
+from prunus.core.masks import local
 from prunus.core.names import few
 from prunus.core.regex_alternatives import dead_alternatives
+from prunus.core.shared_memory import overlapping, shares_with_itself
 from prunus.core.transformed import is_transformed
 from prunus.core.unseen import unseen_weights
 
@@ -135,12 +144,26 @@ def _spared(layers: Sequence[Layer]) -> set[str]:
     return {name for names in reasons.values() for name in names}
 
 
+def _refuse_second_name(model: nn.Module, pattern: str) -> None:
+    """Raises ValueError for a pattern that names tied or empty weights, and no layer."""
+    tied = list(tied_names(model).items())
+    for i in _hits(tied, lambda pair: [pair[0], pair[0].removesuffix(".weight")], pattern):
+        other, first = tied[i]
+        if first:
+            raise ValueError(
+                f"layer pattern {pattern!r} names {other}, which is tied to {first}: one weight, "
+                "known by its first name; write that"
+            )
+        raise ValueError(f"layer pattern {pattern!r} names {other}, which has no entries to prune")
+
+
 def _refuse_unseen(model: nn.Module, layers: Sequence[Layer], patterns: Sequence[str]) -> None:
     """Raises ValueError for a pattern that names only weights which are no layers."""
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     for pattern in patterns:
         if _hits(layers, _layer_names, split_third(pattern)[0]):
             continue
+        _refuse_second_name(model, pattern)
         unseen = unseen_weights(model)
         hits = [
             unseen[i]
@@ -154,6 +177,21 @@ def _refuse_unseen(model: nn.Module, layers: Sequence[Layer], patterns: Sequence
             )
 
 
+def _refuse_overlaps(model: nn.Module, layers: Sequence[Layer]) -> None:
+    """Raises ValueError for a chosen weight of which another parameter has a part, and not all."""
+    parameters = {
+        name: local(p.detach())
+        for name, p in clean_parameters(model).items()
+        if not nn.parameter.is_lazy(p)
+    }
+    for name, other in overlapping(parameters, [layer.parameter_name for layer in layers]):
+        raise ValueError(
+            f"{name} and {other} share a part of their memory, so pruning one would change the "
+            f"other; give {name} memory of its own (nn.Parameter(weight.detach().clone())), or "
+            "exclude it"
+        )
+
+
 def _check(layer: Layer) -> None:
     weight, why = layer.weight, ""
     if nn.parameter.is_lazy(weight):
@@ -162,6 +200,16 @@ def _check(layer: Layer) -> None:
         why = (
             "is computed, not stored (is it parametrized, pruned by torch.nn.utils, or accelerated "
             "by prunus?); remove or restore that first, or exclude it"
+        )
+    elif weight.is_inference() and not torch.is_inference_mode_enabled():
+        why = (
+            "was made inside torch.inference_mode, so nothing may write to it; make or load the "
+            "model outside of that (torch.no_grad does as well)"
+        )
+    elif shares_with_itself(local(weight.detach())):
+        why = (
+            "has one memory for several entries (was it expanded?); give each its own with "
+            "nn.Parameter(weight.detach().clone()), or exclude it"
         )
     elif weight.dtype not in FLOATS:
         why = f"is {weight.dtype}; only floats of 16 bits or more can be pruned; exclude it"
@@ -206,6 +254,7 @@ def select(
         raise ValueError(f"no layer is left to prune; name some with layers=, such as: {names}")
     for layer in layers:
         _check(layer)
+    _refuse_overlaps(model, layers)
     return Selection(layers, left_dense)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -17,14 +18,17 @@ from prunus.core.ranks import Ranks
 from prunus.core.selection import Selection
 from prunus.core.sharding import shards_of
 from prunus.engine.allocator_signals import signal_statistics
+from prunus.engine.fitting import Misfits, fitting_layers
 from prunus.engine.layer_solve import plan_measurements
-from prunus.engine.method import Method
+from prunus.engine.method import Method, misfits_message
 from prunus.engine.permute.folds import FoldPlan
 from prunus.engine.permute.step import Permute, permute_layers, plan_folds
 from prunus.engine.sequential.prune import NO_INPUTS, blocks_for, check_sequential, prune_blocks
 from prunus.engine.sequential.walk import Sequential, SequentialResult
 from prunus.engine.step import check_reachable, prune_step, stage_count
 from prunus.pruners import JointPruner
+
+log = logging.getLogger("prunus")
 
 
 @dataclass
@@ -41,11 +45,18 @@ class PruningPlan:
     sequential: Sequential | None = None
     """how to go through the blocks; None if all layers are pruned together"""
     permute: Permute | None = None
+    on_misfit: Misfits = "error"
+    """what becomes of layers that the method cannot prune"""
     layers: list[Layer] = field(init=False)
+    misfits: dict[str, str] = field(init=False)
+    """layer name -> why it does not fit, and is left dense"""
     folds: FoldPlan = field(init=False)
 
     def __post_init__(self) -> None:
-        self.layers = self.method.fit(self.selection.layers)
+        chosen = self.selection.layers
+        self.layers, self.misfits = fitting_layers(self.method, chosen, self.on_misfit)
+        if self.misfits:
+            log.info("%s", misfits_message(self.misfits))
         shards_of(self.layers, self.method.pattern)  # raises for what no step could prune
         if self.sequential is not None:
             check_sequential(self.method, self.layers)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
+from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -120,6 +121,8 @@ class Run:
     """what it prunes and how, where it does so by a `PruningPlan`"""
     left_dense: Sequence[str] = ()
     """layers that its default spares"""
+    misfits: Mapping[str, str] = MappingProxyType({})
+    """layer name -> why it does not fit, and is left dense"""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -10,9 +10,11 @@ from torch import nn
 
 from prunus.allocators import ALLOCATORS, Allocator, Table
 from prunus.calibration.calibration import Calibration
+from prunus.core.names import check_choice
 from prunus.core.patterns import Pattern, parse_pattern
 from prunus.core.selection import select
-from prunus.engine.method import Method
+from prunus.engine.fitting import MISFITS, Misfits
+from prunus.engine.method import UNREACHED, Method, Unreached
 from prunus.engine.permute.step import Permute
 from prunus.engine.plan import PruningPlan
 from prunus.engine.sequential.walk import Sequential
@@ -70,12 +72,20 @@ class PruningModifier(metaclass=_TakesMasking):
     blocks, as `model.layers`, or true to find it"""
     permute: Permute | None = None
     """for N:M: regroup input channels first, so that less is lost; once on a finished model"""
+    misfits: Misfits = "error"
+    """of layers that the pattern does not divide, or whose inputs cannot be measured: `error`, or
+    left `dense` and named in the result"""
+    unreached: Unreached = "error"
+    """of layers about which the calibration data tells nothing (no token came to them, no gradient
+    but zeros): `error`, pruned by `magnitude`, or left `dense`; named in the result"""
 
     def __post_init__(self) -> None:
         if not isinstance(self.pruner, Pruner) or isinstance(self.pruner, type):
             raise ValueError(
                 f"pruner={self.pruner!r} is no pruner; give one, as prunus.Magnitude()"
             )
+        check_choice("misfits", self.misfits, MISFITS)
+        check_choice("unreached", self.unreached, UNREACHED)
         pattern = parse_pattern(self.pattern)
         supports(self.pruner, pattern)
         if self.at_once and self.window and (self.window.to or self.window.every):
@@ -125,7 +135,7 @@ class PruningModifier(metaclass=_TakesMasking):
     def method(self) -> Method:
         pattern: Pattern = parse_pattern(self.pattern)
         allocator = self.allocator or ALLOCATORS[self.pruner.allocator]()
-        return Method(self.pruner, pattern, allocator)
+        return Method(self.pruner, pattern, allocator, unreached=self.unreached)
 
     def plan(
         self,
@@ -139,7 +149,8 @@ class PruningModifier(metaclass=_TakesMasking):
         """
         walk = sequential or Sequential.of(self.sequential)
         chosen = select(model, self.layers, self.exclude)
-        return PruningPlan(self.method, chosen, model, calibration, walk, self.permute)
+        what = self.method, chosen, model, calibration
+        return PruningPlan(*what, walk, self.permute, self.misfits)
 
     def bind(self, context: Context) -> PruningRun:
         return PruningRun(self, context)

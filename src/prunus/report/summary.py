@@ -88,6 +88,26 @@ class Summary:
         last = {name: event for event in self.prunes for name in event["layers"]}
         return [name for name, event in last.items() if name in event.get("collapsed", ())]
 
+    def _last(self, key: str) -> dict[str, str]:
+        """What the last step of each layer says of it under this key."""
+        events = self.prunes or self.sweep[-1:]
+        found: dict[str, str] = {}
+        for event in events:
+            found = {name: how for name, how in found.items() if name not in event["layers"]}
+            more = event.get(key)
+            found |= more if isinstance(more, dict) else {}
+        return found
+
+    @property
+    def unreached(self) -> list[str]:
+        """Layers without calibration data, and what was done with them."""
+        return [f"{name} ({how})" for name, how in self._last("unreached").items()]
+
+    @property
+    def misfits(self) -> list[str]:
+        """Layers that were chosen and do not fit, with the reasons."""
+        return [f"{name} ({why})" for name, why in self._last("misfits").items()]
+
     @property
     def size(self) -> tuple[int, int] | None:
         """Bytes of the model before, and as a compact file after."""

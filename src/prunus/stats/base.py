@@ -146,6 +146,8 @@ def checked_statistic(stat: Any) -> Statistic:
 
     Raises ValueError that names the class, unless it is whole.
     """
+    if isinstance(stat, type):
+        raise ValueError(f"statistic {stat.__name__} is a class; give one made of it, for a layer")
     cls = type(stat)
     complete(cls, Statistic, "statistic", NEEDS, stat)
     assert isinstance(stat, Statistic)
@@ -161,6 +163,20 @@ def checked_statistic(stat: Any) -> Statistic:
     if wrong:
         raise ValueError(f"statistic {cls.__name__}: {wrong}")
     return stat
+
+
+def take_in(stat: Statistic, t: Tensor, name: str) -> None:
+    """Update with what a layer of this name was given, which may be the model's own tensor.
+
+    Raises ValueError if the statistic writes to it.
+    """
+    before = 0 if t.is_inference() else t._version
+    stat.update(t)
+    if before != (0 if t.is_inference() else t._version):
+        raise ValueError(
+            f"statistic {type(stat).__name__}: update changes what it is given in place, for "
+            f"{name}; work on a copy, as of t.clone()"
+        )
 
 
 def all_reduce_statistics(stats: Iterable[Statistic]) -> None:

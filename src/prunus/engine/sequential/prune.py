@@ -21,7 +21,7 @@ from prunus.core.patterns import Pattern
 from prunus.core.ranks import Ranks, all_ranks
 from prunus.core.sharding import any_sharded
 from prunus.engine.allocation import allocate
-from prunus.engine.allocator_signals import signal_statistics, signals_of
+from prunus.engine.allocator_signals import completed, signal_statistics, signals_of
 from prunus.engine.method import Method
 from prunus.engine.permute.folds import Fold
 from prunus.engine.permute.step import Permute
@@ -140,7 +140,7 @@ def _decided(method: Method, layers: Sequence[Layer], target: float | None, walk
     """The method with each layer's share decided, from the model as it is before."""
     allocator = method.allocator
     if isinstance(allocator, SignalAllocator):
-        method = replace(method, signals=_signals(allocator, walk))
+        method = replace(method, signals=_signals(method, walk))
     rows = [Rows(layer, 0, layer.matrix_shape()[0]) for layer in layers]
     counts = [_units(layer, method.pattern) for layer in layers]
     drop = allocate(method, rows, counts, target, Ranks())
@@ -155,25 +155,25 @@ def _units(layer: Layer, pattern: Pattern) -> tuple[int, int]:
     return alive.numel(), alive.numel() - kept
 
 
-def _signals(allocator: SignalAllocator, walk: Walk) -> dict[str, float]:
+def _signals(method: Method, walk: Walk) -> dict[str, float]:
     """What the allocator sees, block by block, on the inputs of the model as it is."""
-    signals: dict[str, float] = {}
+    allocator, signals = method.allocator, dict[str, "float | None"]()
     everything = [layer for group in walk.layers.values() for layer in group]
     items = walk.items() if signal_statistics(allocator, everything) else []
     for number in range(len(walk.blocks)):
         layers = walk.layers.get(number)
         with walk.block(number) as block:
             measure = functools.partial(_measure, block, items, number)
-            signals |= signals_of(allocator, [layers] if layers else [], measure)
-    return signals
+            signals |= signals_of(method, [layers] if layers else [], measure)
+    return completed(signals)
 
 
 def _measure(
     block: nn.Module, items: list[BlockInput], number: int, stats: Mapping[Layer, Statistic]
-) -> Mapping[Layer, Statistic]:
+) -> tuple[Mapping[Layer, Statistic], set[Layer]]:
     """Fill the statistics of one block, and carry the items on to the next one."""
     if not items:
-        return stats
+        return stats, set()
     outputs: dict[int, Any] = {}
     filled = measure_inputs(block, stats, as_calibration(items, number, None, outputs))
     carry_on(items, number, outputs)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from prunus.calibration.calibration import Calibration, undisturbed
 from prunus.core.blocks import Blocks
 from prunus.core.progress import track
+from prunus.core.snapshots import Snapshots
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -122,6 +123,7 @@ class _Recorder:
         self.blocks = blocks
         self.output: Any = None
         self.single = False  # whether a batch has shown that each block is called once
+        self.keep = Snapshots()  # the model may write to what it has given its blocks
         self.begin()
 
     def begin(self) -> None:
@@ -141,13 +143,13 @@ class _Recorder:
             stream, arguments = _without(args, kwargs)
             self._check(number, stream, arguments)
             if number == 0:
-                self.stream, kind = stream, stream.device.type
+                self.stream, kind = self.keep(stream), stream.device.type
                 on = torch.is_autocast_enabled(kind)
                 self.autocast = torch.get_autocast_dtype(kind) if on else None
                 if self.output is None or _others(self.output):
                     self.output = real(*args, **kwargs)
                     stream_of(self.output)
-            self.arguments.append(arguments)
+            self.arguments.append(self.keep(arguments))
             if self.complete and self.single:
                 raise _RecordingComplete
             self.passed.append(stream.view_as(stream))  # another object for each block
@@ -199,7 +201,7 @@ def record(model: nn.Module, blocks: Blocks, calibration: Calibration) -> list[B
             _run_around(model, calibration, batch, recorder)
             recorder.single = True
             assert recorder.stream is not None
-            others, stream = beside(recorder.output), recorder.stream
+            others, stream = recorder.keep(beside(recorder.output)), recorder.stream
             items.append(BlockInput(stream, recorder.arguments, batch, others, recorder.autocast))
     if not items:
         raise ValueError("the calibration data is empty; nothing was pruned")

@@ -9,8 +9,10 @@ from torch import nn
 
 from prunus.allocators import Uniform
 from prunus.calibration.calibration import Calibration
+from prunus.core.names import check_choice
 from prunus.core.patterns import Pattern, parse_pattern
 from prunus.core.selection import select
+from prunus.engine.fitting import MISFITS, Misfits
 from prunus.engine.method import Method
 from prunus.engine.plan import PruningPlan
 from prunus.engine.sequential.walk import Sequential
@@ -50,8 +52,11 @@ class NMTraining:
     4:8, 2:8, 1:8 and `geometric` 8:64, 4:32, 2:16, 1:8"""
     window: Interval | None = None
     """when; dense before it, frozen after it. Default: all of training"""
+    misfits: Misfits = "error"
+    """of layers that the patterns do not divide: `error`, or left `dense` and named"""
 
     def __post_init__(self) -> None:
+        check_choice("misfits", self.misfits, MISFITS)
         pattern = parse_pattern(self.pattern)
         if not isinstance(pattern, Groups):
             raise ValueError(
@@ -81,7 +86,8 @@ class NMTraining:
         """What to prune at once, by magnitude. Raises ValueError if it does not fit the model."""
         method = Method(Magnitude(), self.target, Uniform())
         chosen = select(model, self.layers, self.exclude)
-        return PruningPlan(method, chosen, model, calibration, sequential)
+        what = method, chosen, model, calibration
+        return PruningPlan(*what, sequential, on_misfit=self.misfits)
 
     def bind(self, context: Context) -> NMTrainingRun:
         return NMTrainingRun(self, context)
