@@ -12,6 +12,7 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor, nn
 
+from prunus.api.optimizer_hooks import StepHooks, innermost
 from prunus.api.session_state import checked_state
 from prunus.calibration.calibration import Calibration, as_calibration
 from prunus.core.layers import clean_parameters, is_sharded
@@ -28,19 +29,6 @@ from prunus.recipe import Recipe
 from prunus.report.records import Recorder, is_main, number, start_event
 
 log = logging.getLogger("prunus")
-
-
-def innermost(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer that steps, inside Accelerate's and Lightning's handles."""
-    inner = getattr(optimizer, "optimizer", None)
-    if isinstance(inner, torch.optim.Optimizer):
-        return innermost(inner)
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        kind = type(optimizer).__name__
-        raise ValueError(f"attach needs a torch.optim.Optimizer to hook, not {kind}")
-    # without Optimizer.__init__ (timm's Lookahead) nobody has, and hooks are never called
-    optimizer._patch_step_function()
-    return optimizer
 
 
 def _nothing() -> None:
@@ -93,11 +81,7 @@ class Session:
             raise
         if unseen := told(model):
             log.info("%s", unseen)
-        plain: Any = torch.compiler.disable  # a compiled step leaves its graph for our hooks
-        self._handles = [
-            self.optimizer.register_step_pre_hook(plain(self._before)),
-            self.optimizer.register_step_post_hook(plain(self._after)),
-        ]
+        self._hooks = StepHooks(self.optimizer, self._before, self._after)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -210,7 +194,7 @@ class Session:
 
     @torch.no_grad()
     def _after(self, *_: Any) -> None:
-        if step_is_skipped(self.optimizer):
+        if step_is_skipped(self.optimizer) or not self._hooks.stepped:
             for run in self.runs:
                 run.skipped(self.step)
             return
@@ -338,8 +322,7 @@ class Session:
                 self._unfinished = False
         finally:
             self.closed = True
-            for handle in self._handles:
-                handle.remove()
+            self._hooks.remove()
             for run in self.runs:
                 run.detach()
             self.recorder.close()

@@ -15,6 +15,7 @@ from prunus.engine.method import Method
 from prunus.engine.plan import PruningPlan
 from prunus.engine.sequential.walk import Sequential
 from prunus.modifiers.base import MODIFIERS, Context
+from prunus.modifiers.fields import as_in_recipes
 from prunus.modifiers.nm.maskings import STE, Masking
 from prunus.modifiers.nm.run import NMTrainingRun
 from prunus.modifiers.nm.stages import Groups, stages
@@ -52,6 +53,7 @@ class NMTraining:
     """when; dense before it, frozen after it. Default: all of training"""
 
     def __post_init__(self) -> None:
+        as_in_recipes(self)
         pattern = parse_pattern(self.pattern)
         if not isinstance(pattern, Groups):
             raise ValueError(
