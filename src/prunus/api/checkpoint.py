@@ -12,10 +12,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import safetensors
@@ -33,6 +31,7 @@ from prunus.core.masks import local
 from prunus.core.names import did_you_mean
 from prunus.core.ranks import Ranks
 from prunus.core.sharding import gather, ranks_of, shard
+from prunus.core.tensor_files import open_tensors
 from prunus.engine.permute.gather import BUFFER, restore_gathers
 from prunus.recipe import Recipe
 from prunus.report.records import is_main
@@ -216,12 +215,9 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Checkp
     >>> torch.equal(model.weight, again.weight)
     True
     """
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(KEY, "{}")
-            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        raise ValueError(_unreadable(path, error)) from None
+    with open_tensors(path) as file:
+        text = (file.metadata() or {}).get(KEY, "{}")
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     try:
         header = read_header(text)
         state = expand(stored, header)
@@ -232,16 +228,6 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Checkp
     if model is not None:
         _load_into(model, state, path)
     return checkpoint
-
-
-def _unreadable(path: str | os.PathLike[str], error: Exception) -> str:
-    if zipfile.is_zipfile(path) or Path(path).suffix in (".pt", ".pth", ".bin", ".ckpt"):
-        return (
-            f"'{path}' is not safetensors but a file of torch.save; read it with "
-            "model.load_state_dict(torch.load(path, weights_only=True)), and write it with "
-            "prunus.save(model, path)"
-        )
-    return f"'{path}' is no safetensors file, or a broken one: {error}"
 
 
 def _load_into(model: nn.Module, state: Mapping[str, Tensor], path: Any) -> None:
