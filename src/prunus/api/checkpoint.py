@@ -22,7 +22,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prunus import formats
-from prunus.api.file_header import expand, masks_of, read_header
 from prunus.api.results import Result
 from prunus.api.session import Session
 from prunus.core.files import atomic_write
@@ -215,6 +214,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Checkp
     >>> torch.equal(model.weight, again.weight)
     True
     """
+    from prunus.api.file_header import expand, masks_of, read_header  # with pydantic: it is slow
+
     with open_tensors(path) as file:
         text = (file.metadata() or {}).get(KEY, "{}")
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

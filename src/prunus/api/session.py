@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from prunus.api.optimizer_hooks import StepHooks, innermost
-from prunus.api.session_state import checked_state
 from prunus.calibration.calibration import Calibration, as_calibration
 from prunus.core.layers import clean_parameters, is_sharded
 from prunus.core.mask_registry import Masks
@@ -285,6 +284,8 @@ class Session:
         Raises ValueError if it is no state, or of another recipe or model, or the session closed;
         nothing is then changed.
         """
+        from prunus.api.session_state import checked_state  # with pydantic, which takes its time
+
         if self.closed:
             raise ValueError("the session is closed; attach anew and load the state into that")
         parameters = clean_parameters(self.model)
