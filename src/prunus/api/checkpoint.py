@@ -20,6 +20,7 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from prunus import formats
 from prunus.api.results import Result
@@ -28,7 +29,7 @@ from prunus.core.files import atomic_write
 from prunus.core.layers import clean_name, is_sharded, unwrap
 from prunus.core.masks import local
 from prunus.core.names import did_you_mean
-from prunus.core.ranks import Ranks
+from prunus.core.ranks import Ranks, first_rank_tells
 from prunus.core.sharding import gather, ranks_of, shard
 from prunus.core.tensor_files import open_tensors
 from prunus.engine.permute.gather import BUFFER, restore_gathers
@@ -79,11 +80,12 @@ def save(
 
     ``pruning`` (what `attach` or `prune` returned) adds masks and recipe; without it, every Linear
     and convolution weight that has zeros counts as masked there. ``compact`` shrinks the file with
-    the sparsity; only `load` reads it. Sharded weights are gathered: every rank must call this,
-    and the first writes.
+    the sparsity; only `load` reads it. The first rank writes. Sharded weights are gathered, so
+    every rank must call this; with DDP all may, and then wait until the file is there.
 
-    Raises OSError if the disk is full or the path not writable, and ValueError for a model whose
-    state is not all tensors with data; the old file is then intact.
+    Raises OSError if the disk is full or the path not writable (RuntimeError on the other ranks),
+    and ValueError for a model whose state is not all tensors with data; the old file is then
+    intact.
 
     >>> model = nn.Linear(4, 4)
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -102,7 +104,8 @@ def save(
     if isinstance(pruning, Session) and not pruning.closed:
         pruning.verify("saving")
     masks = {} if pruning is None else _gathered(pruning.masks, parts)
-    with shards.raise_on_all_ranks():
+    followed = shards.group is None and isinstance(model, DistributedDataParallel)
+    with shards.raise_on_all_ranks(), first_rank_tells(f"save {path}", followed):
         if is_main():
             _write(path, state, masks, pruning, compact)
 

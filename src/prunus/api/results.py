@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -97,29 +97,6 @@ class Result(Recorded):
 
 
 @dataclass
-class SweepResult(Recorded):
-    """What an evaluation said at each sparsity.
-
-    >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
-    >>> zeros = lambda m: prunus.sparsity(m)["0"]
-    >>> prunus.sweep(model, "magnitude", [0.25, 0.5], evaluate=zeros).values
-    {0.25: {'value': 0.25}, 0.5: {'value': 0.5}}
-    """
-
-    values: dict[float, dict[str, float]]
-    recorder: Recorder = field(default_factory=Recorder, repr=False)
-    title = "sweep"
-
-    def header(self) -> Sequence[str]:
-        names = next(iter(self.values.values()), {})
-        return "sparsity", *names
-
-    def cells(self) -> Iterable[Sequence[str]]:
-        for sparsity, metrics in self.values.items():
-            yield f"{sparsity:.4f}", *(f"{value:.4g}" for value in metrics.values())
-
-
-@dataclass
 class SparsityTable(Printable):
     """The zeros in a model as it is, of all its floating weights of two or more axes."""
 
@@ -183,6 +160,3 @@ def sparsity(model: nn.Module) -> SparsityTable:
         zeros = part.numel() - int(part.count_nonzero())
         rows.append((item.name, item.kind, tuple(item.weight.shape), part.numel(), zeros))
     return SparsityTable(rows, told(model, unseen))
-
-
-Evaluate = Callable[[nn.Module], Any]

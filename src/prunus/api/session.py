@@ -18,6 +18,7 @@ from prunus.core.layers import clean_parameters, is_sharded
 from prunus.core.mask_registry import Masks
 from prunus.core.masks import local, packed
 from prunus.core.names import few
+from prunus.core.ranks import all_ranks
 from prunus.core.sharding import gather, scatter, whole_sparsity
 from prunus.core.unseen import told
 from prunus.modifiers import Context, Run
@@ -68,7 +69,8 @@ class Session:
         self._listeners: list[tuple[Callable[[], Any], Callable[[], Any]]] = []
         self.runs: list[Run] = [modifier.bind(self._context) for modifier in recipe.modifiers]
         for run in self.runs:
-            run.check_data()
+            with all_ranks().raise_on_all_ranks():  # ranks have data of their own
+                run.check_data()
         self._refuse_overlap()
         try:
             for run in self.runs:

@@ -37,10 +37,16 @@ def nearest(
     """
     frames: dict[str, list[str]] = {}
     for name in names:
-        frames.setdefault(_NUMBER.sub("*", name).casefold(), []).append(name)
+        frames.setdefault(_frame(name), []).append(name)
     wanted = _NUMBER.findall(word)
-    near = difflib.get_close_matches(_NUMBER.sub("*", word).casefold(), frames, most, cutoff)
+    near = difflib.get_close_matches(_frame(word), frames, most, cutoff)
     return [_with_numbers(wanted, frames[frame], globs) for frame in near]
+
+
+def _frame(name: str) -> str:
+    """What stands around the numbers; a name that is nothing but a number is itself."""
+    frame = _NUMBER.sub("*", name).casefold()
+    return name if frame == "*" else frame
 
 
 def _with_numbers(wanted: Sequence[str], names: Sequence[str], globs: bool) -> str:
