@@ -307,7 +307,7 @@ def test_report_makes_the_page(run, tmp_path):
         (["check", "r.yaml", "--model", "user_module:bild"], "did you mean 'build'?"),
         (
             ["check", "r.yaml", "--model", "user_module:number"],
-            "returned int, not a torch.nn.Module",
+            "gives int, not a torch.nn.Module",
         ),
         (["check", "r.yaml", "--model", "torch:zeros"], "cannot be called without arguments"),
         (["report", "empty"], "no records.jsonl in 'empty'"),

@@ -185,7 +185,7 @@ def test_tables_print_the_names_of_thirds_and_whatever_looks_like_markup():
     result.left_dense = ["attn.qkv[v]", ":smile:"]
     assert "attn.qkv[q]" in str(result)
     assert "left dense: attn.qkv[v], :smile:" in str(result)
-    values = prunus.api.results.SweepResult({0.5: {"accuracy[top]": 1.0}})
+    values = prunus.api.sweep_result.SweepResult({0.5: {"accuracy[top]": 1.0}})
     assert "accuracy[top]" in str(values)
 
 

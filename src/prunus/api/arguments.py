@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from prunus.allocators import ALLOCATORS, Allocator, Table
-from prunus.calibration.calibration import Calibration
+from prunus.calibration.calibration import Calibration, as_calibration
+from prunus.core.ranks import all_ranks
 from prunus.engine.fitting import Misfits
 from prunus.engine.method import Unreached
 from prunus.engine.permute.step import Permute
@@ -101,3 +102,17 @@ def norms_data(
     if recalibrate is True and calibration is None:
         raise ValueError("recalibrate needs data; pass calibration=, or a Calibration of its own")
     return calibration if recalibrate is True else recalibrate or None
+
+
+def check_same_on_all_ranks(calibration: Any, **more: Any) -> None:
+    """Raises ValueError, on all ranks, where they were given different things to do.
+
+    They share the work of each layer, so they would wait for each other for ever.
+    """
+    data = as_calibration(calibration)
+    given = [data.loss_fn, data.forward] if data is not None else []
+    calls = ["none" if x is None else "given" for x in given]
+    all_ranks().check_same(
+        **more,
+        calibration="none" if data is None else f"given, loss_fn {calls[0]}, forward {calls[1]}",
+    )

@@ -12,27 +12,26 @@ from __future__ import annotations
 import json
 import logging
 import os
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from prunus import formats
-from prunus.api.file_header import expand, masks_of, read_header
 from prunus.api.results import Result
 from prunus.api.session import Session
 from prunus.core.files import atomic_write
 from prunus.core.layers import clean_name, is_sharded, unwrap
 from prunus.core.masks import count_zeros, local
 from prunus.core.names import did_you_mean
-from prunus.core.ranks import Ranks
+from prunus.core.ranks import Ranks, first_rank_tells
 from prunus.core.sharding import gather, ranks_of, shard
+from prunus.core.tensor_files import open_tensors
 from prunus.engine.permute.gather import BUFFER, restore_gathers
 from prunus.recipe import Recipe
 from prunus.report.records import is_main
@@ -81,11 +80,12 @@ def save(
 
     ``pruning`` (what `attach` or `prune` returned) adds masks and recipe; without it, every Linear
     and convolution weight that has zeros counts as masked there. ``compact`` shrinks the file with
-    the sparsity; only `load` reads it. Sharded weights are gathered: every rank must call this,
-    and the first writes.
+    the sparsity; only `load` reads it. The first rank writes. Sharded weights are gathered, so
+    every rank must call this; with DDP all may, and then wait until the file is there.
 
-    Raises OSError if the disk is full or the path not writable, and ValueError for a model whose
-    state is not all tensors with data; the old file is then intact.
+    Raises OSError if the disk is full or the path not writable (RuntimeError on the other ranks),
+    and ValueError for a model whose state is not all tensors with data; the old file is then
+    intact.
 
     >>> model = nn.Linear(4, 4)
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -103,7 +103,8 @@ def save(
     if isinstance(pruning, Session) and not pruning.closed:
         pruning.verify("saving")
     masks = {} if pruning is None else _gathered(pruning.masks, parts)
-    with shards.raise_on_all_ranks():
+    followed = shards.group is None and isinstance(model, DistributedDataParallel)
+    with shards.raise_on_all_ranks(), first_rank_tells(f"save {path}", followed):
         if is_main():
             _write(path, state, masks, pruning, compact)
 
@@ -226,12 +227,11 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Checkp
     >>> torch.equal(model.weight, again.weight)
     True
     """
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(KEY, "{}")
-            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        raise ValueError(_unreadable(path, error)) from None
+    from prunus.api.file_header import expand, masks_of, read_header  # with pydantic: it is slow
+
+    with open_tensors(path) as file:
+        text = (file.metadata() or {}).get(KEY, "{}")
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     try:
         header = read_header(text)
         state = expand(stored, header)
@@ -242,16 +242,6 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Checkp
     if model is not None:
         _load_into(model, state, path)
     return checkpoint
-
-
-def _unreadable(path: str | os.PathLike[str], error: Exception) -> str:
-    if zipfile.is_zipfile(path) or Path(path).suffix in (".pt", ".pth", ".bin", ".ckpt"):
-        return (
-            f"'{path}' is not safetensors but a file of torch.save; read it with "
-            "model.load_state_dict(torch.load(path, weights_only=True)), and write it with "
-            "prunus.save(model, path)"
-        )
-    return f"'{path}' is no safetensors file, or a broken one: {error}"
 
 
 def _load_into(model: nn.Module, state: Mapping[str, Tensor], path: Any) -> None:

@@ -8,11 +8,17 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from prunus.api.arguments import AllocatorLike, as_recipe, norms_data
+from prunus.api.arguments import (
+    AllocatorLike,
+    as_recipe,
+    check_same_on_all_ranks,
+    norms_data,
+)
 from prunus.api.results import Result
 from prunus.calibration.batch_norm import recalibrate as estimate_norms
 from prunus.calibration.calibration import Calibration, as_calibration
 from prunus.core.mask_registry import Masks
+from prunus.core.ranks import all_ranks
 from prunus.core.unseen import told
 from prunus.engine.fitting import Misfits
 from prunus.engine.method import Unreached
@@ -70,12 +76,15 @@ def prune(
     >>> result.sparsity, int((model[0].weight == 0).sum())
     (0.5, 32)
     """
-    calibration = as_calibration(calibration)
-    recipe = as_recipe(
-        pruner, sparsity, pattern, layers, exclude, allocator, permute, misfits, unreached
-    )
-    modifiers = _one_shot(recipe)
-    walk = Sequential.of(sequential)
+    with all_ranks().raise_on_all_ranks():
+        calibration = as_calibration(calibration)
+        recipe = as_recipe(
+            pruner, sparsity, pattern, layers, exclude, allocator, permute, misfits, unreached
+        )
+        modifiers = _one_shot(recipe)
+        walk = Sequential.of(sequential)
+    blocks = "no" if walk is None else f"yes, {walk.blocks}"
+    check_same_on_all_ranks(calibration, recipe=recipe.to_yaml(), sequential=blocks)
     _check_together(modifiers, walk)
     plans = [modifier.plan(model, calibration, walk) for modifier in modifiers]
     for plan in plans:

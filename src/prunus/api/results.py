@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -113,36 +113,6 @@ def _highest(rows: Sequence[LayerResult], get: Callable[[LayerResult], float | N
 
 
 @dataclass
-class SweepResult(Recorded):
-    """What an evaluation said at each sparsity.
-
-    >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
-    >>> zeros = lambda m: prunus.sparsity(m)["0"]
-    >>> prunus.sweep(model, "magnitude", [0.25, 0.5], evaluate=zeros).values
-    {0.25: {'value': 0.25}, 0.5: {'value': 0.5}}
-    """
-
-    values: dict[float, dict[str, float]]
-    recorder: Recorder = field(default_factory=Recorder, repr=False)
-    misfits: dict[str, str] = field(default_factory=dict)
-    """layer name -> why it does not fit, and was dense throughout"""
-    unreached: list[str] = field(default_factory=list)
-    """what was done with layers about which the calibration data told nothing"""
-    title = "sweep"
-
-    def notes(self) -> Sequence[str]:
-        return [*([misfits_message(self.misfits)] if self.misfits else []), *self.unreached]
-
-    def header(self) -> Sequence[str]:
-        names = next(iter(self.values.values()), {})
-        return "sparsity", *names
-
-    def cells(self) -> Iterable[Sequence[str]]:
-        for sparsity, metrics in self.values.items():
-            yield f"{sparsity:.4f}", *(f"{value:.4g}" for value in metrics.values())
-
-
-@dataclass
 class SparsityTable(Printable):
     """The zeros in a model as it is, of all its floating weights of two or more axes."""
 
@@ -209,6 +179,3 @@ def sparsity(model: nn.Module) -> SparsityTable:
         shape = tuple(item.weight.shape)
         rows.append((item.name, item.kind, shape, part.numel(), count_zeros(part)))
     return SparsityTable(rows, told(model, unseen))
-
-
-Evaluate = Callable[[nn.Module], Any]

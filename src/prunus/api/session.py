@@ -12,12 +12,13 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor, nn
 
-from prunus.api.session_state import checked_state
+from prunus.api.optimizer_hooks import StepHooks, innermost
 from prunus.calibration.calibration import Calibration, as_calibration
 from prunus.core.layers import clean_parameters, is_sharded
 from prunus.core.mask_registry import Masks
 from prunus.core.masks import local, packed
 from prunus.core.names import few
+from prunus.core.ranks import all_ranks
 from prunus.core.sharding import gather, scatter, whole_sparsity
 from prunus.core.unseen import told
 from prunus.modifiers import Context, Run
@@ -28,19 +29,6 @@ from prunus.recipe import Recipe
 from prunus.report.records import Recorder, is_main, number, start_event
 
 log = logging.getLogger("prunus")
-
-
-def innermost(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer that steps, inside Accelerate's and Lightning's handles."""
-    inner = getattr(optimizer, "optimizer", None)
-    if isinstance(inner, torch.optim.Optimizer):
-        return innermost(inner)
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        kind = type(optimizer).__name__
-        raise ValueError(f"attach needs a torch.optim.Optimizer to hook, not {kind}")
-    # without Optimizer.__init__ (timm's Lookahead) nobody has, and hooks are never called
-    optimizer._patch_step_function()
-    return optimizer
 
 
 def _nothing() -> None:
@@ -81,7 +69,8 @@ class Session:
         self._listeners: list[tuple[Callable[[], Any], Callable[[], Any]]] = []
         self.runs: list[Run] = [modifier.bind(self._context) for modifier in recipe.modifiers]
         for run in self.runs:
-            run.check_data()
+            with all_ranks().raise_on_all_ranks():  # ranks have data of their own
+                run.check_data()
         self._refuse_overlap()
         try:
             for run in self.runs:
@@ -93,11 +82,7 @@ class Session:
             raise
         if unseen := told(model):
             log.info("%s", unseen)
-        plain: Any = torch.compiler.disable  # a compiled step leaves its graph for our hooks
-        self._handles = [
-            self.optimizer.register_step_pre_hook(plain(self._before)),
-            self.optimizer.register_step_post_hook(plain(self._after)),
-        ]
+        self._hooks = StepHooks(self.optimizer, self._before, self._after)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -210,7 +195,7 @@ class Session:
 
     @torch.no_grad()
     def _after(self, *_: Any) -> None:
-        if step_is_skipped(self.optimizer):
+        if step_is_skipped(self.optimizer) or not self._hooks.stepped:
             for run in self.runs:
                 run.skipped(self.step)
             return
@@ -301,6 +286,8 @@ class Session:
         Raises ValueError if it is no state, or of another recipe or model, or the session closed;
         nothing is then changed.
         """
+        from prunus.api.session_state import checked_state  # with pydantic, which takes its time
+
         if self.closed:
             raise ValueError("the session is closed; attach anew and load the state into that")
         parameters = clean_parameters(self.model)
@@ -338,8 +325,7 @@ class Session:
                 self._unfinished = False
         finally:
             self.closed = True
-            for handle in self._handles:
-                handle.remove()
+            self._hooks.remove()
             for run in self.runs:
                 run.detach()
             self.recorder.close()

@@ -28,7 +28,7 @@ from prunus.cli.arguments import (
 from prunus.cli.bench import bench as bench_table
 from prunus.cli.catalogue import description, listing, shipped_listing
 from prunus.cli.estimate import estimate
-from prunus.cli.preview import preview, timetable
+from prunus.cli.preview import goal, preview, timetable
 from prunus.cli.shrink import groups, shrink
 from prunus.core.files import atomic_write, check_writable
 from prunus.core.unseen import told
@@ -116,21 +116,25 @@ def check(
         out.print(unseen)
     timeline = Timeline(steps_per_epoch, loaded.epochs if epochs is None else epochs)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-    timed = steps_per_epoch is not None
     data = Calibration((), memory=memory)
-    if not timed:
-        out.print("no --steps-per-epoch: shown as a one-shot run")
-        for i, modifier in enumerate(m for m in loaded.modifiers if m.one_shot):
-            if isinstance(modifier, OneShotModifier):
-                plan = modifier.plan(network, data)
-                out.print(*preview(plan, f"modifiers[{i}] {modifier.name}"), sep="\n")
+    try:
+        context = Context(network, optimizer, timeline, data)
+        runs = [modifier.bind(context) for modifier in loaded.modifiers]
+    except ValueError as error:
+        at_once = [m for m in loaded.modifiers if m.one_shot and isinstance(m, OneShotModifier)]
+        if steps_per_epoch is not None or not at_once:
+            raise
+        out.print(f"shown as a one-shot run, without --steps-per-epoch ({error})")
+        for modifier in at_once:
+            where = f"modifiers[{loaded.modifiers.index(modifier)}] {modifier.name}"
+            plan = modifier.plan(network, data)
+            out.print(*preview(plan, where), goal(plan, modifier.final_sparsity), sep="\n")
         return
-    context = Context(network, optimizer, timeline, data)
-    for i, modifier in enumerate(loaded.modifiers):
-        run, where = modifier.bind(context), f"modifiers[{i}] {modifier.name}"
+    for i, run in enumerate(runs):
+        where = f"modifiers[{i}] {loaded.modifiers[i].name}"
         if run.masked_layers:
             out.print(*preview(run, where), sep="\n")
-        out.print(timetable(run, where, steps_per_epoch or 1))
+        out.print(timetable(run, where, steps_per_epoch))
 
 
 @app.command()

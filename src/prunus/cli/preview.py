@@ -37,13 +37,22 @@ def preview(entry: Run | PruningPlan, where: str) -> Iterator[RenderableType]:
         yield from _passes(plan)
 
 
-def timetable(run: Run, where: str, steps_per_epoch: int) -> Table:
+def timetable(run: Run, where: str, steps_per_epoch: int | None) -> Table:
     """What happens when."""
-    table = table_of("after step", "epoch", "what", title=where)
+    table = table_of("after step", *(["epoch"] if steps_per_epoch else []), "what", title=where)
     for step, what in run.timetable():
         step = max(1, step)  # what is due at 0 happens after the first
-        table.add_row(str(step), f"{step / steps_per_epoch:.2f}", what)
+        epoch = [f"{step / steps_per_epoch:.2f}"] if steps_per_epoch else []
+        table.add_row(str(step), *epoch, what)
     return table
+
+
+def goal(plan: PruningPlan, final: float | None) -> str:
+    """How sparse the layers will be in the end; ``final`` is None where a pattern or table says."""
+    method = plan.method
+    share = method.pattern.fixed if method.pattern.fixed is not None else final
+    how = "by table" if share is None else f"{share:.4f}"
+    return f"in the end: {method.pruner.name} to {method.pattern}, sparsity {how}"
 
 
 def _folds(plan: PruningPlan) -> Table:

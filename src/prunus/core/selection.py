@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import logging
 import re
@@ -24,7 +23,7 @@ from prunus.core.layers import (
     unwrap,
 )
 from prunus.core.masks import local
-from prunus.core.names import few
+from prunus.core.names import few, nearest
 from prunus.core.regex_alternatives import dead_alternatives
 from prunus.core.shared_memory import overlapping, shares_with_itself
 from prunus.core.transformed import is_transformed
@@ -48,7 +47,7 @@ def _compile(pattern: str) -> re.Pattern[str]:
         regex = pattern[3:] if pattern.startswith("re:") else fnmatch.translate(pattern)
         return re.compile(regex)
     except re.error as error:
-        raise ValueError(f"pattern {pattern!r} is not a regular expression: {error}") from None
+        raise ValueError(f"pattern '{pattern}' is not a regular expression: {error}") from None
 
 
 def _hits(items: Sequence[T], names: Callable[[T], Sequence[str]], pattern: str) -> list[int]:
@@ -77,25 +76,41 @@ def match_names(
     for pattern in patterns:
         hits = _hits(items, names, pattern)
         if not hits:
-            raise ValueError(
-                f"{what} pattern {pattern!r} matches nothing{_near(items, names, pattern)}"
-            )
+            near = _near(items, names, pattern)
+            raise ValueError(f"{what} pattern '{_as_written(pattern)}' matches nothing{near}")
         if pattern.startswith("re:"):
             _warn_of_dead_alternatives([n for i in hits for n in names(items[i])], pattern)
         chosen.update(hits)
     return [item for i, item in enumerate(items) if i in chosen]
 
 
+_ADDED = re.compile(r"(\.\*)?\(\?<=weight\)")
+"""what reading a recipe of SparseML's adds to a regex, which there matches beginnings of names"""
+
+
+def _as_written(pattern: str) -> str:
+    return _ADDED.sub("", pattern)
+
+
 def _warn_of_dead_alternatives(names: Sequence[str], pattern: str) -> None:
     for part in dead_alternatives(pattern[3:], list(names)):
-        log.warning("alternative %r of pattern %r matches nothing", part, pattern)
+        written = _as_written(part), _as_written(pattern)
+        log.warning("alternative '%s' of pattern '%s' matches nothing", *written)
+
+
+_ANY = re.compile(r"(\\d|\[0-9\]|\.)[+*]\??|\\d(\{[\d,]*\})?")
+"""what stands for any number, or for anything, in regexes"""
 
 
 def _near(items: Sequence[T], names: Callable[[T], Sequence[str]], pattern: str) -> str:
-    # blocks.0.fc and blocks.1.fc are one name to a reader
-    known = list(dict.fromkeys(re.sub(r"\b\d+\b", "*", names(item)[0]) for item in items))
-    word = re.sub(r"\b\d+\b", "*", pattern.removeprefix("re:").replace("\\", ""))
-    near = difflib.get_close_matches(word, known, n=5, cutoff=0.3) or known[:5]
+    word = pattern
+    if pattern.startswith("re:"):
+        word = re.sub(r"[\\^$]", "", _ANY.sub("*", pattern[3:]))
+    # the name itself, and classes, which have no dots
+    every = [names(item) for item in items]
+    known = dict.fromkeys([n[0] for n in every] + [x for n in every for x in n if "." not in x])
+    near = nearest(word, known, most=5, cutoff=0.3, globs=True)
+    near = near or list(dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in known))[:5]
     return f"; nearest: {', '.join(near)}" if near else "; the model has no such weights at all"
 
 
@@ -119,7 +134,7 @@ def _match(
         base, letter = split_third(pattern)
         for layer in match_names(layers, _layer_names, [base], what):
             if layer in chosen:
-                raise ValueError(f"{layer.name} is named whole and, by {pattern!r}, in part")
+                raise ValueError(f"{layer.name} is named whole and, by '{pattern}', in part")
             part = third_of(layer, letter, modules)
             chosen += [] if part.name in {c.name for c in chosen} else [part]
     places = {id(layer.weight): i for i, layer in enumerate(layers)}
@@ -135,7 +150,7 @@ def _spared(layers: Sequence[Layer]) -> set[str]:
     reasons = {
         "adapters and copies of PEFT": [x.name for x in layers if ADAPTERS.search(x.name)],
         "their weights are transformed before use, so zeros would be none": [
-            x.name for x in layers if is_transformed(x)
+            x.name for x in layers if not ADAPTERS.search(x.name) and is_transformed(x)
         ],
     }
     for reason, names in reasons.items():
@@ -171,7 +186,7 @@ def _refuse_unseen(model: nn.Module, layers: Sequence[Layer], patterns: Sequence
         ]
         if hits:
             raise ValueError(
-                f"layer pattern {pattern!r} names {hits[0].name} ({hits[0].kind}), which prunus "
+                f"layer pattern '{pattern}' names {hits[0].name} ({hits[0].kind}), which prunus "
                 "does not know as a weight that inputs are multiplied with, and leaves dense; drop "
                 "the pattern, or make it the weight of a Linear"
             )
@@ -192,7 +207,8 @@ def _refuse_overlaps(model: nn.Module, layers: Sequence[Layer]) -> None:
         )
 
 
-def _check(layer: Layer) -> None:
+def _check(layer: Layer, tried: bool) -> None:
+    """Raises ValueError for a weight that cannot be pruned; some were ``tried`` before."""
     weight, why = layer.weight, ""
     if nn.parameter.is_lazy(weight):
         why = "has no shape yet; run a batch through the model first"
@@ -213,7 +229,7 @@ def _check(layer: Layer) -> None:
         )
     elif weight.dtype not in FLOATS:
         why = f"is {weight.dtype}; only floats of 16 bits or more can be pruned; exclude it"
-    elif is_transformed(layer):
+    elif not tried and is_transformed(layer):
         kind = type(layer.module).__name__
         why = f"is transformed by {kind} before use, so zeros in it would be none; exclude it"
     if why:
@@ -253,7 +269,7 @@ def select(
         names = ", ".join(layer.name for layer in candidates[:5])
         raise ValueError(f"no layer is left to prune; name some with layers=, such as: {names}")
     for layer in layers:
-        _check(layer)
+        _check(layer, tried=include is None)
     _refuse_overlaps(model, layers)
     return Selection(layers, left_dense)
 

@@ -21,6 +21,7 @@ from prunus.core.masks import local, zero_pruned
 from prunus.core.names import Registry, few
 from prunus.engine.plan import PruningPlan
 from prunus.engine.sequential.walk import Sequential
+from prunus.modifiers.optimizer_state import keeps_copies, states_of, zero_momentum
 from prunus.modifiers.timing import Timeline
 
 log = logging.getLogger("prunus")
@@ -56,9 +57,10 @@ class Context:
         self.masks.apply(run, run.masked_layers)
         owned = self.masks.owned(run, run.masked_layers) if keeps_copies(self.optimizer) else ()
         for layer in owned:
-            copy, mask = self.optimizer.state.get(layer.weight, {}).get("z"), self.masks.of(layer)
-            if copy is not None and mask is not None:
-                zero_pruned([layer.part(local(copy))], [mask])
+            mask = self.masks.of(layer)
+            for state in states_of(self.optimizer, layer):
+                if mask is not None and state.get("z") is not None:
+                    zero_pruned([layer.part(local(state["z"]))], [mask])
 
     def check_held(self, layers: Sequence[Layer]) -> None:
         """Raises ValueError unless the optimizer holds every weight that will be masked."""
@@ -74,27 +76,6 @@ class Context:
             f"the optimizer does not hold {few(missing)}; attach the optimizer "
             "that trains these weights, built after the model was moved or sharded, or exclude them"
         )
-
-
-def keeps_copies(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer swaps weights for copies of its own, as schedule-free ones do.
-
-    Their ``eval()`` makes the weights from the copy ``z`` of the state, and would bring pruned
-    ones back. (A. Defazio et al., "The Road Less Scheduled", 2024,
-    https://arxiv.org/abs/2405.15682.)
-    """
-    return callable(getattr(optimizer, "eval", None)) and callable(
-        getattr(optimizer, "train", None)
-    )
-
-
-def zero_momentum(optimizer: torch.optim.Optimizer, layer: Layer, mask: Tensor) -> None:
-    """Zero every state tensor of the weight's shape where the layer is pruned."""
-    state: dict[str, Any] = optimizer.state.get(layer.weight, {})
-    for value in state.values():
-        if isinstance(value, Tensor) and value.shape == layer.weight.shape:
-            part = layer.part(local(value))
-            zero_pruned([part], [mask.to(part.device)])
 
 
 class Run:

@@ -11,6 +11,7 @@ from prunus.core.layers import Layer
 from prunus.core.selection import select
 from prunus.modifiers.base import MODIFIERS, Context, Run, log
 from prunus.modifiers.events import counted, pruning_event
+from prunus.modifiers.fields import as_in_recipes
 from prunus.modifiers.state_checks import check_fields
 from prunus.modifiers.timing import Interval
 
@@ -36,6 +37,9 @@ class Keep:
 
     allow_dense: bool = False
     """no error if there is no zero at all: nothing is kept then"""
+
+    def __post_init__(self) -> None:
+        as_in_recipes(self)
 
     def bind(self, context: Context) -> Run:
         return KeepRun(self, context)

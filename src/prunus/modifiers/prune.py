@@ -19,6 +19,7 @@ from prunus.engine.permute.step import Permute
 from prunus.engine.plan import PruningPlan
 from prunus.engine.sequential.walk import Sequential
 from prunus.modifiers.base import MODIFIERS, Context
+from prunus.modifiers.fields import as_in_recipes
 from prunus.modifiers.nm.modifier import NMTraining
 from prunus.modifiers.pruning_run import PruningRun
 from prunus.modifiers.schedules import Schedule
@@ -80,6 +81,7 @@ class PruningModifier(metaclass=_TakesMasking):
     but zeros): `error`, pruned by `magnitude`, or left `dense`; named in the result"""
 
     def __post_init__(self) -> None:
+        as_in_recipes(self, Window)
         if not isinstance(self.pruner, Pruner) or isinstance(self.pruner, type):
             raise ValueError(
                 f"pruner={self.pruner!r} is no pruner; give one, as prunus.Magnitude()"

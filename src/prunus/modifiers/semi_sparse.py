@@ -15,6 +15,7 @@ from prunus.core.selection import select
 from prunus.execution.training import SemiSparse, SemiSparseLinear
 from prunus.execution.training.swap import Named, check_semi_sparse, swap_layers, to_dense
 from prunus.modifiers.base import MODIFIERS, Context, Run, log
+from prunus.modifiers.fields import as_in_recipes
 from prunus.modifiers.grad_scaler import gradient_scale
 from prunus.modifiers.state_checks import check_fields, check_tensors
 from prunus.modifiers.timing import Interval
@@ -46,6 +47,7 @@ class SemiSparseTraining(SemiSparse):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        as_in_recipes(self)
         if self.keep and self.kind != "weight":
             raise ValueError("keep=true is about the masks of weights; drop it for activations")
 

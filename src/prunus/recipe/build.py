@@ -11,9 +11,7 @@ import numbers
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any
-
-import pydantic
+from typing import TYPE_CHECKING, Any
 
 from prunus.allocators import ALLOCATORS, Allocator, Table
 from prunus.core.names import Registry, did_you_mean
@@ -23,6 +21,9 @@ from prunus.modifiers.nm.maskings import MASKINGS, Masking
 from prunus.modifiers.timing import Interval
 from prunus.pruners import PRUNERS, Pruner
 from prunus.recipe.errors import Path, Source
+
+if TYPE_CHECKING:  # it takes a fifth of a second, which only recipes need
+    import pydantic
 
 REGISTRIES: dict[Any, Registry[Any]] = {
     Pruner: PRUNERS,
@@ -53,6 +54,8 @@ def members(hint: Any) -> tuple[Any, ...]:
 @functools.cache
 def adapter(cls: type) -> pydantic.TypeAdapter[Any]:
     """The checker of one dataclass."""
+    import pydantic
+
     for part in [cls, *(m for hint in hints(cls).values() for m in members(hint))]:
         if dataclasses.is_dataclass(part) and "__pydantic_config__" not in vars(part):
             config = {"use_attribute_docstrings": True, "arbitrary_types_allowed": True}
@@ -74,6 +77,8 @@ def build(cls: type, data: Any, source: Source, path: Path) -> Any:
             hint = did_you_mean(key, fields)
             raise source.error((*path, key), f"unknown key {key!r}{hint}")
         values[fields[key]] = _value(hints(cls)[fields[key]], value, source, (*path, key))
+    import pydantic
+
     try:
         return adapter(cls).validate_python(values)
     except pydantic.ValidationError as error:

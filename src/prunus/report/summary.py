@@ -134,14 +134,23 @@ class Summary:
         known = _float(value)
         return f"{known:.4f}" if abs(known) < 1e6 else f"{known:.4g}"
 
+    def sweep_columns(self) -> list[str]:
+        """Of pattern and seed what differs between the rows of sweeps."""
+        return [k for k in ("pattern", "seed") if len({e.get(k) for e in self.sweep}) > 1]
+
     def swept(self) -> dict[str, dict[str, Points]]:
-        """Metric -> pruner -> (sparsity, value) pairs of one-shot sweeps."""
+        """Metric -> pruner, and pattern where there are several -> (sparsity, value) pairs.
+
+        Of one-shot sweeps, a pair for each seed.
+        """
+        several = len({event["pattern"] for event in self.sweep}) > 1
         result: dict[str, dict[str, Points]] = {}
         for event in self.sweep:
             values = {k: v for k, v in event["values"].items() if not isinstance(v, str)}
             for name, value in values.items():
                 lines = result.setdefault(name, {})
-                lines.setdefault(event["pruner"], []).append((_sparsity(event), _float(value)))
+                label = event["pruner"] + (f", {event['pattern']}" if several else "")
+                lines.setdefault(label, []).append((_sparsity(event), _float(value)))
         return result
 
     def bars(self) -> list[Bar]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prunus.core.extension import Extensible, complete
 from prunus.core.names import Registry
-from prunus.core.ranks import all_ranks
+from prunus.core.ranks import Ranks, all_ranks
 
 READS = ("inputs", "gradients")
 NEEDS = ("reads", "by_rows", "update", "tensors")
@@ -111,6 +111,9 @@ class Statistic(Extensible):
     def can_permute(self) -> bool:
         return type(self).permute is not Statistic.permute
 
+    def align(self, ranks: Ranks) -> None:
+        """Before sums over ranks: agree on what they are counted in. Every rank calls it."""
+
     def forget(self) -> None:
         """Free what can be computed again from `tensors`."""
 
@@ -183,5 +186,6 @@ def all_reduce_statistics(stats: Iterable[Statistic]) -> None:
     """Add statistics up over all data-parallel ranks, in place; shared ones once."""
     everyone = all_ranks()
     for stat in {id(stat): stat for stat in stats}.values() if everyone.group is not None else ():
+        stat.align(everyone)
         for tensor in stat.tensors():
             tensor.copy_(everyone.all_reduce(tensor))

@@ -17,6 +17,7 @@ from prunus.engine.method import Method
 from prunus.engine.plan import PruningPlan
 from prunus.engine.sequential.walk import Sequential
 from prunus.modifiers.base import MODIFIERS, Context
+from prunus.modifiers.fields import as_in_recipes
 from prunus.modifiers.nm.maskings import STE, Masking
 from prunus.modifiers.nm.run import NMTrainingRun
 from prunus.modifiers.nm.stages import Groups, stages
@@ -56,6 +57,7 @@ class NMTraining:
     """of layers that the patterns do not divide: `error`, or left `dense` and named"""
 
     def __post_init__(self) -> None:
+        as_in_recipes(self)
         check_choice("misfits", self.misfits, MISFITS)
         pattern = parse_pattern(self.pattern)
         if not isinstance(pattern, Groups):
