@@ -118,8 +118,8 @@ def _result(
     recorder: Recorder,
 ) -> Result:
     rows = {row.name: row for each in done for row in each.rows}
-    left_dense = [name for name in plans[0].left_dense if name not in rows]
-    result = Result(list(rows.values()), dict(masks), recipe, left_dense, recorder)
+    spared = {x: why for plan in plans for x, why in plan.spared.items() if x not in rows}
+    result = Result(list(rows.values()), dict(masks), recipe, spared, recorder)
     result.unseen = told(plans[0].model)
     for plan, each in zip(plans, done, strict=True):
         for folded in each.folded:

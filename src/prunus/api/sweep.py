@@ -13,7 +13,7 @@ from prunus.api.arguments import AllocatorLike, as_allocator, as_names, as_prune
 from prunus.api.results import Evaluate, SweepResult
 from prunus.calibration.batch_norm import put_back
 from prunus.calibration.batch_norm import recalibrate as estimate_norms
-from prunus.calibration.calibration import Calibration, as_calibration
+from prunus.calibration.calibration import Calibration, as_calibration, first_pass
 from prunus.core.layers import reshard
 from prunus.core.patterns import parse_pattern
 from prunus.core.progress import track
@@ -64,7 +64,8 @@ def sweep(
         raise ValueError(f"sparsity {bad[0]:g} is not between 0 and 1")
     if method.pattern.fixed is not None:
         raise ValueError(f"pattern '{pattern}' has one sparsity only; use prune instead of sweep")
-    chosen = select(model, None if layers is None else as_names(layers), as_names(exclude))
+    names = None if layers is None else as_names(layers), as_names(exclude)
+    chosen = select(model, *names, first_pass(model, calibration))
     fitted = method.fit(chosen.layers)
     check_reachable(fitted, method.pattern, min(sparsities))
     prune_to = prepare_sweep(method, fitted, model, calibration)

@@ -9,6 +9,7 @@ from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 
+from prunus.core.default_dense_layers import dense_line
 from prunus.core.layers import Layer
 from prunus.engine.plan import PruningPlan
 from prunus.modifiers import Run
@@ -23,8 +24,8 @@ def preview(entry: Run | PruningPlan, where: str) -> Iterator[RenderableType]:
     plan = entry if isinstance(entry, PruningPlan) else entry.pruning
     layers = entry.layers if isinstance(entry, PruningPlan) else entry.masked_layers
     yield _layers(layers, plan, where)
-    if entry.left_dense:
-        yield f"left dense: {', '.join(entry.left_dense)}"
+    if entry.spared:
+        yield dense_line(entry.spared)
     if plan is not None and plan.permute is not None:
         yield _folds(plan)
     if memory := entry.memory():

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
+from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -118,8 +119,8 @@ class Run:
     context: Context
     pruning: PruningPlan | None = None
     """what it prunes and how, where it does so by a `PruningPlan`"""
-    left_dense: Sequence[str] = ()
-    """layers that its default spares"""
+    spared: Mapping[str, str] = MappingProxyType({})
+    """layers that its default leaves dense, each with the reason"""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -133,6 +134,11 @@ class Run:
         """The layers whose masks it sets, sooner or later."""
         layers: Sequence[Layer] = getattr(self, "layers", ())
         return layers
+
+    @property
+    def left_dense(self) -> list[str]:
+        """Names of the layers that its default leaves dense."""
+        return list(self.spared)
 
     @property
     def soft(self) -> bool:

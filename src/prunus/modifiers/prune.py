@@ -14,7 +14,7 @@ from prunus.core.patterns import Pattern, parse_pattern
 from prunus.core.selection import select
 from prunus.engine.method import Method
 from prunus.engine.permute.step import Permute
-from prunus.engine.plan import PruningPlan
+from prunus.engine.plan import PruningPlan, first_pass_of
 from prunus.engine.sequential.walk import Sequential
 from prunus.modifiers.base import MODIFIERS, Context
 from prunus.modifiers.nm.modifier import NMTraining
@@ -138,7 +138,7 @@ class PruningModifier(metaclass=_TakesMasking):
         Raises ValueError if it does not fit the model.
         """
         walk = sequential or Sequential.of(self.sequential)
-        chosen = select(model, self.layers, self.exclude)
+        chosen = select(model, self.layers, self.exclude, first_pass_of(model, calibration, walk))
         return PruningPlan(self.method, chosen, model, calibration, walk, self.permute)
 
     def bind(self, context: Context) -> PruningRun:

@@ -53,7 +53,7 @@ class PruningRun(Run):
             )
         self.pruning = modifier.plan(context.model, context.calibration)
         self.layers: list[Layer] = self.pruning.layers
-        self.left_dense = self.pruning.left_dense
+        self.spared = self.pruning.spared
         context.check_held(self.layers)
         self.ticks = self._ticks()
         total = context.timeline.total

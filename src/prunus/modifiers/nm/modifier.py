@@ -12,7 +12,7 @@ from prunus.calibration.calibration import Calibration
 from prunus.core.patterns import Pattern, parse_pattern
 from prunus.core.selection import select
 from prunus.engine.method import Method
-from prunus.engine.plan import PruningPlan
+from prunus.engine.plan import PruningPlan, first_pass_of
 from prunus.engine.sequential.walk import Sequential
 from prunus.modifiers.base import MODIFIERS, Context
 from prunus.modifiers.nm.maskings import STE, Masking
@@ -80,7 +80,8 @@ class NMTraining:
     ) -> PruningPlan:
         """What to prune at once, by magnitude. Raises ValueError if it does not fit the model."""
         method = Method(Magnitude(), self.target, Uniform())
-        chosen = select(model, self.layers, self.exclude)
+        run = first_pass_of(model, calibration, sequential)
+        chosen = select(model, self.layers, self.exclude, run)
         return PruningPlan(method, chosen, model, calibration, sequential)
 
     def bind(self, context: Context) -> NMTrainingRun:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import nn
 
+from prunus.calibration.calibration import Calibration
 from prunus.core.layers import Layer, reshard
 from prunus.core.masks import zero_pruned
 from prunus.engine.plan import PruningPlan, mask_bytes
@@ -37,7 +38,7 @@ class Trains(Protocol):
     def structure(self) -> tuple[str, ...]: ...
     @property
     def window(self) -> Interval | None: ...
-    def plan(self, model: nn.Module) -> PruningPlan: ...
+    def plan(self, model: nn.Module, calibration: Calibration | None = None) -> PruningPlan: ...
 
 
 class NMTrainingRun(Run):
@@ -51,9 +52,9 @@ class NMTrainingRun(Run):
 
     def __init__(self, modifier: Trains, context: Context) -> None:
         self.modifier, self.context, self.masking = modifier, context, modifier.masking
-        plan = modifier.plan(context.model)
+        plan = modifier.plan(context.model, context.calibration)
         self.layers: list[Layer] = plan.layers
-        self.left_dense = plan.left_dense
+        self.spared = plan.spared
         self.patterns = stages(modifier.structure, modifier.target)
         states = [NMLayerState(layer, self._patterns_of(layer)) for layer in self.layers]
         self.state = NMState(states, self.masking, context)
