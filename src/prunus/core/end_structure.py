@@ -13,9 +13,7 @@ from prunus.core.layers import CONVS, Layer, unwrap
 PATCHES = re.compile(r"(^|\.)patch_(embed|proj)\w*(\.|$)")
 PIXELS = (1, 3)
 """channels of recordings, grey images and coloured ones"""
-HEADS = re.compile(
-    r"head|\w*(classifier|lm_head|class_embed|bbox_embed|class_predictor|bbox_predictor)"
-)
+HEADS = re.compile(r"head|(?!pre_)\w*(classifier|lm_head|(class|bbox)_(embed|predictor))")
 """what heads inside larger parts are called"""
 
 
@@ -60,9 +58,9 @@ def writing(model: nn.Module, layers: Sequence[Layer]) -> list[Layer]:
     called a head; of a model without these, the last layer and those parallel to it.
     """
     inner = unwrap(model)
-    own = own_heads(inner)
-    if own is not None:
-        return [layer for layer in layers if layer.module in own]
+    found = own_heads(inner, layers)
+    if found is not None:
+        return found
     found = _last(_Part(inner, layers)) + _called_head(inner, layers)
     found += output_embeddings(inner, layers)
     return [layer for layer in layers if layer in found]
@@ -76,8 +74,8 @@ def output_embeddings(model: nn.Module, layers: Sequence[Layer]) -> list[Layer]:
     return [layer for layer in layers if layer.module is named]
 
 
-def own_heads(model: nn.Module) -> set[nn.Module] | None:
-    """The modules in what timm's models call their classifier; None for other models.
+def own_heads(model: nn.Module, layers: Sequence[Layer]) -> list[Layer] | None:
+    """The last layers of what timm's models call their classifier; None for other models.
 
     A backbone says that it has none (an Identity); a distilled model names two.
     """
@@ -85,7 +83,8 @@ def own_heads(model: nn.Module) -> set[nn.Module] | None:
         return None
     named: Any = model.get_classifier()  # type: ignore[operator]
     heads = list(named) if isinstance(named, tuple | list) else [named]
-    return {m for head in heads if isinstance(head, nn.Module) for m in head.modules()}
+    parts = [_Part(head, layers) for head in heads if isinstance(head, nn.Module)]
+    return [layer for part in parts if part.layers for layer in part.last]
 
 
 class _Part:
@@ -106,9 +105,17 @@ class _Part:
 
     @property
     def last(self) -> list[Layer]:
-        """The last layer; of a list of heads, that of each."""
-        parts = self.children() if isinstance(self.module, nn.ModuleList) else [self]
-        return [part.layers[-1] for part in parts]
+        """The last layer; of a list of heads, that of each, as of layers side by side in a list."""
+        if isinstance(self.module, nn.ModuleList):
+            parts = self.children()
+            chain = any(a.feeds(b) for a, b in zip(parts, parts[1:], strict=False))
+            return [] if chain else [layer for part in parts for layer in part.last]
+        for module in self.module.modules():
+            if isinstance(module, nn.ModuleList) and not _is_blocks(module):
+                each = _Part(module, self.layers)
+                if each.layers[-1:] == self.layers[-1:] and each.last:
+                    return each.last
+        return self.layers[-1:]
 
     def feeds(self, other: _Part) -> bool:
         """Whether what it puts out is as wide as what the other one reads."""
@@ -124,9 +131,9 @@ def _is_blocks(module: nn.Module) -> bool:
 
 def _last(part: _Part) -> list[Layer]:
     """The last layers of a network."""
-    parts, module, own = part.children(), part.module, own_heads(part.module)
+    parts, module, own = part.children(), part.module, own_heads(part.module, part.layers)
     if isinstance(module, nn.ModuleList) or own is not None:
-        return [layer for layer in part.layers if layer.module in (own or ())]
+        return own or []
     if not parts:
         return part.layers[-1:]
     base = getattr(module, "base_model", module)  # transformers
@@ -151,10 +158,13 @@ def _parallel(module: nn.Module, parts: Sequence[_Part]) -> list[_Part]:
 def _called_head(model: nn.Module, layers: Sequence[Layer]) -> list[Layer]:
     """The last layer of each module outside the blocks that is called a head."""
     lists = [module for module in model.modules() if _is_blocks(module)]
-    inside = {m for blocks in lists for m in blocks.modules() if m is not blocks}
-    heads = [
-        _Part(module, layers)
-        for name, module in model.named_modules()
-        if module not in inside and HEADS.fullmatch(name.rpartition(".")[2])
-    ]
-    return [layer for head in heads if head.layers for layer in head.last]
+    inside = {m for blocks in lists for m in blocks.modules()}
+    found: list[Layer] = []
+    for module in model.modules():
+        parts = {name: _Part(child, layers) for name, child in module.named_children()}
+        parts = {name: part for name, part in parts.items() if part.layers}
+        for i, (name, part) in enumerate(parts.items() if module not in inside else ()):
+            later = list(parts.values())[i + 1 :]
+            if HEADS.fullmatch(name) and not any(map(part.feeds, later)):
+                found += part.last
+    return found

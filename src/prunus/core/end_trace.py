@@ -1,6 +1,6 @@
 """What reads a model's input and what writes its output, seen in one forward pass.
 
-Every tensor carries its origin: the input as it was given, or the weights whose products it consists
+Every tensor carries its origin: the input as it was given, or the weights whose products it is made
 of. Shapes, sums, activations and normalizations pass that on; a product with a weight begins anew.
 """
 
@@ -25,7 +25,7 @@ PRODUCTS = re.compile(
     r"|\w*convolution\w*|\w*conv[123]d\w*|_?(scaled_)?grouped_mm|_scaled_mm|_trilinear"
     r"|\w*(lstm|gru|rnn)\w*|_native_multi_head_attention"
 )
-SUMS = {"add", "sub", "addcmul", "lerp", "index_add", "cat", "stack"}
+SUMS = {"add", "sub", "addcmul", "lerp", "index_add", "cat"}
 INNER = re.compile(r"hidden_state|attentions|past_key_values|mems|feature_maps|cache|^states?$")
 """outputs of transformers that the next layer reads, or that are there to be looked at"""
 UNSEEN = 1
@@ -86,9 +86,9 @@ def traced_ends(
     return watch.ends() if watch.returned else None
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, layers: Sequence[Layer]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.origins: Any = WeakTensorKeyDictionary()
         self.bits: dict[tuple[int, ...], int] = {}
         self.layers: dict[int, list[Layer]] = {}
@@ -173,10 +173,11 @@ class _Watch(TorchDispatchMode):
 
     def ends(self) -> Ends:
         writing = self.writing & ~self.inner
-        found = self.reading, writing, self.choosing & ~writing, self.reached
-        return Ends(
-            *([x for bit in self.layers if bit & s for x in self.layers[bit]] for s in found)
-        )
+        sets = self.reading, writing, self.choosing & ~writing, self.reached
+        return Ends(*map(self._of_bits, sets))
+
+    def _of_bits(self, bits: int) -> list[Layer]:
+        return [layer for bit, same in self.layers.items() if bit & bits for layer in same]
 
 
 def _named(output: Any) -> Iterator[tuple[str, Any]]:

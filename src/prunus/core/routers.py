@@ -22,16 +22,20 @@ def routers(model: nn.Module, layers: Sequence[Layer]) -> list[Layer]:
     """
     found: set[Layer] = set()
     for module in unwrap(model).modules():
-        counts = {
-            n for name, m in module.named_children() if _are_experts(name, m) for n in _counts(m)
-        }
-        for name, part in module.named_children() if counts else ():
-            inside = set(part.modules())
-            own = [] if _are_experts(name, part) else [x for x in layers if x.module in inside]
-            if len(own) == 1 or (own and ROUTER.fullmatch(name)):
-                few = {1} if len(own) == 1 else set()
-                found |= {own[-1]} if own[-1].matrix_shape()[0] in counts | few else set()
+        parts = dict(module.named_children())
+        experts = {name: part for name, part in parts.items() if _are_experts(name, part)}
+        counts = {n for each in experts.values() for n in _counts(each)}
+        for name in parts.keys() - experts.keys() if counts else ():
+            inside = set(parts[name].modules())
+            own = [layer for layer in layers if layer.module in inside]
+            width = own[-1].matrix_shape()[0] if own else 0
+            if width == 1 == len(own) or (width in counts and _routes(name, own)):
+                found.add(own[-1])
     return [layer for layer in layers if layer in found]
+
+
+def _routes(name: str, layers: Sequence[Layer]) -> bool:
+    return len(layers) == 1 or ROUTER.fullmatch(name) is not None
 
 
 def _are_experts(name: str, module: nn.Module) -> bool:
