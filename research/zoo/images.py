@@ -14,7 +14,6 @@ from research.zoo.architectures import (
     TEXT,
     TOKENS,
     VIT,
-    VOCABULARY,
     WAVE,
     WIDE,
     Batch,
@@ -23,7 +22,6 @@ from research.zoo.architectures import (
     hf,
     ids,
     pixels,
-    tokens,
     waves,
 )
 
@@ -83,7 +81,12 @@ def past() -> Batch:
     }
 
 
-SERIES = {"input_size": 2, "prediction_length": 4, "context_length": 12, "lags_sequence": [1, 2, 3, 4]}
+SERIES = {
+    "input_size": 2,
+    "prediction_length": 4,
+    "context_length": 12,
+    "lags_sequence": [1, 2, 3, 4],
+}
 SERIES |= {"num_time_features": 1, **{k: v for k, v in SEQ2SEQ.items() if k[0] != "v"}}
 SERIES.pop("max_position_embeddings")
 
@@ -118,7 +121,9 @@ SEEING = {
     "convnextv2": hf("ConvNextV2ForImageClassification", pixels, **STAGES, num_stages=2),
     "resnet": hf("ResNetForImageClassification", pixels, **RESNET),
     "resnet-model": hf("ResNetModel", pixels, **RESNET),
-    "regnet": hf("RegNetForImageClassification", pixels, **STAGES, embedding_size=16, groups_width=8),
+    "regnet": hf(
+        "RegNetForImageClassification", pixels, **STAGES, embedding_size=16, groups_width=8
+    ),
     "mobilenet-v2": hf("MobileNetV2ForImageClassification", pixels, depth_multiplier=0.25),
     "mobilevit": hf(
         "MobileViTForImageClassification",
@@ -137,8 +142,19 @@ SEEING = {
         sequence_reduction_ratios=[2, 2, 1, 1],
         num_attention_heads=[1, 2, 2, 2],
     ),
-    "poolformer": hf("PoolFormerForImageClassification", pixels, depths=[1, 1, 1, 1], hidden_sizes=[16, 16, 32, 32]),
-    "efficientnet": hf("EfficientNetForImageClassification", pixels, width_coefficient=0.25, depth_coefficient=0.25, hidden_dim=320),
+    "poolformer": hf(
+        "PoolFormerForImageClassification",
+        pixels,
+        depths=[1, 1, 1, 1],
+        hidden_sizes=[16, 16, 32, 32],
+    ),
+    "efficientnet": hf(
+        "EfficientNetForImageClassification",
+        pixels,
+        width_coefficient=0.25,
+        depth_coefficient=0.25,
+        hidden_dim=320,
+    ),
     "segformer": hf(
         "SegformerForSemanticSegmentation",
         pixels,
@@ -179,7 +195,9 @@ SEEING = {
         decoder_hidden_size=16,
     ),
     "detr": hf("DetrForObjectDetection", pixels, **DETR, backbone_config=resnet()),
-    "conditional-detr": hf("ConditionalDetrForObjectDetection", pixels, **DETR, backbone_config=resnet()),
+    "conditional-detr": hf(
+        "ConditionalDetrForObjectDetection", pixels, **DETR, backbone_config=resnet()
+    ),
     "deformable-detr": hf(
         "DeformableDetrForObjectDetection",
         pixels,
@@ -213,20 +231,40 @@ SEEING = {
         decoder_attention_heads=2,
         num_denoising=0,
     ),
-    "yolos": hf("YolosForObjectDetection", pixels, **{**VIT, "image_size": [SIZE, SIZE]}, num_detection_tokens=4),
+    "yolos": hf(
+        "YolosForObjectDetection",
+        pixels,
+        **{**VIT, "image_size": [SIZE, SIZE]},
+        num_detection_tokens=4,
+    ),
     "maskformer": hf(
         "MaskFormerForInstanceSegmentation",
         pixels,
         backbone_config=resnet("stage1", "stage2"),
-        decoder_config={"model_type": "detr", **{k: v for k, v in DETR.items() if k != "num_labels"}},
+        decoder_config={
+            "model_type": "detr",
+            **{k: v for k, v in DETR.items() if k != "num_labels"},
+        },
         fpn_feature_size=32,
         mask_feature_size=32,
     ),
     "sam": hf(
         "SamModel",
         pixels,
-        vision_config={**VIT, "output_channels": 16, "window_size": 2, "global_attn_indexes": [1], "mlp_dim": 64, "num_pos_feats": 8},
-        prompt_encoder_config={"hidden_size": 16, "image_size": SIZE, "patch_size": PATCH, "mask_input_channels": 8},
+        vision_config={
+            **VIT,
+            "output_channels": 16,
+            "window_size": 2,
+            "global_attn_indexes": [1],
+            "mlp_dim": 64,
+            "num_pos_feats": 8,
+        },
+        prompt_encoder_config={
+            "hidden_size": 16,
+            "image_size": SIZE,
+            "patch_size": PATCH,
+            "mask_input_channels": 8,
+        },
         mask_decoder_config={
             "hidden_size": 16,
             "mlp_dim": 32,
@@ -251,8 +289,15 @@ SEEING = {
 }
 READING = {
     "clip": hf("CLIPModel", captions, **CLIP, projection_dim=32),
-    "siglip": hf("SiglipModel", captions, text_config={**TEXT, "projection_size": 32}, vision_config=VIT),
-    "blip": hf("BlipForConditionalGeneration", captions, text_config={**TEXT, "encoder_hidden_size": 32}, vision_config=VIT),
+    "siglip": hf(
+        "SiglipModel", captions, text_config={**TEXT, "projection_size": 32}, vision_config=VIT
+    ),
+    "blip": hf(
+        "BlipForConditionalGeneration",
+        captions,
+        text_config={**TEXT, "encoder_hidden_size": 32},
+        vision_config=VIT,
+    ),
     "vilt": hf("ViltForQuestionAnswering", captions, **{**VIT, **TEXT}, num_labels=3),
     "llava": hf(
         "LlavaForConditionalGeneration",
@@ -286,7 +331,13 @@ HEARING = {
         max_source_positions=64,
         max_target_positions=32,
     ),
-    "ast": hf("ASTForAudioClassification", lambda: {"input_values": floats(BATCH, 32, 32)}, **WIDE, max_length=32, num_mel_bins=32),
+    "ast": hf(
+        "ASTForAudioClassification",
+        lambda: {"input_values": floats(BATCH, 32, 32)},
+        **WIDE,
+        max_length=32,
+        num_mel_bins=32,
+    ),
 }
 FORECASTING = {
     "time-series": hf("TimeSeriesTransformerForPrediction", past, **SERIES),

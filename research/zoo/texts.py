@@ -58,11 +58,15 @@ DECODERS = {
         max_position_embeddings=64,
         word_embed_proj_dim=16,
     ),
-    "bloom": hf("BloomForCausalLM", tokens, vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
+    "bloom": hf(
+        "BloomForCausalLM", tokens, vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4
+    ),
     "falcon": hf("FalconForCausalLM", tokens, **TEXT),
     "mpt": hf("MptForCausalLM", tokens, vocab_size=VOCABULARY, d_model=32, n_layers=2, n_heads=4),
     "mamba": hf("MambaForCausalLM", tokens, **STATE),
-    "mamba2": hf("Mamba2ForCausalLM", tokens, **STATE, num_heads=8, head_dim=8, n_groups=1, chunk_size=8),
+    "mamba2": hf(
+        "Mamba2ForCausalLM", tokens, **STATE, num_heads=8, head_dim=8, n_groups=1, chunk_size=8
+    ),
     "rwkv": hf(
         "RwkvForCausalLM",
         tokens,
@@ -134,7 +138,15 @@ DECODERS = {
         num_experts_per_tok=2,
     ),
     "granite-moe": hf("GraniteMoeForCausalLM", tokens, **EXPERTS, num_local_experts=4),
-    "xlnet": hf("XLNetLMHeadModel", tokens, vocab_size=VOCABULARY, d_model=32, n_layer=2, n_head=4, d_inner=64),
+    "xlnet": hf(
+        "XLNetLMHeadModel",
+        tokens,
+        vocab_size=VOCABULARY,
+        d_model=32,
+        n_layer=2,
+        n_head=4,
+        d_inner=64,
+    ),
     "llama-model": hf("LlamaModel", tokens, **GROUPED),
     "llama-classifier": hf("LlamaForSequenceClassification", tokens, **GROUPED),
 }

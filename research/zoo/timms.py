@@ -23,14 +23,36 @@ TRANSFORMERS = {
     "swinv2": timm("swinv2_tiny_window8_256", **WINDOWS),
     "pit": timm("pit_ti_224", size=224, depth=(1, 1, 1), base_dims=(8, 8, 8), heads=(2, 2, 2)),
     "pvt-v2": timm("pvt_v2_b0", depths=(1, 1, 1, 1)),
-    "twins": timm("twins_svt_small", depths=(1, 1, 1, 1), embed_dims=(16, 16, 32, 32), num_heads=(1, 2, 2, 2), img_size=SIZE),
+    "twins": timm(
+        "twins_svt_small",
+        depths=(1, 1, 1, 1),
+        embed_dims=(16, 16, 32, 32),
+        num_heads=(1, 2, 2, 2),
+        img_size=SIZE,
+    ),
     "levit": timm("levit_128s", size=224, depth=(1, 1, 1)),
     "mobilevit": timm("mobilevit_xxs"),
-    "maxvit": timm("maxvit_rmlp_pico_rw_256", img_size=64, size=64, depths=(1, 1), embed_dim=(32, 32), stem_width=(8, 16)),
+    "maxvit": timm(
+        "maxvit_rmlp_pico_rw_256",
+        img_size=64,
+        size=64,
+        depths=(1, 1),
+        embed_dim=(32, 32),
+        stem_width=(8, 16),
+    ),
     "edgenext": timm("edgenext_xx_small", size=64, depths=(1, 1, 1, 1)),
     "hiera": timm("hiera_tiny_224", img_size=64, size=64, embed_dim=16, stages=(1, 1, 1, 1)),
-    "tiny-vit": timm("tiny_vit_5m_224", size=64, depths=(1, 1, 1, 1), embed_dims=(16, 32, 32, 64), num_heads=(1, 2, 2, 2), window_sizes=(4, 4, 4, 2)),
-    "efficientformer": timm("efficientformer_l1", size=224, depths=(1, 1, 1, 1), embed_dims=(16, 16, 32, 32), num_vit=1),
+    "tiny-vit": timm(
+        "tiny_vit_5m_224",
+        size=64,
+        depths=(1, 1, 1, 1),
+        embed_dims=(16, 32, 32, 64),
+        num_heads=(1, 2, 2, 2),
+        window_sizes=(4, 4, 4, 2),
+    ),
+    "efficientformer": timm(
+        "efficientformer_l1", size=224, depths=(1, 1, 1, 1), embed_dims=(16, 16, 32, 32), num_vit=1
+    ),
 }
 MIXERS = {
     "mlp-mixer": timm("MlpMixer", **MIXER),

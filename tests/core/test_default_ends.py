@@ -1,10 +1,7 @@
 """What the default leaves dense, in many architectures: by one forward pass, and by structure."""
 
 import pytest
-import torch
-from torch import nn
 
-import prunus
 from prunus.core.default_dense_layers import READS, ROUTES, WRITES, left_dense
 from prunus.core.layers import all_layers
 

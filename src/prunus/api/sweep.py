@@ -72,7 +72,7 @@ def sweep(
     norms = norms_data(recalibrate, calibration)
     saved = [(layer.local, layer.local.clone()) for layer in fitted]
     recorder, values = Recorder(), {}
-    recorder(start_event(model, 0))
+    recorder(start_event(model, 0, left_dense=chosen.spared))
     try:
         for sparsity in track(sparsities, "sweep"):
             changes = prune_to(sparsity)

@@ -102,6 +102,9 @@ def check(
     model: ModelOption = "",
     steps_per_epoch: Annotated[int | None, typer.Option(help="optimizer steps")] = None,
     epochs: Annotated[float | None, typer.Option(help="length of training")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="package.module:function, whose first batch shows the ends")
+    ] = None,
     memory: MemoryOption = None,
     set_: SetOption = None,
 ) -> None:
@@ -117,7 +120,7 @@ def check(
     timeline = Timeline(steps_per_epoch, loaded.epochs if epochs is None else epochs)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     timed = steps_per_epoch is not None
-    data = Calibration((), memory=memory)
+    data = call_calibration(calibration, memory) or Calibration((), memory=memory)
     if not timed:
         out.print("no --steps-per-epoch: shown as a one-shot run")
         for i, modifier in enumerate(m for m in loaded.modifiers if m.one_shot):

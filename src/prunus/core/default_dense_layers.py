@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from prunus.core import end_structure
 from prunus.core.end_trace import Ends, traced_ends
@@ -22,6 +23,7 @@ WRITES = "writes the output"
 ROUTES = "routes to experts"
 ADAPTS = "an adapter or a copy of PEFT"
 TRANSFORMED = "its weight is transformed before use, so zeros would be none"
+COMPUTED = "its weight is computed by a normalization, not stored"
 ADAPTERS = re.compile(r"(^|\.)(lora_\w+|modules_to_save|original_module)(\.|$)")
 """parts of PEFT's modules: adapters begin at zero, and copies are not computed with"""
 
@@ -39,8 +41,15 @@ def left_dense(
     for reason, found in _ends(model, layers, run).items():
         reasons |= dict.fromkeys(found, reason)
     reasons |= {layer: ADAPTS for layer in layers if ADAPTERS.search(layer.name)}
+    reasons |= {layer: COMPUTED for layer in layers if _is_normalized(layer)}
     reasons |= {layer: TRANSFORMED for layer in layers if is_transformed(layer)}
     return {layer.name: reasons[layer] for layer in layers if layer in reasons}
+
+
+def _is_normalized(layer: Layer) -> bool:
+    """Whether weight or spectral normalization, or another parametrization, makes the weight."""
+    name = layer.parameter_name.rpartition(".")[2]
+    return is_parametrized(layer.module, name) or f"{name}_g" in layer.module._parameters
 
 
 def ends(model: nn.Module) -> list[Layer]:
@@ -56,6 +65,13 @@ def dense_line(spared: Mapping[str, str]) -> str:
     for name, reason in spared.items():
         names.setdefault(reason, []).append(name)
     return "left dense: " + "; ".join(f"{few(x, 8)} ({reason})" for reason, x in names.items())
+
+
+def left_by_all(entries: Iterable[tuple[Mapping[str, str], Iterable[Layer]]]) -> dict[str, str]:
+    """What entries of a recipe spare, given with the layers they prune, and none of them prunes."""
+    known = list(entries)
+    pruned = {layer.name for _, layers in known for layer in layers}
+    return {x: why for spared, _ in known for x, why in spared.items() if x not in pruned}
 
 
 def _ends(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -108,7 +109,7 @@ class _Part:
         """The last layer; of a list of heads, that of each, as of layers side by side in a list."""
         if isinstance(self.module, nn.ModuleList):
             parts = self.children()
-            chain = any(a.feeds(b) for a, b in zip(parts, parts[1:], strict=False))
+            chain = any(a.feeds(b) for a, b in itertools.pairwise(parts))
             return [] if chain else [layer for part in parts for layer in part.last]
         for module in self.module.modules():
             if isinstance(module, nn.ModuleList) and not _is_blocks(module):

@@ -148,7 +148,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name == "detach":
             return joined._replace(detached=True)
         if name in SUMS:
-            return joined._replace(stream=joined.stream or _is_residual(origins))
+            return joined._replace(stream=_is_stream(origins))
         return joined
 
     def _product(self, operands: list[Tensor], origins: list[Origin], weights: int) -> Origin:
@@ -220,6 +220,11 @@ def _joined(origins: Sequence[Origin]) -> Origin:
     )
 
 
-def _is_residual(origins: Sequence[Origin]) -> bool:
+def _is_stream(origins: Sequence[Origin]) -> bool:
+    """Whether something is added to what it was computed from, now or before.
+
+    What is detached is a starting point for corrections (of boxes, say), not such a stream.
+    """
     parts = [origin for origin in origins if origin.wrote and not origin.detached]
-    return any(a.wrote & b.read for a in parts for b in parts if a is not b)
+    added = any(a.wrote & b.read for a in parts for b in parts if a is not b)
+    return added or any(origin.stream for origin in parts)

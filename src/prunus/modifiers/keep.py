@@ -28,7 +28,8 @@ class Keep:
     one_shot: ClassVar[bool] = False
 
     layers: tuple[str, ...] | None = None
-    """names, globs, class names or `re:` regexes; default: all but the stem and the output head"""
+    """names, globs, class names or `re:` regexes; default: all but what
+    reads the input, writes the output or routes to experts"""
     exclude: tuple[str, ...] = ()
     """what to leave out of `layers`"""
     window: Interval | None = None

@@ -55,7 +55,7 @@ class PruningModifier(metaclass=_TakesMasking):
     """share of weights removed: a number or a schedule; N:M patterns and tables bring their own"""
     layers: tuple[str, ...] | None = None
     """names, globs, class names or `re:` regexes, thirds such as `attn.qkv[q]`; default: all but
-    the stem and the output head"""
+    what reads the input, writes the output or routes to experts"""
     exclude: tuple[str, ...] = ()
     """what to leave out of `layers`"""
     pattern: str = "unstructured"

@@ -9,6 +9,7 @@ from datetime import datetime, timezone
 from functools import cached_property
 from typing import NamedTuple
 
+from prunus.core.default_dense_layers import dense_line
 from prunus.report.lines import Event
 from prunus.report.records import number
 
@@ -87,6 +88,12 @@ class Summary:
         """Layers of which nothing is left at the end."""
         last = {name: event for event in self.prunes for name in event["layers"]}
         return [name for name, event in last.items() if name in event.get("collapsed", ())]
+
+    @property
+    def left_dense(self) -> str:
+        """What the default left dense, and why."""
+        spared = self.start.get("left_dense")
+        return dense_line(spared) if spared else ""
 
     @property
     def size(self) -> tuple[int, int] | None:

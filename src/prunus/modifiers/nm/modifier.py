@@ -42,7 +42,7 @@ class NMTraining:
     """how pruned weights live on: `ste`, `sr_ste` or `mdgf`"""
     layers: tuple[str, ...] | None = None
     """names, globs, class names or `re:` regexes, thirds such as `attn.qkv[q]`; default: all but
-    the stem and the output head"""
+    what reads the input, writes the output or routes to experts"""
     exclude: tuple[str, ...] = ()
     """what to leave out of `layers`"""
     structure: tuple[str, ...] = ()
