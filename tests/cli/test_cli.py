@@ -31,6 +31,15 @@ def build():
 def batches():
     return [torch.randn(4, 8)]
 
+class TwoHeads(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.body, self.second = (torch.nn.Linear(8, n) for n in (2, 8, 3))
+
+    def forward(self, x):
+        h = self.body(x)
+        return self.first(h), self.second(h)
+
 def number():
     return 3
 
@@ -140,6 +149,13 @@ def test_check_prints_layers_times_and_memory(run):
     assert code == 0
     for text in ("2 layers", "32x8", "0.3000", "0.9000", "40", "left dense: 4", "memory: masks"):
         assert text in screen
+
+
+def test_check_shows_the_ends_that_a_batch_shows(run):
+    model = ("check", "r.yaml", "--model", "user_module:TwoHeads")
+    assert "left dense: second (writes the output)" in run(*model)[1]
+    _, screen, _ = run(*model, "--calibration", "user_module:batches")
+    assert "left dense: first, second (writes the output)" in screen
 
 
 def test_check_shows_the_plan_and_the_memory_of_nm_training(run):

@@ -95,9 +95,10 @@ modifiers:
 
 def test_weights_that_may_be_transformed_are_tried_once(monkeypatch):
     tried = []
-    monkeypatch.setattr(
-        "prunus.core.selection.is_transformed", lambda layer: bool(tried.append(layer.name))
-    )
+    for place in ("selection", "default_dense_layers"):
+        monkeypatch.setattr(
+            f"prunus.core.{place}.is_transformed", lambda layer: bool(tried.append(layer.name))
+        )
     select(Net())
     assert sorted(tried) == sorted([*LAYERS, "head"])
     select(Net(), ["blocks.0.fc1"])

@@ -128,7 +128,7 @@ def test_transformed_weights_stay_dense_by_default_and_are_refused_by_name(caplo
     chosen = select(model)
     assert [layer.name for layer in chosen.layers] == ["2"]
     assert chosen.left_dense == ["0", "1", "4"]
-    assert "left dense: 1 (their weights are transformed before use" in caplog.text
+    assert "1 (its weight is transformed before use" in caplog.text
     with pytest.raises(ValueError, match=r"1\.weight is transformed by Standardized before use"):
         select(model, ["1"])
 

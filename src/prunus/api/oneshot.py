@@ -17,6 +17,7 @@ from prunus.api.arguments import (
 from prunus.api.results import Result
 from prunus.calibration.batch_norm import recalibrate as estimate_norms
 from prunus.calibration.calibration import Calibration, as_calibration
+from prunus.core.default_dense_layers import left_by_all
 from prunus.core.mask_registry import Masks
 from prunus.core.ranks import all_ranks
 from prunus.core.unseen import told
@@ -56,7 +57,8 @@ def prune(
     ``pruner`` is a name (`list_pruners`), a pruner object, or a recipe (a path, YAML text or
     `Recipe`), of which the ``prune`` entries are applied at their final sparsity; ``sparsity`` then
     overrides the recipe's variable of that name. ``layers`` and ``exclude`` take names, globs,
-    class names and ``re:`` regexes; the default spares the stem and the output head.
+    class names and ``re:`` regexes; the default spares what reads the input or writes the output,
+    and routers (``result.spared`` says which).
     ``allocator`` is a name, an object, or a table of layer names to sparsities. ``recalibrate``
     estimates BatchNorm statistics anew on the pruned model, from the calibration data or from data
     of its own, which wants batches of some tens of examples and no labels. ``sequential`` prunes
@@ -91,7 +93,8 @@ def prune(
         plan.check_data()
     norms = norms_data(recalibrate, calibration)
     recorder, masks, done = Recorder(), Masks(), list[SequentialResult]()
-    recorder(start_event(model, 0, recipe=recipe.to_yaml()))
+    spared = left_by_all((plan.spared, plan.layers) for plan in plans)
+    recorder(start_event(model, 0, recipe=recipe.to_yaml(), left_dense=spared))
     try:
         for modifier, plan in zip(modifiers, plans, strict=True):
             target = modifier.final_sparsity
@@ -109,7 +112,7 @@ def prune(
         for result in reversed(done):
             result.undo()
         raise
-    return _result(recipe, plans, done, masks, recorder)
+    return _result(recipe, plans, done, masks, spared, recorder)
 
 
 def _one_shot(recipe: Recipe) -> list[OneShotModifier]:
@@ -133,11 +136,11 @@ def _result(
     plans: Sequence[PruningPlan],
     done: Sequence[SequentialResult],
     masks: Masks,
+    spared: dict[str, str],
     recorder: Recorder,
 ) -> Result:
     rows = {row.name: row for each in done for row in each.rows}
-    left_dense = [name for name in plans[0].left_dense if name not in rows]
-    result = Result(list(rows.values()), dict(masks), recipe, left_dense, recorder)
+    result = Result(list(rows.values()), dict(masks), recipe, spared, recorder)
     result.unseen = told(plans[0].model)
     for plan, each in zip(plans, done, strict=True):
         result.misfits |= {name: why for name, why in plan.misfits.items() if name not in rows}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from prunus.core.default_dense_layers import dense_line
 from prunus.core.layers import all_layers
 from prunus.core.masks import count_zeros, local
 from prunus.core.names import did_you_mean
@@ -27,16 +28,16 @@ class Result(Recorded):
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
     >>> result = prunus.prune(model, "magnitude", sparsity=0.5)
-    >>> result.sparsity, result.rows[0].zeros, result.left_dense
-    (0.5, 32, ['1'])
+    >>> result.sparsity, result.rows[0].zeros, result.spared
+    (0.5, 32, {'1': 'writes the output'})
     """
 
     rows: list[LayerResult]
     masks: Mapping[str, Tensor]
     """parameter name -> keep-mask, True means kept"""
     recipe: Recipe
-    left_dense: list[str] = field(default_factory=list)
-    """layers the default selection spared: the stem and the output head"""
+    spared: dict[str, str] = field(default_factory=dict)
+    """layers that the default left dense, each with the reason"""
     recorder: Recorder = field(default_factory=Recorder, repr=False)
     permuted: list[FoldRow] = field(default_factory=list)
     """channel permutations that the network has taken, and what they brought"""
@@ -52,6 +53,11 @@ class Result(Recorded):
     def unreached(self) -> dict[str, str]:
         """Layer name -> `magnitude` or `dense`: what was done for lack of calibration data."""
         return {row.name: row.unreached for row in self.rows if row.unreached}
+
+    @property
+    def left_dense(self) -> list[str]:
+        """Names of the layers that the default left dense."""
+        return list(self.spared)
 
     @property
     def sparsity(self) -> float:
@@ -88,7 +94,7 @@ class Result(Recorded):
         yield f"{len(self.rows)} layers", "", "", share(zeros, size), f"{zeros:,}"
 
     def notes(self) -> Sequence[str]:
-        message = [f"left dense: {', '.join(self.left_dense)}"] if self.left_dense else []
+        message = [dense_line(self.spared)] if self.spared else []
         message += [misfits_message(self.misfits)] if self.misfits else []
         message += unreached_messages(self.rows)
         message += [self.unseen] if self.unseen else []

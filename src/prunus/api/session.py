@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from prunus.api.optimizer_hooks import StepHooks, innermost
 from prunus.calibration.calibration import Calibration, as_calibration
+from prunus.core.default_dense_layers import left_by_all
 from prunus.core.layers import clean_parameters, is_sharded
 from prunus.core.mask_registry import Masks
 from prunus.core.masks import local, packed
@@ -244,7 +245,9 @@ class Session:
                 run.start()
         self._fresh = False
         if not any(event["event"] == "start" for event in self.recorder.events):
-            self.recorder(start_event(self.model, self.step, recipe=self.recipe.to_yaml()))
+            spared = left_by_all((run.spared, run.masked_layers) for run in self.runs)
+            known = {"recipe": self.recipe.to_yaml(), "left_dense": spared}
+            self.recorder(start_event(self.model, self.step, **known))
 
     def log(self, **metrics: float | Tensor) -> None:
         """Record numbers at the present step, such as ``loss=`` and ``accuracy=``.

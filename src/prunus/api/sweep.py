@@ -22,7 +22,7 @@ from prunus.api.arguments import (
 from prunus.api.sweep_result import Evaluate, SweepResult, SweepRow, labels_of
 from prunus.calibration.batch_norm import put_back
 from prunus.calibration.batch_norm import recalibrate as estimate_norms
-from prunus.calibration.calibration import Calibration, as_calibration
+from prunus.calibration.calibration import Calibration, as_calibration, first_pass
 from prunus.core.layers import Layer, reshard
 from prunus.core.names import check_choice
 from prunus.core.numbers import is_finite
@@ -90,9 +90,10 @@ def sweep(
     result = SweepResult({}, recorder=Recorder())
     for seed in _listed(seeds):
         network = model if isinstance(model, nn.Module) else _made(model, seed)
+        selection = select(network, *chosen, first_pass(network, calibration))
         if not result.recorder.events:
-            result.recorder(start_event(network, 0))
-        fitted = [each.fit(network, *chosen, misfits, result) for each in methods]
+            result.recorder(start_event(network, 0, left_dense=selection.spared))
+        fitted = [each.fit(selection.layers, misfits, result) for each in methods]
         for each, matrices in zip(methods, fitted, strict=True):
             with _seeded(seed):
                 prune_to = prepare_sweep(each.method, matrices, network, calibration)
@@ -111,16 +112,8 @@ class _Swept:
     method: Method
     sparsities: tuple[float, ...]
 
-    def fit(
-        self,
-        model: nn.Module,
-        layers: Sequence[str] | None,
-        exclude: Sequence[str],
-        misfits: Misfits,
-        result: SweepResult,
-    ) -> list[Layer]:
-        chosen = select(model, layers, exclude).layers
-        fitted, unfit = fitting_layers(self.method, chosen, misfits)
+    def fit(self, layers: Sequence[Layer], misfits: Misfits, result: SweepResult) -> list[Layer]:
+        fitted, unfit = fitting_layers(self.method, layers, misfits)
         result.misfits |= unfit
         if self.method.pattern.fixed is None:
             check_reachable(fitted, self.method.pattern, min(self.sparsities))

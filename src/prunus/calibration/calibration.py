@@ -159,6 +159,25 @@ def check_first_batch(model: nn.Module, calibration: Calibration, gradients: boo
 _NOTHING = object()
 
 
+def first_pass(model: nn.Module, calibration: Calibration | None) -> Callable[[], object] | None:
+    """A forward pass of the model on the first batch, for whoever wants to watch one.
+
+    None where there is no data, or the model could not run here and now: it has no weights yet, or
+    its ranks must run together.
+    """
+    target = unwrap(model)
+    if calibration is None or needs_all_ranks(model) or any(p.is_meta for p in model.parameters()):
+        return None
+
+    def run() -> None:
+        with undisturbed(model, calibration), torch.no_grad():
+            for batch in calibration:
+                calibration.run(target, batch)
+                break
+
+    return run
+
+
 def _generators(batches: Any) -> list[torch.Generator]:
     """A loader's own sources of random order, and those of its samplers."""
     found = [getattr(batches, "generator", None)]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from prunus.calibration.calibration import Calibration
+from prunus.calibration.calibration import Calibration, first_pass
 from prunus.calibration.gradient_checks import NO_GRADIENTS
 from prunus.calibration.gradient_pass import measure_gradients
 from prunus.calibration.measurements import budget_of, check_measurable
@@ -99,7 +99,7 @@ def fisher(
     settings = settings or SecondOrder()
     names = (layers,) if isinstance(layers, str) else layers
     without = (exclude,) if isinstance(exclude, str) else exclude
-    chosen = select(model, None if names is None else tuple(names), tuple(without)).layers
+    chosen = select(model, names, without, first_pass(model, calibration)).layers
     stats = {layer: settings.statistic(layer) for layer in chosen}
     check_measurable(stats, "fisher", calibration)
     by_rows = {Rows(layer, 0, stat.rows): stat for layer, stat in stats.items()}

@@ -102,6 +102,9 @@ def check(
     model: ModelOption = "",
     steps_per_epoch: Annotated[int | None, typer.Option(help="optimizer steps")] = None,
     epochs: Annotated[float | None, typer.Option(help="length of training")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="package.module:function, whose first batch shows the ends")
+    ] = None,
     memory: MemoryOption = None,
     set_: SetOption = None,
 ) -> None:
@@ -116,7 +119,7 @@ def check(
         out.print(unseen)
     timeline = Timeline(steps_per_epoch, loaded.epochs if epochs is None else epochs)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-    data = Calibration((), memory=memory)
+    data = call_calibration(calibration, memory) or Calibration((), memory=memory)
     try:
         context = Context(network, optimizer, timeline, data)
         runs = [modifier.bind(context) for modifier in loaded.modifiers]

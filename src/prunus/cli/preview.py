@@ -9,6 +9,7 @@ from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 
+from prunus.core.default_dense_layers import dense_line
 from prunus.core.layers import Layer
 from prunus.engine.method import misfits_message
 from prunus.engine.plan import PruningPlan
@@ -24,8 +25,8 @@ def preview(entry: Run | PruningPlan, where: str) -> Iterator[RenderableType]:
     plan = entry if isinstance(entry, PruningPlan) else entry.pruning
     layers = entry.layers if isinstance(entry, PruningPlan) else entry.masked_layers
     yield _layers(layers, plan, where)
-    if entry.left_dense:
-        yield f"left dense: {', '.join(entry.left_dense)}"
+    if entry.spared:
+        yield dense_line(entry.spared)
     if entry.misfits:
         yield misfits_message(entry.misfits)
     if plan is not None and plan.permute is not None:

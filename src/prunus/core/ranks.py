@@ -55,6 +55,13 @@ class Ranks:
         dist.all_reduce(moved, group=self.group)
         return moved.to(t.device)
 
+    def first(self, value: Any) -> Any:
+        """What the first rank gives."""
+        values = [value]
+        if self.group is not None:
+            dist.broadcast_object_list(values, src=0, group=self.group)
+        return values[0]
+
     def _device(self, device: torch.device) -> torch.device | str:
         """The device itself, or one that the ranks can talk through."""
         backends = dist.get_backend_config(self.group).split(",")  # "cpu:gloo,cuda:nccl"

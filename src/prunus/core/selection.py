@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from prunus.core.default_dense_layers import ends
+from prunus.core.default_dense_layers import dense_line, left_dense
 from prunus.core.fused_qkv import split_third, subtract, third_of
 from prunus.core.layers import (
     Layer,
@@ -23,7 +23,7 @@ from prunus.core.layers import (
     unwrap,
 )
 from prunus.core.masks import local
-from prunus.core.names import few, nearest
+from prunus.core.names import nearest
 from prunus.core.regex_alternatives import dead_alternatives
 from prunus.core.shared_memory import overlapping, shares_with_itself
 from prunus.core.transformed import is_transformed
@@ -36,10 +36,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Selection:
-    """The layers chosen, and those the default left dense."""
+    """The layers chosen, and those that the default spares."""
 
     layers: list[Layer]
-    left_dense: list[str] = field(default_factory=list)
+    spared: dict[str, str] = field(default_factory=dict)
+    """name -> why it is left dense"""
+
+    @property
+    def left_dense(self) -> list[str]:
+        return list(self.spared)
 
 
 def _compile(pattern: str) -> re.Pattern[str]:
@@ -141,24 +146,6 @@ def _match(
     return sorted(chosen, key=lambda layer: (places[id(layer.weight)], layer.part_key or 0))
 
 
-ADAPTERS = re.compile(r"(^|\.)(lora_\w+|modules_to_save|original_module)(\.|$)")
-"""parts of PEFT's modules: adapters begin at zero, and copies are not computed with"""
-
-
-def _spared(layers: Sequence[Layer]) -> set[str]:
-    """Layers that the default leaves dense wherever they stand; the log says why."""
-    reasons = {
-        "adapters and copies of PEFT": [x.name for x in layers if ADAPTERS.search(x.name)],
-        "their weights are transformed before use, so zeros would be none": [
-            x.name for x in layers if not ADAPTERS.search(x.name) and is_transformed(x)
-        ],
-    }
-    for reason, names in reasons.items():
-        if names:
-            log.info("left dense: %s (%s)", few(names), reason)
-    return {name for names in reasons.values() for name in names}
-
-
 def _refuse_second_name(model: nn.Module, pattern: str) -> None:
     """Raises ValueError for a pattern that names tied or empty weights, and no layer."""
     tied = list(tied_names(model).items())
@@ -237,14 +224,18 @@ def _check(layer: Layer, tried: bool) -> None:
 
 
 def select(
-    model: nn.Module, include: Sequence[str] | None = None, exclude: Sequence[str] = ()
+    model: nn.Module,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    run: Callable[[], object] | None = None,
 ) -> Selection:
     """The layers of a model by name, parameter name or class name.
 
     A pattern is a glob (``*`` crosses dots), a class name (``Linear``) or ``re:`` and a regular
     expression for the whole name. ``attn.qkv[q]`` is a third of a fused weight (unless a layer is
     called so by the rules of globs). Default: every Linear, convolution, recurrent weight and
-    expert but `layers.ends`.
+    expert but those that `left_dense` spares, for which ``run`` may make a forward pass of the
+    model.
 
     Raises ValueError for a pattern that matches nothing, for a chosen weight that cannot be pruned,
     and when no layer is left.
@@ -253,15 +244,16 @@ def select(
     if not candidates:
         raise ValueError(f"{type(model).__name__} has no Linear or convolution to prune")
     modules = {clean_name(name): module for name, module in unwrap(model).named_modules()}
-    left_dense: list[str] = []
+    spared: dict[str, str] = {}
     layers = candidates
     if include is not None:
         _refuse_unseen(model, candidates, include)
         layers = _match(candidates, include, "layer", modules)
     else:
-        skipped = {layer.name for layer in ends(model)} | _spared(candidates)
-        left_dense = [layer.name for layer in candidates if layer.name in skipped]
-        layers = [layer for layer in candidates if layer.name not in skipped]
+        spared = left_dense(model, candidates, run)
+        layers = [layer for layer in candidates if layer.name not in spared]
+        if spared:
+            log.info("%s", dense_line(spared))
     if exclude:
         gone = _match(candidates, exclude, "exclude", modules)
         layers = [rest for layer in layers for rest in subtract(layer, gone, modules)]
@@ -271,7 +263,7 @@ def select(
     for layer in layers:
         _check(layer, tried=include is None)
     _refuse_overlaps(model, layers)
-    return Selection(layers, left_dense)
+    return Selection(layers, spared)
 
 
 def select_parameters(

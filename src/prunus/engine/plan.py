@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from prunus.allocators import Table
-from prunus.calibration.calibration import Calibration, check_first_batch
+from prunus.calibration.calibration import Calibration, check_first_batch, first_pass
 from prunus.calibration.measurements import Measurements, check_measurable
 from prunus.core.blocks import by_block
 from prunus.core.layers import Layer
@@ -68,9 +68,9 @@ class PruningPlan:
             self.method.allocator.rates([layer.name for layer in self.layers])
 
     @property
-    def left_dense(self) -> list[str]:
-        """Names of the layers that the default spares."""
-        return self.selection.left_dense
+    def spared(self) -> dict[str, str]:
+        """The layers that the default leaves dense, each with the reason."""
+        return self.selection.spared
 
     def check_data(self) -> None:
         """Raises ValueError if calibration data is needed and there is none."""
@@ -155,6 +155,14 @@ class PruningPlan:
         blocks = by_block(blocks_for(self.model, self.layers, self.sequential), self.layers)
         each = (sum(measured.stats[x].nbytes for x in b if x in measured.stats) for b in blocks)
         return min(measured.nbytes, max(each))
+
+
+def first_pass_of(
+    model: nn.Module, calibration: Calibration | None, sequential: Sequential | None
+) -> Callable[[], object] | None:
+    """A forward pass that shows the ends of the model; None where it had better not run whole."""
+    elsewhere = sequential is not None and (sequential.device or sequential.weights)
+    return None if elsewhere else first_pass(model, calibration)
 
 
 def mask_bytes(layers: Sequence[Layer]) -> int:

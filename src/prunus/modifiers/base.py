@@ -100,8 +100,8 @@ class Run:
     context: Context
     pruning: PruningPlan | None = None
     """what it prunes and how, where it does so by a `PruningPlan`"""
-    left_dense: Sequence[str] = ()
-    """layers that its default spares"""
+    spared: Mapping[str, str] = MappingProxyType({})
+    """layers that its default leaves dense, each with the reason"""
     misfits: Mapping[str, str] = MappingProxyType({})
     """layer name -> why it does not fit, and is left dense"""
 
@@ -117,6 +117,11 @@ class Run:
         """The layers whose masks it sets, sooner or later."""
         layers: Sequence[Layer] = getattr(self, "layers", ())
         return layers
+
+    @property
+    def left_dense(self) -> list[str]:
+        """Names of the layers that its default leaves dense."""
+        return list(self.spared)
 
     @property
     def soft(self) -> bool:

@@ -16,7 +16,7 @@ from prunus.core.selection import select
 from prunus.engine.fitting import MISFITS, Misfits
 from prunus.engine.method import UNREACHED, Method, Unreached
 from prunus.engine.permute.step import Permute
-from prunus.engine.plan import PruningPlan
+from prunus.engine.plan import PruningPlan, first_pass_of
 from prunus.engine.sequential.walk import Sequential
 from prunus.modifiers.base import MODIFIERS, Context
 from prunus.modifiers.fields import as_in_recipes
@@ -58,7 +58,7 @@ class PruningModifier(metaclass=_TakesMasking):
     """share of weights removed: a number or a schedule; N:M patterns and tables bring their own"""
     layers: tuple[str, ...] | None = None
     """names, globs, class names or `re:` regexes, thirds such as `attn.qkv[q]`; default: all but
-    the stem and the output head"""
+    what reads the input, writes the output or routes to experts"""
     exclude: tuple[str, ...] = ()
     """what to leave out of `layers`"""
     pattern: str = "unstructured"
@@ -150,7 +150,7 @@ class PruningModifier(metaclass=_TakesMasking):
         Raises ValueError if it does not fit the model.
         """
         walk = sequential or Sequential.of(self.sequential)
-        chosen = select(model, self.layers, self.exclude)
+        chosen = select(model, self.layers, self.exclude, first_pass_of(model, calibration, walk))
         what = self.method, chosen, model, calibration
         return PruningPlan(*what, walk, self.permute, self.misfits)
 

@@ -53,7 +53,7 @@ class PruningRun(Run):
             )
         self.pruning = modifier.plan(context.model, context.calibration)
         self.layers: list[Layer] = self.pruning.layers
-        self.left_dense, self.misfits = self.pruning.left_dense, self.pruning.misfits
+        self.spared, self.misfits = self.pruning.spared, self.pruning.misfits
         context.check_held(self.layers)
         self.ticks = self._ticks()
         total = context.timeline.total

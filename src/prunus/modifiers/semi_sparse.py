@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from prunus.calibration.calibration import first_pass
 from prunus.core.layers import Layer
 from prunus.core.masks import packed, unpack, zero_pruned
 from prunus.core.selection import select
@@ -88,7 +89,9 @@ class SemiSparseRun(Run):
         self.period = timeline.steps_per_epoch or RECORD_EVERY
 
     def _select(self) -> list[Layer]:
-        chosen = select(self.context.model, self.modifier.layers, self.modifier.exclude).layers
+        run = first_pass(self.context.model, self.context.calibration)
+        names = self.modifier.layers, self.modifier.exclude
+        chosen = select(self.context.model, *names, run).layers
         if self.modifier.layers is None:
             chosen = [layer for layer in chosen if isinstance(layer.module, nn.Linear)]
         for layer in chosen:

@@ -9,6 +9,7 @@ from datetime import datetime, timezone
 from functools import cached_property
 from typing import NamedTuple
 
+from prunus.core.default_dense_layers import dense_line
 from prunus.report.lines import Event
 from prunus.report.records import number
 
@@ -107,6 +108,12 @@ class Summary:
     def misfits(self) -> list[str]:
         """Layers that were chosen and do not fit, with the reasons."""
         return [f"{name} ({why})" for name, why in self._last("misfits").items()]
+
+    @property
+    def left_dense(self) -> str:
+        """What the default left dense, and why."""
+        spared = self.start.get("left_dense")
+        return dense_line(spared) if spared else ""
 
     @property
     def size(self) -> tuple[int, int] | None:

@@ -14,7 +14,7 @@ from prunus.core.patterns import Pattern, parse_pattern
 from prunus.core.selection import select
 from prunus.engine.fitting import MISFITS, Misfits
 from prunus.engine.method import Method
-from prunus.engine.plan import PruningPlan
+from prunus.engine.plan import PruningPlan, first_pass_of
 from prunus.engine.sequential.walk import Sequential
 from prunus.modifiers.base import MODIFIERS, Context
 from prunus.modifiers.fields import as_in_recipes
@@ -45,7 +45,7 @@ class NMTraining:
     """how pruned weights live on: `ste`, `sr_ste` or `mdgf`"""
     layers: tuple[str, ...] | None = None
     """names, globs, class names or `re:` regexes, thirds such as `attn.qkv[q]`; default: all but
-    the stem and the output head"""
+    what reads the input, writes the output or routes to experts"""
     exclude: tuple[str, ...] = ()
     """what to leave out of `layers`"""
     structure: tuple[str, ...] = ()
@@ -87,7 +87,8 @@ class NMTraining:
     ) -> PruningPlan:
         """What to prune at once, by magnitude. Raises ValueError if it does not fit the model."""
         method = Method(Magnitude(), self.target, Uniform())
-        chosen = select(model, self.layers, self.exclude)
+        run = first_pass_of(model, calibration, sequential)
+        chosen = select(model, self.layers, self.exclude, run)
         what = method, chosen, model, calibration
         return PruningPlan(*what, sequential, on_misfit=self.misfits)
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import nn
 
+from prunus.calibration.calibration import Calibration
 from prunus.core.layers import Layer, reshard
 from prunus.core.masks import zero_pruned
 from prunus.engine.fitting import Misfits, reason_of
@@ -42,7 +43,7 @@ class Trains(Protocol):
     def misfits(self) -> Misfits: ...
     @property
     def window(self) -> Interval | None: ...
-    def plan(self, model: nn.Module) -> PruningPlan: ...
+    def plan(self, model: nn.Module, calibration: Calibration | None = None) -> PruningPlan: ...
 
 
 class NMTrainingRun(Run):
@@ -56,8 +57,8 @@ class NMTrainingRun(Run):
 
     def __init__(self, modifier: Trains, context: Context) -> None:
         self.modifier, self.context, self.masking = modifier, context, modifier.masking
-        plan = modifier.plan(context.model)
-        self.left_dense = plan.left_dense
+        plan = modifier.plan(context.model, context.calibration)
+        self.spared = plan.spared
         self.patterns = stages(modifier.structure, modifier.target)
         patterns, misfits = self._patterns(plan.layers)
         self.misfits = {**plan.misfits, **misfits}
