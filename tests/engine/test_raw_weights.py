@@ -96,6 +96,27 @@ def test_what_reads_modules_leaves_experts_alone_and_says_so():
     torch.testing.assert_close(model(x), expected)
 
 
+def test_depthwise_convolutions_stay_dense_by_default_where_inputs_are_measured():
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3),
+        torch.nn.Conv2d(8, 8, 3, groups=8),
+        torch.nn.Conv2d(8, 8, 1, groups=2),
+        torch.nn.Conv2d(8, 8, 1),
+        torch.nn.Flatten(),
+        torch.nn.Linear(128, 2),
+    )
+    data = prunus.Calibration([torch.randn(2, 3, 8, 8)])
+    result = prunus.prune(model, "wanda", sparsity=0.5, calibration=data)
+    assert [row.name for row in result.rows] == ["2[0]", "2[1]", "3"]
+    assert result.spared["1"] == "depthwise or transposed, so its inputs are not measured"
+    assert "1 (depthwise or transposed" in " ".join(str(result).split())
+    with pytest.raises(ValueError, match=r"1 \(Conv2d\): each group of its channels has inputs"):
+        prunus.prune(model, "wanda", sparsity=0.6, layers=["*"], calibration=data)
+    swept = prunus.sweep(model, "wanda", [0.5], lambda m: 0.0, calibration=data)
+    assert list(swept.recorder.events[1]["layers"]) == ["2[0]", "2[1]", "3"]
+    assert "1" in [r.name for r in prunus.prune(model, "magnitude", sparsity=0.6).rows]
+
+
 def test_along_the_inputs_is_along_the_inputs_whichever_way_experts_are_stored():
     for name in ("experts", "experts-transposed"):
         raw, _ = PAIRS[name].made()

@@ -28,8 +28,8 @@ from prunus.core.names import check_choice
 from prunus.core.numbers import is_finite
 from prunus.core.patterns import parse_pattern
 from prunus.core.progress import track
-from prunus.core.selection import select
-from prunus.engine.fitting import MISFITS, Misfits, fitting_layers
+from prunus.core.selection import Selection, select
+from prunus.engine.fitting import MISFITS, Misfits, fitting_layers, without_depthwise
 from prunus.engine.method import UNREACHED, LayerUpdate, Method, Unreached, unreached_messages
 from prunus.engine.step import check_reachable, prepare_sweep
 from prunus.modifiers.events import pruning_event
@@ -93,7 +93,7 @@ def sweep(
         selection = select(network, *chosen, first_pass(network, calibration))
         if not result.recorder.events:
             result.recorder(start_event(network, 0, left_dense=selection.spared))
-        fitted = [each.fit(selection.layers, misfits, result) for each in methods]
+        fitted = [each.fit(selection, misfits, result) for each in methods]
         for each, matrices in zip(methods, fitted, strict=True):
             with _seeded(seed):
                 prune_to = prepare_sweep(each.method, matrices, network, calibration)
@@ -112,8 +112,9 @@ class _Swept:
     method: Method
     sparsities: tuple[float, ...]
 
-    def fit(self, layers: Sequence[Layer], misfits: Misfits, result: SweepResult) -> list[Layer]:
-        fitted, unfit = fitting_layers(self.method, layers, misfits)
+    def fit(self, selection: Selection, misfits: Misfits, result: SweepResult) -> list[Layer]:
+        chosen = without_depthwise(self.method, selection).layers
+        fitted, unfit = fitting_layers(self.method, chosen, misfits)
         result.misfits |= unfit
         if self.method.pattern.fixed is None:
             check_reachable(fitted, self.method.pattern, min(self.sparsities))

@@ -41,6 +41,8 @@ class Selection:
     layers: list[Layer]
     spared: dict[str, str] = field(default_factory=dict)
     """name -> why it is left dense"""
+    by_default: bool = False
+    """whether nobody named the layers"""
 
     @property
     def left_dense(self) -> list[str]:
@@ -263,7 +265,7 @@ def select(
     for layer in layers:
         _check(layer, tried=include is None)
     _refuse_overlaps(model, layers)
-    return Selection(layers, spared)
+    return Selection(layers, spared, include is None)
 
 
 def select_parameters(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, get_args
 
 from prunus.core.layers import Layer, is_sharded
 from prunus.core.names import few
+from prunus.core.selection import Selection
 from prunus.core.sharding import shards_of
 from prunus.engine.method import Method
 from prunus.pruners import supports
@@ -36,6 +38,26 @@ def fitting_layers(
         raise ValueError(f"{named}{reasons[first]}{more}{remedy}")
     fitting = [layer for layer in layers if layer.name not in reasons]
     return method.fit(fitting), {name: reason_of(reason) for name, reason in reasons.items()}
+
+
+def without_depthwise(method: Method, selection: Selection) -> Selection:
+    """The selection; if nobody named its layers, without those whose inputs are not measured.
+
+    Depthwise convolutions have few of a network's weights, and break it first.
+    """
+    reasons = {
+        layer.name: UNMEASURED
+        for layer in selection.layers
+        if selection.by_default and any(x.no_inputs() for x in method.fit([layer]))
+        if method.readers(layer)
+    }
+    rest = [layer for layer in selection.layers if layer.name not in reasons]
+    if not reasons or not rest:
+        return selection
+    return replace(selection, layers=rest, spared={**selection.spared, **reasons})
+
+
+UNMEASURED = "depthwise or transposed, so its inputs are not measured"
 
 
 def reason_of(message: str | ValueError) -> str:

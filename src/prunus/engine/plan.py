@@ -18,7 +18,7 @@ from prunus.core.ranks import Ranks
 from prunus.core.selection import Selection
 from prunus.core.sharding import shards_of
 from prunus.engine.allocator_signals import signal_statistics
-from prunus.engine.fitting import Misfits, fitting_layers
+from prunus.engine.fitting import Misfits, fitting_layers, without_depthwise
 from prunus.engine.layer_solve import plan_measurements
 from prunus.engine.method import Method, misfits_message
 from prunus.engine.permute.folds import FoldPlan
@@ -53,6 +53,7 @@ class PruningPlan:
     folds: FoldPlan = field(init=False)
 
     def __post_init__(self) -> None:
+        self.selection = without_depthwise(self.method, self.selection)
         chosen = self.selection.layers
         self.layers, self.misfits = fitting_layers(self.method, chosen, self.on_misfit)
         if self.misfits:
