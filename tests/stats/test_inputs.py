@@ -399,7 +399,8 @@ def test_no_data_is_refused_and_layers_out_of_reach_are_known():
     with pytest.raises(ValueError, match="the calibration data is empty; nothing was pruned"):
         measured(model, [])
     stats, unreached = passed(model, batches(5, 4))
-    assert unreached == {"second"} and stats["first"].count == 15 and stats["second"].count == 0
+    assert unreached == {"second"}
+    assert (stats["first"].count, stats["second"].count) == (15, 0)
     assert not model.first._forward_pre_hooks
 
 
