@@ -51,7 +51,7 @@ WRONG = {
     "unknown keywords": (
         "wanda",
         lambda: [{"pixels": X}],
-        "which Sequential.forward.input. does not",
+        r"have 'pixels', which Sequential.forward\(input\) does not take",
     ),
     "forward gives an output": (
         "cap",

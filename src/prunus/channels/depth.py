@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from prunus.calibration.batches import tensors_in
 from prunus.calibration.calibration import Calibration, undisturbed
 from prunus.channels.refusals import check_shrinkable
 from prunus.channels.shapes import drop, remember_removed
@@ -182,10 +183,18 @@ def block_influence(
 def _loss_without(model: nn.Module, block: Block, calibration: Calibration) -> float:
     with contextlib.ExitStack() as undo, undisturbed(model, calibration), torch.no_grad():
         _take_out(model, block, undo)
-        losses = [float(calibration.loss(model, batch)) for batch in calibration]
+        losses = [
+            (float(calibration.loss(model, batch)), _examples(batch)) for batch in calibration
+        ]
     if not losses:
         raise ValueError("the calibration data is empty; nothing was removed")
-    return sum(losses) / len(losses)
+    return sum(loss * count for loss, count in losses) / max(1, sum(n for _, n in losses))
+
+
+def _examples(batch: Any) -> int:
+    """How many examples a batch has, so that a last one of few does not count as much; else 1."""
+    sizes = (len(t) for t in tensors_in(batch) if t.dim())
+    return next(sizes, 1)
 
 
 def _take_out(model: nn.Module, block: Block, undo: contextlib.ExitStack) -> None:

@@ -30,17 +30,22 @@ def local(tensor: Tensor) -> Tensor:
     return result
 
 
+def countable(t: Tensor) -> Tensor:
+    """The same zeros in a dtype in which torch can count them: not float8, nor a quantized one."""
+    if t.is_quantized:
+        return t.dequantize()
+    if t.is_floating_point() and t.element_size() == 1:
+        return t.view(torch.uint8) & 0x7F  # without the sign
+    return t
+
+
 def count_zeros(t: Tensor) -> int:
-    """How many entries are zero, of dtypes too that torch cannot count: float8 and quantized ones.
+    """How many entries are zero.
 
     >>> count_zeros(torch.tensor([0.0, 1.0, -0.0]))
     2
     """
-    if t.is_quantized:
-        t = t.dequantize()
-    if t.is_floating_point() and t.element_size() == 1:
-        t = t.view(torch.uint8) & 0x7F  # without the sign
-    return t.numel() - int(t.count_nonzero())
+    return t.numel() - int(countable(t).count_nonzero())
 
 
 def pack(mask: Tensor) -> Tensor:

@@ -244,7 +244,11 @@ def select(
     """
     candidates = list(all_layers(model))
     if not candidates:
-        raise ValueError(f"{type(model).__name__} has no Linear or convolution to prune")
+        quantized = any(".quantized" in type(m).__module__ for m in model.modules())
+        hint = "; its layers are quantized by torch: prune first, quantize then"
+        raise ValueError(
+            f"{type(model).__name__} has no Linear or convolution to prune{hint * quantized}"
+        )
     modules = {clean_name(name): module for name, module in unwrap(model).named_modules()}
     spared: dict[str, str] = {}
     layers = candidates

@@ -81,8 +81,9 @@ def _solved_group(
     changes: dict[Layer, LayerUpdate] = {}
     with shards.raise_on_all_ranks(), no_autocast(measured.shares):
         order = _largest_first(group, stats)
+        following_one = [*order[1:], None][: len(order)]
         for rows, following in zip(
-            track(order, f"{method.pruner.name}: weights"), [*order[1:], None], strict=True
+            track(order, f"{method.pruner.name}: weights"), following_one, strict=True
         ):
             stat = stats.get(rows)
             changes[rows.layer] = _solved(method, measured, rows, stat, drops, shards)

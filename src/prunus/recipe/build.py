@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import numbers
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -153,7 +154,8 @@ def _explain(cls: type, error: pydantic.ValidationError, source: Source, path: P
 
 def _wish(message: str) -> str:
     """pydantic's sentence in a recipe writer's words."""
-    wish = message.removeprefix("Input should be ").split(",")[0]
+    # of 'a', 'b' or 'c' all, of "a valid integer, unable to parse" the first
+    wish = re.split(r",(?! ')", message.removeprefix("Input should be "))[0]
     if "instance of" in wish:
         return "a mapping"
     words = {"a valid string": "text", "a valid tuple": "a list", "a valid integer": "an integer"}
