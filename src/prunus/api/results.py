@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from prunus.calibration.input_dependence import CONSTANT
 from prunus.core.layers import all_layers
 from prunus.core.masks import local
 from prunus.core.names import did_you_mean
@@ -44,6 +45,9 @@ class Result(Recorded):
     """layer name -> why its input channels are as they were, where `permute` was asked for"""
     unseen: str = ""
     """what share of the model's weights is in parameters that are no layers, and stays dense"""
+    constant_output: bool = False
+    """whether the model's output no longer depends on its input, as far as that was tried: on the
+    calibration data, not block by block"""
     title = "pruned"
 
     @property
@@ -83,6 +87,7 @@ class Result(Recorded):
         message += [self.unseen] if self.unseen else []
         if collapsed := [row.name for row in self.rows if row.collapsed]:
             message.append(collapse_message(collapsed))
+        message += [CONSTANT] if self.constant_output else []
         if self.permuted:
             before, after = (
                 sum(getattr(row, key) for row in self.permuted) / len(self.permuted)
