@@ -17,6 +17,7 @@ from prunus.api.arguments import (
 from prunus.api.results import Result
 from prunus.calibration.batch_norm import recalibrate as estimate_norms
 from prunus.calibration.calibration import Calibration, as_calibration
+from prunus.calibration.input_dependence import CONSTANT, InputDependence
 from prunus.core.default_dense_layers import left_by_all
 from prunus.core.mask_registry import Masks
 from prunus.core.ranks import all_ranks
@@ -92,6 +93,9 @@ def prune(
     for plan in plans:
         plan.check_data()
     norms = norms_data(recalibrate, calibration)
+    # block by block the model may not fit where it would have to run
+    depends = InputDependence(model, None if any(p.sequential for p in plans) else calibration)
+    depends.ask_before()
     recorder, masks, done = Recorder(), Masks(), list[SequentialResult]()
     spared = left_by_all((plan.spared, plan.layers) for plan in plans)
     recorder(start_event(model, 0, recipe=recipe.to_yaml(), left_dense=spared))
@@ -106,13 +110,18 @@ def prune(
             recorder(pruning_event(*method, done[-1].rows, 0, target, plan.misfits))
         if norms is not None:
             estimate_norms(model, norms)
+        if constant := depends.lost:
+            log.warning("%s", CONSTANT)
+            recorder({"event": "constant_output", "step": 0})
         if output_dir is not None:
             recorder.save(output_dir)
     except BaseException:
         for result in reversed(done):
             result.undo()
         raise
-    return _result(recipe, plans, done, masks, spared, recorder)
+    result = _result(recipe, plans, done, masks, spared, recorder)
+    result.constant_output = constant
+    return result
 
 
 def _one_shot(recipe: Recipe) -> list[OneShotModifier]:

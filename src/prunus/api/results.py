@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from prunus.calibration.input_dependence import CONSTANT
 from prunus.core.default_dense_layers import dense_line
 from prunus.core.layers import all_layers
 from prunus.core.masks import count_zeros, local
@@ -47,6 +48,9 @@ class Result(Recorded):
     """what share of the model's weights is in parameters that are no layers, and stays dense"""
     misfits: dict[str, str] = field(default_factory=dict)
     """layer name -> why it does not fit, and was left dense, where `misfits` is `dense`"""
+    constant_output: bool = False
+    """whether the model's output no longer depends on its input, as far as that was tried: on the
+    calibration data, not block by block"""
     title = "pruned"
 
     @property
@@ -100,6 +104,7 @@ class Result(Recorded):
         message += [self.unseen] if self.unseen else []
         if collapsed := [row.name for row in self.rows if row.collapsed]:
             message.append(collapse_message(collapsed))
+        message += [CONSTANT] if self.constant_output else []
         if self.permuted:
             before, after = (
                 sum(getattr(row, key) for row in self.permuted) / len(self.permuted)

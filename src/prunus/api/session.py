@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from prunus.api.optimizer_hooks import StepHooks, innermost
 from prunus.calibration.calibration import Calibration, as_calibration
+from prunus.calibration.input_dependence import CONSTANT, InputDependence
 from prunus.core.default_dense_layers import left_by_all
 from prunus.core.layers import clean_parameters, is_sharded
 from prunus.core.mask_registry import Masks
@@ -68,6 +69,7 @@ class Session:
         data = as_calibration(calibration)
         self._context = Context(model, self.optimizer, timeline, data, Masks(), recorder)
         self._listeners: list[tuple[Callable[[], Any], Callable[[], Any]]] = []
+        self._depends = InputDependence(model, data)
         self.runs: list[Run] = [modifier.bind(self._context) for modifier in recipe.modifiers]
         for run in self.runs:
             with all_ranks().raise_on_all_ranks():  # ranks have data of their own
@@ -213,7 +215,12 @@ class Session:
     def _around_pruning(self, changes: bool) -> Iterator[None]:
         for before, _ in self._listeners if changes else ():
             before()
+        if changes:
+            self._depends.ask_before()
         yield
+        if changes and self._depends.lost:
+            log.warning("after step %d: %s", self.step, CONSTANT)
+            self.recorder({"event": "constant_output", "step": self.step})
         for _, after in self._listeners if changes else ():
             after()
 

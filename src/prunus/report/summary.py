@@ -46,6 +46,8 @@ class Summary:
         self.sweep = sorted((e for e in events if e["event"] == "sweep"), key=_sparsity)
         self.execution: Event = next((e for e in events[::-1] if e["event"] == "execution"), {})
         self.start: Event = next((e for e in events if e["event"] == "start"), {})
+        self.constant = any(e["event"] == "constant_output" for e in events)
+        """whether the output no longer depends on the input"""
         self.steps = max((int(e["step"]) for e in events), default=0)
         self.times = [float(e["time"]) for e in events if "time" in e]
 
