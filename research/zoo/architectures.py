@@ -64,8 +64,11 @@ def hf(name: str, batch: Callable[[], Batch], **settings: Any) -> Architecture:
     def build() -> nn.Module:
         import transformers
 
+        transformers.logging.set_verbosity_error()
         cls = getattr(transformers, name)
         config = cls.config_class(**settings)
+        if hasattr(config, "use_cache"):  # passes must not know of each other
+            config.use_cache = False
         return cls(config)
 
     return Architecture(build, batch)

@@ -9,7 +9,7 @@ from typing import Any
 from research.zoo.trial import METHODS
 
 BEGIN, END = "<!-- zoo -->", "<!-- end of zoo -->"
-NAME = re.compile(r"\b[\w\[\]]+(\.[\w\[\]]+)+\b|\b(\w+_\w+|classifier|fc|head)\b(?= \()")
+NAME = re.compile(r"[\w\[\]]+(\.[\w\[\]]+)+|\b(\w+_\w+|classifier|fc|head)\b(?= \()")
 Row = Mapping[str, Any]
 
 

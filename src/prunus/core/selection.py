@@ -265,7 +265,10 @@ def select(
         layers = [rest for layer in layers for rest in subtract(layer, gone, modules)]
     if not layers:
         names = ", ".join(layer.name for layer in candidates[:5])
-        raise ValueError(f"no layer is left to prune; name some with layers=, such as: {names}")
+        why = f" ({dense_line(spared)})" if spared else ""
+        raise ValueError(
+            f"no layer is left to prune{why}; name some with layers=, such as: {names}"
+        )
     for layer in layers:
         _check(layer, tried=include is None)
     _refuse_overlaps(model, layers)
