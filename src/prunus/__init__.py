@@ -24,7 +24,7 @@ from prunus.core.layers import Layer
 from prunus.core.patterns import Pattern
 from prunus.core.ranks import Ranks
 from prunus.engine.permute.step import Permute
-from prunus.engine.sequential.walk import Sequential
+from prunus.engine.sequential.access import Sequential
 from prunus.hardware import Estimate, estimate
 from prunus.modifiers import (
     Context,

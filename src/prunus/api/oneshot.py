@@ -26,7 +26,8 @@ from prunus.engine.fitting import Misfits
 from prunus.engine.method import Unreached
 from prunus.engine.permute.step import Permute
 from prunus.engine.plan import PruningPlan
-from prunus.engine.sequential.walk import Sequential, SequentialResult
+from prunus.engine.sequential.access import Sequential
+from prunus.engine.sequential.walk import SequentialResult
 from prunus.modifiers import MovementPruning, OneShotModifier
 from prunus.modifiers.events import pruning_event
 from prunus.pruners import Pruner
@@ -64,7 +65,7 @@ def prune(
     estimates BatchNorm statistics anew on the pruned model, from the calibration data or from data
     of its own, which wants batches of some tens of examples and no labels. ``sequential`` prunes
     block by block, each on the outputs of the pruned ones before it: the name of the list of
-    blocks, True to find it, or a `Sequential` that says where the blocks are meanwhile.
+    blocks, True to walk all lists, or a `Sequential` that says where the blocks are meanwhile.
     ``permute``, for N:M, regroups input channels first: true, `lsa`, `reallocate`, or a `Permute`.
     ``misfits="dense"`` leaves layers dense that the pattern does not divide, or whose inputs cannot
     be measured; ``unreached`` says what becomes of layers about which the data tells nothing:
@@ -116,8 +117,8 @@ def prune(
         if output_dir is not None:
             recorder.save(output_dir)
     except BaseException:
-        for result in reversed(done):
-            result.undo()
+        for step in reversed(done):
+            step.undo()
         raise
     result = _result(recipe, plans, done, masks, spared, recorder)
     result.constant_output = constant
@@ -156,6 +157,7 @@ def _result(
         for folded in each.folded:
             result.permuted += folded.rows
             result.not_permuted |= folded.refused
+        result.outside_blocks += each.outside
         result.not_permuted |= plan.folds.refused
     return result
 

@@ -12,7 +12,7 @@ from prunus.calibration.input_dependence import CONSTANT
 from prunus.core.default_dense_layers import dense_line
 from prunus.core.layers import all_layers
 from prunus.core.masks import count_zeros, local
-from prunus.core.names import did_you_mean
+from prunus.core.names import did_you_mean, few
 from prunus.core.unseen import told, unseen_weights
 from prunus.engine.method import LayerResult, collapse_message, misfits_message, unreached_messages
 from prunus.engine.permute.step import FoldRow
@@ -51,6 +51,8 @@ class Result(Recorded):
     constant_output: bool = False
     """whether the model's output no longer depends on its input, as far as that was tried: on the
     calibration data, not block by block"""
+    outside_blocks: list[str] = field(default_factory=list)
+    """of a sequential run: layers in no block, which were pruned after the blocks, all together"""
     title = "pruned"
 
     @property
@@ -102,6 +104,8 @@ class Result(Recorded):
         message += [misfits_message(self.misfits)] if self.misfits else []
         message += unreached_messages(self.rows)
         message += [self.unseen] if self.unseen else []
+        if self.outside_blocks:
+            message.append(f"outside the blocks, pruned after them: {few(self.outside_blocks)}")
         if collapsed := [row.name for row in self.rows if row.collapsed]:
             message.append(collapse_message(collapsed))
         message += [CONSTANT] if self.constant_output else []

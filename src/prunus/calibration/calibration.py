@@ -114,9 +114,10 @@ class Calibration:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where its first parameter is, or buffer; the CPU for a model that has neither."""
-    first = next(itertools.chain(model.parameters(), model.buffers()), None)
-    return torch.device("cpu") if first is None else first.device
+    """Where its first parameter with data is, or buffer; the CPU for a model that has neither."""
+    places = [t.device for t in itertools.chain(model.parameters(), model.buffers())]
+    cpu = torch.device("cpu")
+    return next((place for place in places if place.type != "meta"), (places or [cpu])[0])
 
 
 def as_calibration(value: Any) -> Calibration | None:
@@ -188,6 +189,19 @@ def _generators(batches: Any) -> list[torch.Generator]:
 
 
 @contextlib.contextmanager
+def random_states_kept() -> Iterator[None]:
+    """The random states of PyTorch, Python and NumPy are afterwards what they were."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    plain, numpys = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(plain)
+            np.random.set_state(numpys)
+
+
+@contextlib.contextmanager
 def undisturbed(model: nn.Module, calibration: Calibration) -> Iterator[None]:
     """Evaluation mode, with training modes and random states put back afterwards.
 
@@ -196,10 +210,8 @@ def undisturbed(model: nn.Module, calibration: Calibration) -> Iterator[None]:
     """
     reshard(model)  # an evaluation may have come before
     modes = [(module, module.training) for module in model.modules()]
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     generators = [(g, g.get_state()) for g in _generators(calibration.batches)]
-    plain, numpys = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices):
+    with random_states_kept():
         model.eval()
         try:
             yield
@@ -209,8 +221,6 @@ def undisturbed(model: nn.Module, calibration: Calibration) -> Iterator[None]:
                 module.training = mode
             for generator, state in generators:
                 generator.set_state(state)
-            random.setstate(plain)
-            np.random.set_state(numpys)
             torch.clear_autocast_cache()  # it may hold copies of weights that will be pruned
 
 

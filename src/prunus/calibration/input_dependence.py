@@ -15,13 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus.calibration.calibration import (
-    Batch,
-    Calibration,
-    needs_all_ranks,
-    to_device,
-    undisturbed,
-)
+from prunus.calibration.batches import Batch, to_device
+from prunus.calibration.calibration import Calibration, needs_all_ranks, undisturbed
 from prunus.core.layers import unwrap
 
 log = logging.getLogger("prunus")
@@ -30,8 +25,8 @@ CONSTANT = (
     "of weights is left; lower the sparsity, exclude layers, or use an allocator such as "
     "'uniform' or 'erk'"
 )
-NO_INPUTS = ("attention_mask", "decoder_attention_mask", "head_mask", "labels", "position_ids")
-NO_INPUTS += ("token_type_ids", "cu_seqlens", "cache_position")
+NO_INPUTS: tuple[str, ...] = ("attention_mask", "decoder_attention_mask", "head_mask", "labels")
+NO_INPUTS += ("position_ids", "token_type_ids", "cu_seqlens", "cache_position")
 SAME = 1e-6
 """largest change of an output, as a share of the output, that rounding makes"""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from prunus.calibration.calibration import Calibration, in_common, undisturbed
+from prunus.calibration.padding import Padding
 from prunus.calibration.products import products
-from prunus.core.layers import Layer, unwrap
+from prunus.core.layers import Layer
 from prunus.core.progress import track
 from prunus.core.ranks import all_ranks
 from prunus.stats import Statistic, take_in
@@ -23,19 +25,6 @@ class _InputsDiverged(Exception):  # noqa: N818
     """Layers that had the same input at first have different ones now."""
 
 
-def real_tokens(batch: Any, model: nn.Module) -> Tensor | None:
-    """(examples, tokens) which tokens are no padding, if a batch says so and has any padding.
-
-    Not for encoder-decoder models, whose mask is of the encoder's tokens only.
-    """
-    if getattr(getattr(unwrap(model), "config", None), "is_encoder_decoder", False):
-        return None
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
-        return None
-    return mask.bool()
-
-
 class _Inputs:
     """Feeds the layers' inputs to their statistics; layers with the same input share one.
 
@@ -44,10 +33,9 @@ class _Inputs:
     _InputsDiverged if that turns out not to be always so.
     """
 
-    def __init__(self, stats: Mapping[Layer, Statistic], share: bool) -> None:
-        self.stats, self.share = stats, share
+    def __init__(self, stats: Mapping[Layer, Statistic], share: bool, padding: Padding) -> None:
+        self.stats, self.share, self.padding = stats, share, padding
         self.leaders: dict[Layer, Layer] = {}
-        self.real: Tensor | None = None
         self.last: tuple[Layer, Tensor, int] | None = None
         self.calls = dict.fromkeys(stats, 0)
         self.rows = dict.fromkeys(stats, 0)
@@ -56,6 +44,9 @@ class _Inputs:
     def add(self, layer: Layer, x: Tensor, read: Callable[[Tensor], Tensor] | None = None) -> None:
         """One call of the layer; ``read`` turns the input into (samples, columns)."""
         read = read or (lambda matrix: matrix)
+        real = self.padding.real(layer, x)
+        if self.padding.watching:
+            return
         first = layer not in self.leaders
         features = getattr(x, "features", x)  # of a sparse tensor
         version = 0 if features.is_inference() else features._version
@@ -69,7 +60,7 @@ class _Inputs:
         self.last = layer, x, version
         self.calls[layer] += 1
         if self.leaders[layer] is layer:
-            samples = read(self._without_padding(x))
+            samples = read(x if real is None else x[real])
             self.rows[layer] += len(samples)
             if len(samples):
                 take_in(self.stats[layer], samples, layer.name)
@@ -78,16 +69,6 @@ class _Inputs:
         """At the end: each layer was called as often as the one with which it shares."""
         if any(self.calls[layer] != self.calls[first] for layer, first in self.leaders.items()):
             raise _InputsDiverged
-
-    def _without_padding(self, x: Tensor) -> Tensor:
-        real = self.real
-        if real is None:
-            return x
-        if x.dim() > 2 and x.shape[:2] == real.shape:
-            return x[real.to(x.device)]
-        if x.dim() == 2 and len(x) == real.numel():
-            return x[real.flatten().to(x.device)]
-        return x
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -116,21 +97,22 @@ def measure_inputs(
 ) -> tuple[dict[Layer, Statistic], set[Layer]]:
     """Fill the statistics from the layers' inputs, in one pass over the calibration data.
 
-    Padding (zeros in a batch's ``attention_mask``) is left out. Returns the statistic of each
-    layer, which is one and the same for layers that have the same input; those must not be used
-    beside it. And the layers that no sample has reached on any rank: not called, or with nothing,
-    as experts are that no token is sent to. Raises ValueError for empty data.
+    Padding (zeros in a batch's ``attention_mask``) is left out where an input's rows are the tokens
+    of that mask. Returns the statistic of each layer, which is one and the same for layers that
+    have the same input; those must not be used beside it. And the layers that no sample has
+    reached on any rank: not called, or with nothing, as experts are that no token is sent to.
+    Raises ValueError for empty data.
     """
     for layer in stats:
         if message := layer.no_inputs():
             raise ValueError(f"{message}; exclude it, or use a pruner that needs no inputs")
-    inputs = _Inputs(stats, share=True)
+    inputs = _Inputs(stats, share=True, padding=Padding(model))
     batches = _pass(model, inputs, calibration)
     if not _on_all_ranks(inputs.leaders, stats, batches is not None):
         for stat in stats.values():
             for t in stat.tensors():
                 t.zero_()
-        inputs = _Inputs(stats, share=False)
+        inputs = _Inputs(stats, share=False, padding=Padding(model))
         batches = _pass(model, inputs, calibration)
     leaders = [inputs.leaders.get(layer, layer) for layer in stats]
     counted = torch.tensor([batches or 0, *(inputs.rows[leader] for leader in leaders)])
@@ -169,7 +151,7 @@ def _pass(model: nn.Module, inputs: _Inputs, calibration: Calibration) -> int | 
         return count
     # weights that are used without calling their module
     uncalled = [layer for layer, miss in zip(by_call, missed, strict=True) if miss]
-    again = None
+    again, inputs.padding = None, Padding(model)
     with all_ranks().raise_on_all_ranks(), contextlib.suppress(_InputsDiverged):
         again = _run(model, inputs, calibration, [], uncalled)
         inputs.check()
@@ -190,15 +172,18 @@ def _run(
             layer, (*args, *kwargs.values())[0], layer.input_matrix
         )
 
-    count = 0
+    count, run = 0, functools.partial(calibration.run, model)
     with contextlib.ExitStack() as stack, undisturbed(model, calibration), torch.no_grad():
         for layer in by_call:
             handle = layer.module.register_forward_pre_hook(hook(layer), with_kwargs=True)
             stack.callback(handle.remove)
         forget = stack.enter_context(products(by_product, inputs.add))
         for batch in track(in_common(model, calibration), "calibration"):
-            inputs.real, inputs.last = real_tokens(batch, model), None
-            calibration.run(model, batch)
+            inputs.padding.begin(batch, run)
+            forget()
+            inputs.last = None
+            run(batch)
             forget()
             count += 1
+    inputs.padding.tell()
     return count

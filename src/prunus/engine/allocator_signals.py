@@ -13,7 +13,7 @@ from prunus.allocators import Allocator, SignalAllocator
 from prunus.calibration.calibration import Calibration
 from prunus.calibration.input_pass import NO_INPUTS, measure_inputs
 from prunus.calibration.measurements import check_measurable
-from prunus.core.blocks import by_block, find_blocks
+from prunus.core.blocks import by_block, find_block_lists
 from prunus.core.layers import Layer
 from prunus.core.names import few
 from prunus.core.ranks import all_ranks
@@ -110,5 +110,5 @@ def with_signals(
         with all_ranks().raise_on_all_ranks():
             return measure_inputs(model, stats, calibration)
 
-    blocks = by_block(find_blocks(model), layers)
+    blocks = by_block(find_block_lists(model), layers)
     return replace(method, signals=completed(signals_of(method, blocks, measure)))

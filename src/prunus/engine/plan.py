@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -11,7 +12,6 @@ from torch import nn
 from prunus.allocators import Table
 from prunus.calibration.calibration import Calibration, check_first_batch, first_pass
 from prunus.calibration.measurements import Measurements, check_measurable
-from prunus.core.blocks import by_block
 from prunus.core.layers import Layer
 from prunus.core.masks import local
 from prunus.core.ranks import Ranks
@@ -23,8 +23,9 @@ from prunus.engine.layer_solve import plan_measurements
 from prunus.engine.method import Method, misfits_message
 from prunus.engine.permute.folds import FoldPlan
 from prunus.engine.permute.step import Permute, permute_layers, plan_folds
+from prunus.engine.sequential.access import Sequential
 from prunus.engine.sequential.prune import NO_INPUTS, blocks_for, check_sequential, prune_blocks
-from prunus.engine.sequential.walk import Sequential, SequentialResult
+from prunus.engine.sequential.walk import SequentialResult
 from prunus.engine.step import check_reachable, prune_step, stage_count
 from prunus.pruners import JointPruner
 
@@ -61,7 +62,7 @@ class PruningPlan:
         shards_of(self.layers, self.method.pattern)  # raises for what no step could prune
         if self.sequential is not None:
             check_sequential(self.method, self.layers)
-            blocks_for(self.model, self.layers, self.sequential)
+            blocks_for(self.model, self.sequential)
         self.folds = FoldPlan((), {})
         if self.permute is not None:
             self.folds = plan_folds(self.method, self.layers, self.model, self.permute)
@@ -153,9 +154,10 @@ class PruningPlan:
     def _statistics_bytes(self, measured: Measurements) -> int:
         if self.sequential is None:
             return measured.nbytes
-        blocks = by_block(blocks_for(self.model, self.layers, self.sequential), self.layers)
-        each = (sum(measured.stats[x].nbytes for x in b if x in measured.stats) for b in blocks)
-        return min(measured.nbytes, max(each))
+        blocks, held = blocks_for(self.model, self.sequential), Counter[int | None]()
+        for layer, stat in measured.stats.items():
+            held[blocks.number_of(layer.name)] += stat.nbytes
+        return min(measured.nbytes, max(held.values(), default=0))
 
 
 def first_pass_of(

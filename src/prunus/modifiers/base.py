@@ -20,7 +20,7 @@ from prunus.core.mask_registry import Masks
 from prunus.core.masks import local, zero_pruned
 from prunus.core.names import Registry, few
 from prunus.engine.plan import PruningPlan
-from prunus.engine.sequential.walk import Sequential
+from prunus.engine.sequential.access import Sequential
 from prunus.modifiers.optimizer_state import keeps_copies, states_of, zero_momentum
 from prunus.modifiers.timing import Timeline
 

@@ -17,7 +17,7 @@ from prunus.engine.fitting import MISFITS, Misfits
 from prunus.engine.method import UNREACHED, Method, Unreached
 from prunus.engine.permute.step import Permute
 from prunus.engine.plan import PruningPlan, first_pass_of
-from prunus.engine.sequential.walk import Sequential
+from prunus.engine.sequential.access import Sequential
 from prunus.modifiers.base import MODIFIERS, Context
 from prunus.modifiers.fields import as_in_recipes
 from prunus.modifiers.nm.modifier import NMTraining
@@ -70,7 +70,7 @@ class PruningModifier(metaclass=_TakesMasking):
     """when; default: at once, or over all of training for a schedule"""
     sequential: bool | str = False
     """prune block by block, each on the outputs of the pruned ones before: the name of the list of
-    blocks, as `model.layers`, or true to find it"""
+    blocks, as `model.layers`, or true to walk all lists"""
     permute: Permute | None = None
     """for N:M: regroup input channels first, so that less is lost; once on a finished model"""
     misfits: Misfits = "error"

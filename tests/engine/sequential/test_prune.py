@@ -259,10 +259,6 @@ def refused(message, model=None, pruner="sparsegpt", **arguments):
     assert forwards(model) == []
 
 
-def test_layers_outside_the_blocks_are_refused_by_name():
-    refused("sequential: stem is in no block of 'layers'; exclude it", layers=["stem", "layers.*"])
-
-
 def test_methods_that_need_gradients_are_refused():
     refused("sequential: pruner 'cap' needs gradients of the whole model's loss", pruner="cap")
 

@@ -61,19 +61,27 @@ def pruned(model, sequential=True, **arguments):
     return prunus.prune(model, "sparsegpt", sequential=sequential, **arguments)
 
 
-@pytest.mark.parametrize(
-    ("build", "message"),
-    [
-        (Twice, r"blocks\.0 is called more than once in a forward pass; prune all at once"),
-        (Skip, r"blocks\.2 is given what an earlier block puts out, too; prune all at once"),
-    ],
-)
-def test_blocks_that_cannot_run_one_by_one_are_refused(build, message):
-    model = build()
+def test_blocks_that_cannot_run_one_by_one_are_refused():
+    model = Skip()
     before = copy.deepcopy(model.state_dict())
+    message = r"blocks\.2 is given what an earlier block puts out, too; prune all at once"
     with pytest.raises(ValueError, match=message):
         pruned(model)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_blocks_that_are_called_twice_are_pruned_together_on_both_inputs(caplog):
+    torch.manual_seed(0)
+    model = Twice()
+    at_once = copy.deepcopy(model)
+    data = prunus.Calibration([torch.randn(4, 8) for _ in range(3)])
+    result, expected = (
+        pruned(m, sequential=how, calibration=data) for m, how in ((model, True), (at_once, False))
+    )
+    assert result.rows == expected.rows
+    assert len(result.outside_blocks) == len(result.rows) == 6
+    assert all(map(torch.equal, model.parameters(), at_once.parameters()))
+    assert "blocks.0 is called more than once in a forward pass: the layers of" in caplog.text
 
 
 def test_a_cache_that_the_batch_asks_for_is_not_carried_from_pass_to_pass():
@@ -127,18 +135,6 @@ def test_blocks_run_under_the_autocast_of_the_users_forward():
         pruned(at_once, sequential=False, layers=[f"blocks.{number}.*"], calibration=data)
     for a, b in zip(at_once.parameters(), by_block.parameters(), strict=True):
         assert torch.equal(a, b)
-
-
-def test_the_mask_of_an_encoder_is_not_laid_over_the_decoders_tokens():
-    from prunus.calibration.input_pass import real_tokens
-
-    class Model(nn.Module):
-        class config:  # noqa: N801
-            is_encoder_decoder = True
-
-    batch = {"attention_mask": torch.tensor([[1, 1, 0]])}
-    assert real_tokens(batch, Model()) is None
-    assert real_tokens(batch, nn.Linear(2, 2)).tolist() == [[True, True, False]]
 
 
 def test_two_entries_cannot_share_a_folder(tmp_path):

@@ -26,7 +26,7 @@ from prunus.engine.permute.patterns import find_folds, with_whole_groups
 from prunus.engine.permute.search import SEARCHES, kept_shares
 from prunus.engine.permute.statistics import columns_of, follow, share_of_zeros
 from prunus.engine.permute.verify import Inputs, first_calls, take
-from prunus.engine.sequential.record import without_cache
+from prunus.engine.sequential.forwards import without_cache
 from prunus.engine.unreached import left_dense, magnitudes, statistics
 from prunus.pruners import ScorePruner
 from prunus.stats import Statistic

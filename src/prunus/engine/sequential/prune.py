@@ -9,13 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from prunus.allocators import SignalAllocator
 from prunus.calibration.calibration import Calibration
 from prunus.calibration.input_pass import measure_inputs
 from prunus.calibration.memory_plan import Rows
-from prunus.core.blocks import Blocks, find_blocks
+from prunus.core.blocks import BlockLists, by_block, find_block_lists
 from prunus.core.layers import Layer, unwrap
 from prunus.core.patterns import Pattern
 from prunus.core.ranks import Ranks, all_ranks
@@ -25,29 +26,25 @@ from prunus.engine.allocator_signals import completed, signal_statistics, signal
 from prunus.engine.method import Method
 from prunus.engine.permute.folds import Fold
 from prunus.engine.permute.step import Permute
+from prunus.engine.sequential.access import Sequential, Walk
 from prunus.engine.sequential.lazy_weights import Weights, materialize, release
 from prunus.engine.sequential.record import BlockInput
 from prunus.engine.sequential.replay import as_calibration, carry_on
 from prunus.engine.sequential.resume import check_folder
-from prunus.engine.sequential.walk import BlockPruning, Sequential, SequentialResult, Walk
+from prunus.engine.sequential.walk import BlockPruning, SequentialResult
 from prunus.stats import Statistic, checked_statistic
 
 log = logging.getLogger("prunus")
 NO_INPUTS = "sequential: blocks need inputs; pass calibration=prunus.Calibration(...)"
 
 
-def blocks_for(model: nn.Module, layers: Sequence[Layer], how: Sequential) -> Blocks:
-    """The blocks to go through. Raises ValueError if a layer is in none of them."""
-    blocks = find_blocks(model, how.blocks)
+def blocks_for(model: nn.Module, how: Sequential) -> BlockLists:
+    """The lists of blocks to go through. Raises ValueError if there is none."""
+    blocks = find_block_lists(model, how.blocks)
     if blocks is None:
         raise ValueError(
             "sequential: the model has no list of blocks; name one (sequential: model.layers), or "
             "prune all at once"
-        )
-    if outside := [layer.name for layer in layers if blocks.number_of(layer.name) is None]:
-        raise ValueError(
-            f"sequential: {', '.join(outside[:3])} is in no block of '{blocks.name}'; exclude it, "
-            "or name another list of blocks"
         )
     return blocks
 
@@ -80,19 +77,17 @@ def prune_blocks(
     """Prune the blocks in order, committed; ``layers`` come from `Method.fit`.
 
     Each block sees the inputs that the pruned blocks before it put out, and runs twice: to measure,
-    and for the next one's inputs (once more before, where the allocator measures inputs first). On
-    failure all is taken back. A model read from disk has no changes to take back or to return.
+    and for the next one's inputs (once more before, where the allocator measures inputs first).
+    What is in no block comes last, all together. On failure all is taken back. A model read from
+    disk has no changes to take back or to return.
     """
     if calibration is None:
         raise ValueError(NO_INPUTS)
     permute = permute or Permute()
     _check_places(model, how, permute, folds)
-    blocks = blocks_for(model, layers, how)
-    grouped: dict[int, list[Layer]] = {}
-    for layer in layers:
-        grouped.setdefault(blocks.number_of(layer.name) or 0, []).append(layer)
     weights = None if how.weights is None else Weights(how.weights)
-    walk = Walk(model, calibration, blocks, grouped, how, weights)
+    walk = Walk(model, calibration, blocks_for(model, how), layers, how, weights)
+    walk.check_folder()
     with _rest(walk):
         if method.pattern.fixed is None:
             method = _decided(method, layers, target, walk)
@@ -121,19 +116,26 @@ def _check_places(
 
 @contextlib.contextmanager
 def _rest(walk: Walk) -> Iterator[None]:
-    """With all that is in no block, read from disk where it is there; gone again afterwards."""
-    filled: list[Tensor] = []
+    """With all that is in no block, read from disk where it is there; afterwards as it was."""
+    if walk.weights is None:
+        yield
+        return
     model = unwrap(walk.model)
-    if walk.weights is not None:
-        inside = {m for block in walk.blocks.modules for m in block.modules()}
-        tie = getattr(model, "tie_weights", None)  # lost on the meta device
-        if callable(tie):
-            tie()
-        filled = materialize(model, "", walk.weights, inside)
+    inside = {m for block in walk.blocks.modules for m in block.modules()}
+    tie = getattr(model, "tie_weights", None)  # lost on the meta device
+    if callable(tie):
+        tie()
+    rest = [m for m in model.modules() if m not in inside] if walk.outside else []
+    held = [t for m in rest for t in (*m._parameters.values(), *m._buffers.values())]
+    old = [(t, t.detach().clone()) for t in held if t is not None and not t.is_meta]
+    filled = materialize(model, "", walk.weights, inside)
     try:
         yield
     finally:
         release(filled)
+        with torch.no_grad():
+            for t, was in old:
+                t.copy_(was)
 
 
 def _decided(method: Method, layers: Sequence[Layer], target: float | None, walk: Walk) -> Method:
@@ -158,14 +160,27 @@ def _units(layer: Layer, pattern: Pattern) -> tuple[int, int]:
 def _signals(method: Method, walk: Walk) -> dict[str, float]:
     """What the allocator sees, block by block, on the inputs of the model as it is."""
     allocator, signals = method.allocator, dict[str, "float | None"]()
-    everything = [layer for group in walk.layers.values() for layer in group]
-    items = walk.items() if signal_statistics(allocator, everything) else []
-    for number in range(len(walk.blocks)):
-        layers = walk.layers.get(number)
-        with walk.block(number) as block:
-            measure = functools.partial(_measure, block, items, number)
-            signals |= signals_of(method, [layers] if layers else [], measure)
+    if signal_statistics(allocator, walk.everything):
+        for numbers, items in walk.lists():
+            for i, number in enumerate(numbers):
+                signals |= _signals_of_block(method, walk, number, items, i)
+    else:
+        for number in range(len(walk.blocks)):
+            signals |= _signals_of_block(method, walk, number, [], 0)
+    with walk.within_reach():
+        groups = by_block(walk.blocks, walk.outside)
+        measure = functools.partial(measure_inputs, walk.model, calibration=walk.calibration)
+        signals |= signals_of(method, groups, lambda x: measure(x) if x else (x, set()))
     return completed(signals)
+
+
+def _signals_of_block(
+    method: Method, walk: Walk, number: int, items: list[BlockInput], place: int
+) -> dict[str, float | None]:
+    layers = walk.layers.get(number)
+    with walk.block(number) as block:
+        measure = functools.partial(_measure, block, items, place)
+        return signals_of(method, [layers] if layers else [], measure)
 
 
 def _measure(

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prunus.calibration.calibration import Calibration, undisturbed
+from prunus.calibration.calibration import Calibration, random_states_kept, undisturbed
+from prunus.calibration.probes import kind_of, padding_masks, probes_of
 from prunus.core.blocks import Blocks
 from prunus.core.progress import track
 from prunus.core.snapshots import Snapshots
+from prunus.engine.sequential.forwards import eager, stand_in, without_cache
 
+log = logging.getLogger("prunus")
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -26,9 +30,12 @@ class BlockError(ValueError):
     """Why the blocks cannot be run one by one."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(
-            f"sequential: {message}; prune all at once, or name another list of blocks"
-        )
+        self.why = f"sequential: {message}"
+        super().__init__(f"{self.why}; prune all at once, or name another list of blocks")
+
+
+class RepeatedBlockError(BlockError):
+    """Blocks with shared weights, as ALBERT's: what they are given cannot be told by position."""
 
 
 @dataclass
@@ -44,6 +51,10 @@ class BlockInput:
     """what the first block returned beside the stream, and the recorded arguments hold"""
     autocast: torch.dtype | None = None
     """in which dtype the model runs by `torch.autocast`, if it does"""
+    probes: dict[str, list[BlockInput]] = field(default_factory=dict)
+    """the same with another sequence, by mask, for the first batch of its kind"""
+    told: set[str] = field(default_factory=set)
+    """what was said in the log of any item's padding"""
 
 
 def _place(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str:
@@ -88,21 +99,6 @@ def beside(output: Any) -> list[Tensor | None]:
     return [x if isinstance(x, Tensor) else None for x in others]
 
 
-@contextlib.contextmanager
-def without_cache(model: nn.Module) -> Iterator[None]:
-    """Language models must not remember keys and values from one forward pass to the next."""
-    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    configs = [config for config in found if hasattr(config, "use_cache")]
-    saved = [config.use_cache for config in configs]
-    for config in configs:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        for config, value in zip(configs, saved, strict=True):
-            config.use_cache = value
-
-
 def _like(output: Any, stream: Tensor) -> Any:
     """The stream in the form of a block's output."""
     if not isinstance(output, tuple | list):
@@ -122,7 +118,7 @@ class _Recorder:
     def __init__(self, blocks: Blocks) -> None:
         self.blocks = blocks
         self.output: Any = None
-        self.single = False  # whether a batch has shown that each block is called once
+        self.single = False  # whether a batch of this kind has shown that each is called once
         self.keep = Snapshots()  # the model may write to what it has given its blocks
         self.begin()
 
@@ -160,7 +156,7 @@ class _Recorder:
     def _check(self, number: int, stream: Tensor, arguments: Arguments) -> None:
         name = self.blocks.name_of(number)
         if number < len(self.arguments):
-            raise BlockError(f"{name} is called more than once in a forward pass")
+            raise RepeatedBlockError(f"{name} is called more than once in a forward pass")
         if number > len(self.arguments) or (number and stream is not self.passed[-1]):
             before = self.blocks.name_of(number - 1)
             raise BlockError(f"something is computed between {before} and {name}")
@@ -169,43 +165,59 @@ class _Recorder:
             raise BlockError(f"{name} is given what an earlier block puts out, too")
 
 
-@contextlib.contextmanager
-def _forward(module: nn.Module, standin: Callable[..., Any]) -> Iterator[None]:
-    """Lets a function stand in for a module's forward, which may be a wrapper of its own."""
-    own = module.__dict__.get("forward")
-    module.forward = standin
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
-
-
 def record(model: nn.Module, blocks: Blocks, calibration: Calibration) -> list[BlockInput]:
     """What each block is given for each calibration batch, kept where the model is.
 
     The first block must be where the rest of the model is. Raises ValueError for empty data, and
     for a model that computes something between its blocks.
     """
-    items, recorder = [], _Recorder(blocks)
+    items, recorder = list[BlockInput](), _Recorder(blocks)
+    kinds, told = set(), set[str]()
     with contextlib.ExitStack() as stack:
         stack.enter_context(undisturbed(model, calibration))
         stack.enter_context(without_cache(model))
         stack.enter_context(torch.no_grad())
         for number, module in enumerate(blocks.modules):
-            stack.enter_context(_forward(module, recorder.standin(number)))
+            stack.enter_context(stand_in(module, recorder.standin(number)))
         stack.enter_context(eager(model))
         for batch in track(calibration, "inputs of the first block"):
-            recorder.begin()
-            _run_around(model, calibration, batch, recorder)
-            recorder.single = True
-            assert recorder.stream is not None
-            others, stream = recorder.keep(beside(recorder.output)), recorder.stream
-            items.append(BlockInput(stream, recorder.arguments, batch, others, recorder.autocast))
+            kind = kind_of(batch)
+            recorder.single = kind in kinds
+            items.append(_item(model, calibration, batch, recorder))
+            items[-1].told = told
+            if kind not in kinds and padding_masks(batch):
+                items[-1].probes = _probes(model, calibration, batch, recorder)
+            kinds.add(kind)
     if not items:
         raise ValueError("the calibration data is empty; nothing was pruned")
     return items
+
+
+def _item(
+    model: nn.Module, calibration: Calibration, batch: Any, recorder: _Recorder
+) -> BlockInput:
+    recorder.begin()
+    _run_around(model, calibration, batch, recorder)
+    assert recorder.stream is not None
+    others = beside(recorder.output)
+    return BlockInput(recorder.stream, recorder.arguments, batch, others, recorder.autocast)
+
+
+def _probes(
+    model: nn.Module, calibration: Calibration, batch: Any, recorder: _Recorder
+) -> dict[str, list[BlockInput]]:
+    """What the blocks are given for batches in which one sequence is another."""
+    found: dict[str, list[BlockInput]] = {}
+    recorder.single = True
+    for key, probes in probes_of(batch, model).items():
+        found[key] = []
+        for probe in probes:
+            with random_states_kept():
+                try:
+                    found[key].append(_item(model, calibration, probe, recorder))
+                except Exception as error:  # without one, layers keep their padding, and say so
+                    log.debug("a batch with other tokens did not reach the blocks: %s", error)
+    return found
 
 
 def _run_around(
@@ -215,22 +227,13 @@ def _run_around(
         calibration.run(model, batch)
     except BlockError:
         raise
-    except Exception:  # what comes after the blocks may not like what no block has computed
-        if not recorder.complete:
+    except _RecordingComplete:
+        return
+    except Exception as error:  # the model may not like what no block has computed
+        if not recorder.passed:
             raise
+        if not recorder.complete:
+            name = recorder.blocks.name
+            raise BlockError(f"the model fails around '{name}' ({error})") from error
     if not recorder.complete:
         raise BlockError(f"the model does not call all of '{recorder.blocks.name}'")
-
-
-@contextlib.contextmanager
-def eager(module: nn.Module) -> Iterator[None]:
-    """Compiled modules run as they were written, so that hooks and stand-ins are called."""
-    compiled = any(
-        getattr(m, "_compiled_call_impl", None) is not None or "_orig_mod" in m._modules
-        for m in module.modules()
-    )
-    if not compiled:
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,8 +11,12 @@ from torch import nn
 
 from prunus.calibration.batches import to_device
 from prunus.calibration.calibration import Calibration, undisturbed
+from prunus.calibration.probes import RecordedBatch
 from prunus.core.progress import track
-from prunus.engine.sequential.record import BlockInput, beside, eager, stream_of, with_stream
+from prunus.engine.sequential.forwards import eager
+from prunus.engine.sequential.record import BlockInput, beside, stream_of, with_stream
+
+log = logging.getLogger("prunus")
 
 
 def as_calibration(
@@ -38,6 +43,11 @@ def carry_on(items: list[BlockInput], number: int, outputs: dict[int, Any]) -> N
     """The outputs of a block become what the next one is given."""
     for item in items:
         _carry(item, number, outputs[id(item)])
+        for key, probes in item.probes.items():
+            ended = [probe for probe in probes if id(probe) in outputs][:1]
+            for probe in ended:
+                _carry(probe, number, outputs[id(probe)])
+            item.probes[key] = ended
 
 
 def _carry(item: BlockInput, number: int, output: Any) -> None:
@@ -52,11 +62,14 @@ def _carry(item: BlockInput, number: int, output: Any) -> None:
         item.arguments[number + 1] = tuple(fresh.get(id(x), x) for x in args), kwargs
 
 
-class _Batch(Mapping[str, Any]):
+class _Batch(RecordedBatch):
     """A batch as the block sees it: says what the user's batch says about padding."""
 
     def __init__(self, item: BlockInput, number: int) -> None:
-        self.item, self.number = item, number
+        self.item, self.number, self.told = item, number, item.told
+
+    def probes(self) -> dict[str, list[_Batch]]:
+        return {key: [_Batch(x, self.number) for x in xs] for key, xs in self.item.probes.items()}
 
     def __getitem__(self, key: str) -> Any:
         if isinstance(self.item.batch, Mapping):
@@ -87,3 +100,18 @@ def advance(block: nn.Module, items: list[BlockInput], number: int) -> None:
     with undisturbed(block, calibration):
         for item in track(items, "outputs"):
             _carry(item, number, _run(block, _Batch(item, number)))
+            for key, probes in item.probes.items():
+                item.probes[key] = _first_carried(block, probes, number)
+
+
+def _first_carried(block: nn.Module, probes: list[BlockInput], number: int) -> list[BlockInput]:
+    """The first one that the block takes, carried on to the next."""
+    for probe in probes:
+        try:
+            output = _run(block, _Batch(probe, number))
+        except Exception as error:  # without one, later layers keep their padding, and say so
+            log.debug("a batch with other tokens was not run to its end: %s", error)
+        else:
+            _carry(probe, number, output)
+            return [probe]
+    return []

@@ -12,13 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus.core.blocks import Blocks
+from prunus.core.blocks import BlockLists
 from prunus.core.files import atomic_write, check_writable
 from prunus.core.layers import Layer, clean_name
 from prunus.core.ranks import all_ranks
 from prunus.engine.method import LayerResult
 from prunus.engine.permute.step import FoldRow, PermutationResult
-from prunus.engine.sequential.lazy_weights import INDEX, Weights, write_atomically, write_index
+from prunus.engine.sequential.lazy_weights import (
+    INDEX,
+    Weights,
+    materialize,
+    write_atomically,
+    write_index,
+)
 
 PROGRESS = "progress.json"
 REST = "rest.safetensors"
@@ -187,7 +193,23 @@ class FinishedBlocks:
             copy_into(block, state)
         return record
 
-    def close(self, model: nn.Module, blocks: Blocks) -> None:
+    @torch.no_grad()
+    def fill(self, number: int, name: str, block: nn.Module) -> list[Tensor] | None:
+        """Give a block on the meta device what it has in its file; None if there is none yet.
+
+        What is not on the meta device is overwritten; what was is returned.
+        """
+        if not self.has(number):
+            return None
+        weights = Weights(self.folder / _file(number))
+        filled = materialize(block, name, weights)
+        made = {id(t) for t in filled}
+        for key, t in tensors_of(block, f"{name}.").items():
+            if id(t) not in made:
+                t.copy_(weights.read(key))
+        return filled
+
+    def close(self, model: nn.Module, blocks: BlockLists) -> None:
         """Write all that is in no block, and the index by which loaders find each tensor."""
         with all_ranks().raise_on_all_ranks():
             if not self.first:

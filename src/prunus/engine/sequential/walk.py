@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from prunus.calibration.calibration import Calibration
-from prunus.core.blocks import Blocks
 from prunus.core.layers import Layer, unwrap
+from prunus.core.names import few
 from prunus.core.progress import Bar
 from prunus.core.ranks import all_ranks
 from prunus.engine.method import LayerResult, LayerUpdate, Method
 from prunus.engine.permute.folds import Fold
 from prunus.engine.permute.step import PermutationResult, Permute, permute_layers
-from prunus.engine.sequential.lazy_weights import Weights, materialize, move, release
-from prunus.engine.sequential.record import BlockInput, record
+from prunus.engine.sequential.access import Walk
+from prunus.engine.sequential.record import BlockInput
 from prunus.engine.sequential.replay import advance, as_calibration
 from prunus.engine.sequential.resume import (
     FinishedBlocks,
@@ -30,50 +30,7 @@ from prunus.engine.sequential.resume import (
 )
 from prunus.engine.step import commit, prune_step
 
-
-@dataclass(frozen=True)
-class Sequential:
-    """How to prune block by block, and where the blocks are meanwhile.
-
-    >>> blocks = [nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(2)]
-    >>> model = nn.Sequential(*blocks)
-    >>> data = prunus.Calibration([torch.randn(8, 4)])
-    >>> how = prunus.Sequential(device="cpu")
-    >>> prunus.prune(
-    ...     model, "wanda", sparsity=0.5, layers="*", sequential=how, calibration=data
-    ... ).sparsity
-    0.5
-    """
-
-    blocks: str | None = None
-    """name of the list of blocks, as `model.layers`; default: the one with the most weights"""
-    device: str | None = None
-    """where the block is that is worked on; default: where the model is"""
-    weights: str | None = None
-    """a safetensors file, or a folder of them: for a model on the meta device, of which one block
-    at a time is read; needs `folder`"""
-    folder: str | None = None
-    """where each finished block is written; a run that was killed goes on from there"""
-
-    @classmethod
-    def of(cls, value: bool | str | Sequential) -> Sequential | None:
-        """What recipes and calls may write: the list's name, or true to find it."""
-        if isinstance(value, Sequential) or not value:
-            return value or None
-        return cls(None if value is True else value)
-
-    def __post_init__(self) -> None:
-        if self.weights is not None and self.folder is None:
-            raise ValueError(
-                "sequential: weights are read block by block; say in which folder to "
-                "write the pruned ones, as folder='pruned'"
-            )
-        try:
-            torch.device(self.device or "cpu")
-        except RuntimeError:
-            raise ValueError(
-                f"sequential: device={self.device!r} is none; use 'cuda', 'cuda:1' or 'cpu'"
-            ) from None
+log = logging.getLogger("prunus")
 
 
 @dataclass
@@ -85,6 +42,8 @@ class SequentialResult:
     folded: list[PermutationResult] = field(default_factory=list)
     taken: list[Callable[[], None]] = field(default_factory=list)
     """put back what was loaded from the folder"""
+    outside: list[str] = field(default_factory=list)
+    """layers that are in no block, pruned together when all blocks were"""
 
     def undo(self) -> None:
         commit(self.changes[::-1])
@@ -92,53 +51,6 @@ class SequentialResult:
             folded.undo()
         for take_back in reversed(self.taken):
             take_back()
-
-
-@dataclass
-class Walk:
-    """The blocks of a model, and how to get at one of them at a time."""
-
-    model: nn.Module
-    calibration: Calibration
-    blocks: Blocks
-    layers: Mapping[int, Sequence[Layer]]
-    how: Sequential
-    weights: Weights | None
-
-    def items(self) -> list[BlockInput]:
-        with all_ranks().raise_on_all_ranks(), self.block(0, at_home=True):
-            return record(self.model, self.blocks, self.calibration)
-
-    @contextlib.contextmanager
-    def block(self, number: int, at_home: bool = False) -> Iterator[nn.Module]:
-        """The block, read from disk and moved to where it is worked on, and back again."""
-        block = self.blocks.modules[number]
-        with self._read(block, number):
-            held = [*block.parameters(), *block.buffers()]
-            home = held[0].device if held else torch.device("cpu")
-            try:
-                if not at_home and self.how.device is not None:
-                    move(block, self.how.device)
-                yield block
-            finally:
-                move(block, home)
-
-    @contextlib.contextmanager
-    def _read(self, block: nn.Module, number: int) -> Iterator[None]:
-        """With its weights from disk, where there are any; afterwards it is as it was."""
-        if self.weights is None:
-            yield
-            return
-        there = [t for t in [*block.parameters(), *block.buffers()] if not t.is_meta]
-        old = [t.detach().clone() for t in there]
-        filled = materialize(block, self.blocks.name_of(number), self.weights)
-        try:
-            yield
-        finally:
-            release(filled)
-            with torch.no_grad():
-                for t, was in zip(there, old, strict=True):
-                    t.copy_(was)
 
 
 class BlockPruning:
@@ -154,28 +66,57 @@ class BlockPruning:
     ) -> None:
         self.walk, self.method, self.target = walk, method, target
         self.permute, self.folds, self.result = permute, folds, SequentialResult()
+        self.items: list[BlockInput] = []
+        self.finished: FinishedBlocks | None = None
 
     def run(self) -> SequentialResult:
-        walk, count = self.walk, len(self.walk.blocks)
-        bar = Bar(f"block 1 of {count}", count)
+        walk = self.walk
         try:
             self._permute_across()
-            self.items = walk.items()
-            folder = walk.how.folder
-            self.finished = (
-                None if folder is None else FinishedBlocks(folder, self._identity(self.items))
-            )
-            for number in range(count):
-                bar.step(number, f"block {number + 1} of {count}{self._said()}")
-                self._block(number)
+            for numbers, self.items in walk.lists():
+                self._open()
+                self._list(numbers)
+            self._open()
+            self._rest()
             if self.finished is not None:
                 self.finished.close(unwrap(walk.model), walk.blocks)
         except BaseException:
             self.result.undo()
             raise
+        return self.result
+
+    def _open(self) -> None:
+        """Open the folder, once it is known what the first block is given."""
+        walk = self.walk
+        if walk.how.folder is not None and self.finished is None:
+            self.finished = FinishedBlocks(walk.how.folder, self._identity(self.items))
+            walk.finished = self.finished
+
+    def _list(self, numbers: range) -> None:
+        count = len(numbers)
+        bar = Bar(f"block 1 of {count}", count)
+        try:
+            for i, number in enumerate(numbers):
+                bar.step(i, f"block {i + 1} of {count}{self._said()}")
+                self._block(number, i, last=i + 1 == count)
         finally:
             bar.close()
-        return self.result
+
+    def _rest(self) -> None:
+        """Prune what is in no block, on the inputs that it has in the pruned model."""
+        walk = self.walk
+        layers = walk.outside
+        if not layers:
+            return
+        self.result.outside = [layer.name for layer in layers]
+        log.info(
+            "sequential: %s in no block, pruned when all blocks were", few(self.result.outside)
+        )
+        with walk.within_reach():
+            changes, _ = self._step(walk.model, layers, walk.calibration)
+        self.result.rows += [change.row for change in changes]
+        if walk.weights is None:
+            self.result.changes += changes
 
     def _permute_across(self) -> None:
         """Folds that reach over several blocks come first, on the model as it is."""
@@ -184,7 +125,7 @@ class BlockPruning:
         within: list[Fold] = []
         for fold in self.folds:
             numbers = {walk.blocks.number_of(name) for name in fold.names}
-            (within if len(numbers) == 1 and None not in numbers else across).append(fold)
+            (within if len(numbers) == 1 else across).append(fold)
         self.folds = within
         if across and walk.how.folder is not None:
             raise ValueError(
@@ -192,9 +133,9 @@ class BlockPruning:
                 "at a time; use shared: leave, exclude its layers, or use no folder"
             )
         if across:
-            layers = [layer for group in walk.layers.values() for layer in group]
-            what = self.method, layers, walk.model, walk.calibration
-            self.result.folded.append(permute_layers(*what, across, self.permute))
+            what = self.method, walk.everything, walk.model, walk.calibration
+            with walk.within_reach():
+                self.result.folded.append(permute_layers(*what, across, self.permute))
             self.result.folded[-1].measured = None  # of the dense model
 
     def _identity(self, items: Sequence[BlockInput]) -> dict[str, str]:
@@ -202,7 +143,7 @@ class BlockPruning:
         total = sum(float(item.stream.double().sum()) for item in items)
         counted = torch.tensor([len(items), total], dtype=torch.float64)
         count, total = all_ranks().all_reduce(counted).tolist()
-        layers = [layer.name for group in self.walk.layers.values() for layer in group]
+        layers = [layer.name for layer in self.walk.everything]
         unreached = self.method.unreached
         last = "" if unreached == "error" else f", unreached: {unreached}"
         return {
@@ -218,7 +159,8 @@ class BlockPruning:
         error = "" if row.error is None else f", error {row.error:.3g}"
         return f"; {row.name}: sparsity {row.sparsity:.3f}{error}"
 
-    def _block(self, number: int) -> None:
+    def _block(self, number: int, place: int, last: bool) -> None:
+        """Prune the block of this number, which has this place in its list."""
         walk = self.walk
         with walk.block(number) as block:
             layers = walk.layers.get(number, [])
@@ -226,9 +168,10 @@ class BlockPruning:
             if self.finished is not None and self.finished.has(number):
                 changes = self._take(block, number, self.finished, dense)
             else:
-                changes = self._prune(block, number, dense)
-            if number + 1 < len(walk.blocks):
-                advance(block, self.items, number)
+                data = as_calibration(self.items, place, walk.calibration.memory)
+                changes = self._prune(block, number, data, dense)
+            if not last:
+                advance(block, self.items, place)
         for change in changes:  # the block is back at home
             home = change.layer.local.device
             change.weight, change.mask = change.weight.to(home), change.mask.to(home)
@@ -254,23 +197,31 @@ class BlockPruning:
         self.result.changes += changes
         return changes
 
-    def _prune(self, block: nn.Module, number: int, dense: Sums) -> list[LayerUpdate]:
+    def _prune(
+        self, block: nn.Module, number: int, data: Calibration, dense: Sums
+    ) -> list[LayerUpdate]:
         layers, name = self.walk.layers.get(number, []), self.walk.blocks.name_of(number)
         changes, folded = list[LayerUpdate](), PermutationResult()
         if layers:
-            data = as_calibration(self.items, number, self.walk.calibration.memory)
-            folded = permute_layers(self.method, layers, block, data, self.folds, self.permute)
-            if self.walk.weights is None:
-                self.result.folded.append(folded)
-            step = self.method, layers, self.target, block, data
-            changes = prune_step(*step, folded.measured)
-            folded.measured = None
+            changes, folded = self._step(block, layers, data)
         rows = [change.row for change in changes]
         self.result.rows += rows
         if self.walk.weights is not None:
             changes = []  # the block goes back to what it was read from
-            self.result.folded.append(PermutationResult(folded.rows, folded.refused))
         self.result.changes += changes
         if self.finished is not None:
             self.finished.put(number, name, block, Record.of(dense, rows, folded))
         return changes
+
+    def _step(
+        self, module: nn.Module, layers: Sequence[Layer], data: Calibration
+    ) -> tuple[list[LayerUpdate], PermutationResult]:
+        """Permute and prune the layers of a module, committed."""
+        folded = permute_layers(self.method, layers, module, data, self.folds, self.permute)
+        if self.walk.weights is None:
+            self.result.folded.append(folded)
+        changes = prune_step(self.method, layers, self.target, module, data, folded.measured)
+        folded.measured = None
+        if self.walk.weights is not None:
+            self.result.folded.append(PermutationResult(folded.rows, folded.refused))
+        return changes, folded

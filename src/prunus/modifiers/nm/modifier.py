@@ -15,7 +15,7 @@ from prunus.core.selection import select
 from prunus.engine.fitting import MISFITS, Misfits
 from prunus.engine.method import Method
 from prunus.engine.plan import PruningPlan, first_pass_of
-from prunus.engine.sequential.walk import Sequential
+from prunus.engine.sequential.access import Sequential
 from prunus.modifiers.base import MODIFIERS, Context
 from prunus.modifiers.fields import as_in_recipes
 from prunus.modifiers.nm.maskings import STE, Masking
