@@ -31,20 +31,28 @@ def images():
     return prunus.Calibration([torch.randn(2, 3, 8, 8)])
 
 
+INSIDE = ["depthwise", "to_six", "from_six"]
 CASES = {
     "2:4": ("magnitude", {"pattern": "2:4"}, ["depthwise", "from_six"]),
     "2:4 along outputs": ("magnitude", {"pattern": "2:4 along outputs"}, ["to_six"]),
     "blocks": ("magnitude", {"pattern": "4x1", "sparsity": 0.5}, ["to_six"]),
-    "inputs": (prunus.Wanda(), {"sparsity": 0.5}, ["depthwise"]),
-    "inputs 2:4": (prunus.SparseGPT(), {"pattern": "2:4"}, ["depthwise", "from_six"]),
-    "signals": ("magnitude", {"sparsity": 0.5, "allocator": OWL()}, ["depthwise"]),
+    "inputs": (prunus.Wanda(), {"sparsity": 0.5, "layers": INSIDE}, ["depthwise"]),
+    "inputs 2:4": (
+        prunus.SparseGPT(),
+        {"pattern": "2:4", "layers": INSIDE},
+        ["depthwise", "from_six"],
+    ),
+    "signals": (
+        "magnitude",
+        {"sparsity": 0.5, "allocator": OWL(), "layers": INSIDE},
+        ["depthwise"],
+    ),
     "groups in blocks of a Fisher": (
         prunus.OBS(block_size=6, num_grads=4, damp=1e-4),
         {"pattern": "2:4"},
         ["depthwise", "to_six", "from_six"],
     ),
 }
-INSIDE = ["depthwise", "to_six", "from_six"]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -86,7 +94,8 @@ def test_what_was_left_out_is_told_in_result_log_and_report(caplog, tmp_path):
 
 
 def test_sweeps_and_recipes_take_the_option():
-    result = prunus.sweep(Odd(), "wanda", [0.5], float_of, calibration=images(), misfits="dense")
+    how = {"layers": INSIDE, "calibration": images(), "misfits": "dense"}
+    result = prunus.sweep(Odd(), "wanda", [0.5], float_of, **how)
     assert list(result.misfits) == ["depthwise"]
     assert "do not fit, left dense: depthwise" in str(result)
     recipe = prunus.Recipe.load("modifiers: [{prune: {pattern: '2:4', misfits: dense}}]")

@@ -199,7 +199,7 @@ def _item(
     recorder.begin()
     _run_around(model, calibration, batch, recorder)
     assert recorder.stream is not None
-    others = beside(recorder.output)
+    others = recorder.keep(beside(recorder.output))
     return BlockInput(recorder.stream, recorder.arguments, batch, others, recorder.autocast)
 
 
