@@ -14,7 +14,7 @@ from prunus.stats import InputGram
 
 from tests.helpers import towers
 from tests.helpers.blocks import bert, family, gpt2, llama, opt
-from tests.helpers.towers import DECODER, EXAMPLES, LENGTH, TEXT, ids, mask
+from tests.helpers.towers import DECODER, EXAMPLES, LENGTH, TEXT, Attention, embedded, ids, mask
 from tests.oracles.layerwise import gram
 
 # transformers' progress bars
@@ -157,20 +157,6 @@ def test_what_a_first_batch_does_not_show_is_seen_in_a_later_one():
 # towers of our own
 
 
-class Attention(nn.Module):
-    """Padding is not seen by anything else."""
-
-    def __init__(self, width=8):
-        super().__init__()
-        self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
-
-    def forward(self, x, context, real=None):
-        scores = self.q(x) @ self.k(context).transpose(1, 2)
-        if real is not None:
-            scores = scores.masked_fill(~real[:, None].bool(), -1e9)
-        return x + scores.softmax(-1) @ self.v(context)
-
-
 class Pair(nn.Module):
     """Two inputs of the same shape, of which one has a mask."""
 
@@ -185,12 +171,6 @@ class Pair(nn.Module):
         words = self.words(words, words, attention_mask)
         image = self.patches(image, image)
         return self.cross(image, words, attention_mask)
-
-
-def embedded(batches, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    draw = lambda: torch.randn(EXAMPLES, LENGTH, 8, generator=generator)  # noqa: E731
-    return [{"inputs_embeds": draw(), "image": draw(), TEXT: batch[TEXT]} for batch in batches]
 
 
 def of_pair(name):
@@ -261,6 +241,15 @@ class Routed(nn.Module):
         flat = inputs_embeds.flatten(0, 1)
         first = flat[:, 0] > 0
         return self.experts[0](flat[first]).sum() + self.experts[1](flat[~first]).sum()
+
+
+def test_the_log_says_once_of_the_same_data_where_padding_counts(caplog):
+    batches = [{k: x for k, x in b.items() if k != "image"} for b in embedded(towers.text())]
+    data, model = prunus.Calibration(batches), Routed()
+    layers = list(all_layers(model))
+    for _ in range(2):
+        measure_inputs(model, {layer: InputGram(8) for layer in layers}, data)
+    assert len(caplog.records) == 1
 
 
 def test_experts_count_all_that_they_are_sent(caplog):

@@ -23,7 +23,9 @@ def ids(seed):
 
 def text(left=False, count=2):
     """One sequence."""
-    return [{"input_ids": ids(i), TEXT: mask((LENGTH, LENGTH - 2 - i), left)} for i in range(count)]
+    return [
+        {"input_ids": ids(i), TEXT: mask((LENGTH, LENGTH - 2 - i % 3), left)} for i in range(count)
+    ]
 
 
 def translations(left=False, count=2):
@@ -32,7 +34,7 @@ def translations(left=False, count=2):
         {
             **batch,
             "decoder_input_ids": ids(10 + i),
-            DECODER: mask((LENGTH - 1 - i, LENGTH), left),
+            DECODER: mask((LENGTH - 1 - i % 3, LENGTH), left),
         }
         for i, batch in enumerate(text(left, count))
     ]
@@ -165,6 +167,29 @@ def albert():
     small = {"vocab_size": VOCABULARY, "embedding_size": 8, "hidden_size": 16}
     small |= {"num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24}
     return AlbertForSequenceClassification(AlbertConfig(**small, max_position_embeddings=16))
+
+
+# attention of our own
+
+
+class Attention(nn.Module):
+    """Padding is not seen by anything else."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x, context, real=None):
+        scores = self.q(x) @ self.k(context).transpose(1, 2)
+        if real is not None:
+            scores = scores.masked_fill(~real[:, None].bool(), -1e9)
+        return x + scores.softmax(-1) @ self.v(context)
+
+
+def embedded(batches, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda: torch.randn(EXAMPLES, LENGTH, 8, generator=generator)  # noqa: E731
+    return [{"inputs_embeds": draw(), "image": draw(), TEXT: batch[TEXT]} for batch in batches]
 
 
 # encoders and decoders of our own

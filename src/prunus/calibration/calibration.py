@@ -8,7 +8,7 @@ import itertools
 import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,8 @@ class Calibration:
     memory: str | int | None = None
     """for statistics, as ``"8GiB"`` or bytes; over it, several passes over the batches are made.
     Default: four fifths of what is free"""
+    told: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
+    """what the log has said of these batches, once"""
 
     def __post_init__(self) -> None:
         if isinstance(self.batches, Iterator):

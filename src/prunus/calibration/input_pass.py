@@ -106,13 +106,13 @@ def measure_inputs(
     for layer in stats:
         if message := layer.no_inputs():
             raise ValueError(f"{message}; exclude it, or use a pruner that needs no inputs")
-    inputs = _Inputs(stats, share=True, padding=Padding(model))
+    inputs = _Inputs(stats, share=True, padding=Padding(model, calibration.told))
     batches = _pass(model, inputs, calibration)
     if not _on_all_ranks(inputs.leaders, stats, batches is not None):
         for stat in stats.values():
             for t in stat.tensors():
                 t.zero_()
-        inputs = _Inputs(stats, share=False, padding=Padding(model))
+        inputs = _Inputs(stats, share=False, padding=Padding(model, calibration.told))
         batches = _pass(model, inputs, calibration)
     leaders = [inputs.leaders.get(layer, layer) for layer in stats]
     counted = torch.tensor([batches or 0, *(inputs.rows[leader] for leader in leaders)])
@@ -151,7 +151,7 @@ def _pass(model: nn.Module, inputs: _Inputs, calibration: Calibration) -> int | 
         return count
     # weights that are used without calling their module
     uncalled = [layer for layer, miss in zip(by_call, missed, strict=True) if miss]
-    again, inputs.padding = None, Padding(model)
+    again, inputs.padding = None, Padding(model, calibration.told)
     with all_ranks().raise_on_all_ranks(), contextlib.suppress(_InputsDiverged):
         again = _run(model, inputs, calibration, [], uncalled)
         inputs.check()

@@ -114,8 +114,8 @@ class _Probe:
 class Padding:
     """Says which rows of the layers' inputs are real tokens, batch by batch."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, told: set[str]) -> None:
+        self.model, self.told = model, told
         self.kinds: dict[Any, dict[str, dict[Place, str | None]]] = {}
         """layouts of inputs, by mask, of the kinds of batches"""
         self.layouts: dict[str, dict[Place, str | None]] = {}
@@ -125,7 +125,6 @@ class Padding:
         self.watched: _Probe | None = None
         self.whole = False  # whether the probe has the batch's own length
         self.kept: dict[str, None] = {}
-        self.told: set[str] = set()
 
     @property
     def watching(self) -> bool:

@@ -19,7 +19,17 @@ from prunus.engine.sequential import walk as block_walk
 
 from tests.helpers import towers
 from tests.helpers.blocks import Block, Toy, bert, data, family, forwards, meta, saved
-from tests.helpers.towers import TRANSLATOR, SelfBlock, Translator, sentences, slowly
+from tests.helpers.towers import (
+    LENGTH,
+    TEXT,
+    TRANSLATOR,
+    Attention,
+    SelfBlock,
+    Translator,
+    embedded,
+    sentences,
+    slowly,
+)
 from tests.helpers.training import same, snapshot
 
 # transformers' progress bars
@@ -32,6 +42,7 @@ def check_as_the_slow_way(model, blocks, outside, calibration, how=True, **argum
     result = prunus.prune(
         model, "sparsegpt", calibration=calibration, sequential=how, exclude=exclude, **arguments
     )
+    arguments.pop("layers", None)
     rows = slowly(slow, blocks, outside, "sparsegpt", calibration, exclude=exclude, **arguments)
     assert result.rows == rows
     assert result.outside_blocks == outside
@@ -221,6 +232,85 @@ def test_layers_of_several_blocks_are_pruned_last_on_all_their_calls(tmp_path):
         prunus.prune(untouched, "wanda", layers="layers.*", sequential=how, **arguments)
     assert same(untouched, before)
     assert not list((tmp_path / "run").iterdir())
+
+
+class Captions(nn.Module):
+    """Words at fixed places, as many patches, and words that look at patches and patches at words."""
+
+    def __init__(self, fixed):
+        super().__init__()
+        torch.manual_seed(0)
+        self.places = nn.Parameter(torch.randn(LENGTH, 8)) if fixed else 0
+        names = ("words", "patches", "across")
+        for name in names:
+            parts = [nn.ModuleDict({"seen": Attention(), "out": nn.Linear(8, 8)}) for _ in range(2)]
+            setattr(self, name, nn.ModuleList(map(CaptionBlock, parts)))
+
+    def forward(self, inputs_embeds, image, attention_mask=None):
+        words = inputs_embeds + self.places
+        for block in self.words:
+            words = block(words, real=attention_mask)
+        for block in self.patches:
+            image = block(image)
+        for block in self.across:
+            image = block(image, context=words, real=attention_mask)
+        return image
+
+
+class CaptionBlock(nn.Module):
+    def __init__(self, parts):
+        super().__init__()
+        self.parts = parts
+
+    def forward(self, hidden_states, context=None, real=None):
+        context = hidden_states if context is None else context
+        return torch.tanh(self.parts["out"](self.parts["seen"](hidden_states, context, real)))
+
+
+@pytest.mark.parametrize("fixed", [False, True], ids=["any length", "one length"])
+def test_towers_that_take_one_length_alone_are_right_too(fixed, caplog):
+    model, batches = Captions(fixed), embedded(towers.text(count=6))
+    everywhere = copy.deepcopy(model)
+    check_as_the_slow_way(
+        model, numbered("words", "patches", "across"), [], prunus.Calibration(batches), layers="*"
+    )
+    assert "padding" not in caplog.text
+    whole = prunus.Calibration([{**batch, TEXT: torch.ones_like(batch[TEXT])} for batch in batches])
+    prunus.prune(everywhere, "sparsegpt", sparsity=0.5, calibration=whole, sequential=True)
+    assert not same(model, snapshot(everywhere))
+
+
+class Routing(Toy):
+    """Each block sends its tokens to one of two experts."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+        def forward(self, x):
+            out = x.clone()
+            for expert, sent in zip(self.experts, (x[..., 0] > 0, x[..., 0] <= 0), strict=True):
+                out[sent] = expert(x[sent])
+            return out
+
+    def __init__(self):
+        super().__init__([self.Block() for _ in range(2)])
+
+    def forward(self, inputs_embeds, attention_mask):
+        return super().forward(inputs_embeds)
+
+
+def test_the_log_says_once_where_padding_counts_in_blocks(caplog):
+    torch.manual_seed(0)
+    batches = [
+        {"inputs_embeds": torch.randn(2, LENGTH, 6), TEXT: b[TEXT]} for b in towers.text(count=4)
+    ]
+    blocks, calibration = numbered("layers"), prunus.Calibration(batches)
+    check_as_the_slow_way(Routing(), blocks, ["stem"], calibration, layers=["stem", "layers.*"])
+    assert [r.message.split(":")[0] for r in caplog.records if "padding" in r.message] == [
+        "padding counts in the statistics of layers.*.experts.*"
+    ]
 
 
 # on disk

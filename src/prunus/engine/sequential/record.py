@@ -172,7 +172,7 @@ def record(model: nn.Module, blocks: Blocks, calibration: Calibration) -> list[B
     for a model that computes something between its blocks.
     """
     items, recorder = list[BlockInput](), _Recorder(blocks)
-    kinds, told = set(), set[str]()
+    kinds = set()
     with contextlib.ExitStack() as stack:
         stack.enter_context(undisturbed(model, calibration))
         stack.enter_context(without_cache(model))
@@ -184,7 +184,7 @@ def record(model: nn.Module, blocks: Blocks, calibration: Calibration) -> list[B
             kind = kind_of(batch)
             recorder.single = kind in kinds
             items.append(_item(model, calibration, batch, recorder))
-            items[-1].told = told
+            items[-1].told = calibration.told
             if kind not in kinds and padding_masks(batch):
                 items[-1].probes = _probes(model, calibration, batch, recorder)
             kinds.add(kind)
