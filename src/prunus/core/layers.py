@@ -273,22 +273,6 @@ def all_layers(model: nn.Module) -> Iterator[Layer]:
             yield Layer(name if attribute == "weight" else parameter, parameter, module, weight)
 
 
-def tied_names(model: nn.Module) -> dict[str, str]:
-    """Names of weights that are no layers of their own: the name under which each is one.
-
-    Tied weights are known by the first of their names; empty ones are no layer, and have none.
-    """
-    first = {storage_of(layer.weight): layer.parameter_name for layer in all_layers(model)}
-    found = {}
-    for full_name, module in unwrap(model).named_modules():
-        for attribute in _weights_of(module):
-            weight, name = getattr(module, attribute), clean_name(full_name)
-            name = f"{name}.{attribute}" if name else attribute
-            if isinstance(weight, nn.Parameter) and first.get(storage_of(weight), "") != name:
-                found[name] = first.get(storage_of(weight), "")
-    return found
-
-
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's own module inside DDP and torch.compile wrappers."""
     for attribute in ("_orig_mod", "module"):
