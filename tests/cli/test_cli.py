@@ -392,3 +392,45 @@ def test_the_version_and_the_shipped_recipes_are_printed(run):
     assert "vit/magnitude-90" in screen
     assert run("list", "recipe")[0] == 2
     assert run("check", "vit/magnitude-90")[0] == 0
+
+
+ODD = """
+import torch
+
+def odd():
+    return torch.nn.Sequential(*(torch.nn.Linear(a, b) for a, b in ((8, 6), (6, 8), (8, 2))))
+
+def idle():
+    model = odd()
+    model.forward = lambda x: model[0](x)
+    return model
+"""
+
+
+def test_layers_that_do_not_fit_are_shown_and_may_be_left_dense(run, tmp_path):
+    (tmp_path / "user_module.py").write_text(MODULE + ODD)
+    recipe = "modifiers: [{prune: {pattern: '2:4', misfits: dense}}]"
+    (tmp_path / "odd.yaml").write_text(recipe)
+    code, screen, _ = run("check", "odd.yaml", "--model", "user_module:odd")
+    line = "do not fit, left dense: 1 (pattern 2:4 does not divide 6 input channels)"
+    assert code == 0
+    assert line in screen
+    prune = ["prune", "magnitude", "--pattern", "2:4", "--model", "user_module:odd"]
+    code, screen, _ = run(*prune, "--misfits", "dense", "--output", "o.safetensors")
+    assert code == 0
+    assert line in screen
+    code, _, errors = run(*prune, "--output", "o.safetensors")
+    assert code == 2
+    assert "with misfits: dense" in errors
+
+
+def test_layers_without_data_may_be_pruned_by_magnitude(run, tmp_path):
+    (tmp_path / "user_module.py").write_text(MODULE + ODD)
+    prune = ["prune", "wanda", "--sparsity", "0.5", "--calibration", "user_module:batches"]
+    prune += ["--model", "user_module:idle", "--output", "o.safetensors"]
+    code, screen, _ = run(*prune, "--unreached", "magnitude")
+    assert code == 0
+    assert "pruned by magnitude, because no calibration data tells of them: 1" in screen
+    code, _, errors = run(*prune)
+    assert code == 2
+    assert "unreached: magnitude or unreached: dense" in errors

@@ -246,7 +246,7 @@ class Layer:
         return replace(self, channels_inner=True)
 
 
-def _weights_of(module: nn.Module) -> Iterable[RawWeight]:
+def weights_of(module: nn.Module) -> Iterable[RawWeight]:
     if isinstance(module, (nn.Linear, *CONVS, *TRANSPOSED)) or _is_conv1d(module):
         return [RawWeight("weight")]
     return raw_weights(module)
@@ -279,7 +279,7 @@ def all_layers(model: nn.Module) -> Iterator[Layer]:
                 "DDP or FSDP2 (torch.distributed.fsdp.fully_shard)"
             )
         tied: set[str] = set()
-        for attribute, piece, inputs_first in _weights_of(module):
+        for attribute, piece, inputs_first in weights_of(module):
             weight = getattr(module, attribute)
             if _is_empty(weight):
                 continue
@@ -298,22 +298,6 @@ def all_layers(model: nn.Module) -> Iterator[Layer]:
             elif attribute == "weight":
                 called = name
             yield Layer(called, parameter, module, weight, False, piece, inputs_first)
-
-
-def tied_names(model: nn.Module) -> dict[str, str]:
-    """Names of weights that are no layers of their own: the name under which each is one.
-
-    Tied weights are known by the first of their names; empty ones are no layer, and have none.
-    """
-    first = {storage_of(layer.weight): layer.parameter_name for layer in all_layers(model)}
-    found = {}
-    for full_name, module in unwrap(model).named_modules():
-        for attribute, *_ in _weights_of(module):
-            weight, name = getattr(module, attribute), clean_name(full_name)
-            name = f"{name}.{attribute}" if name else attribute
-            if isinstance(weight, nn.Parameter) and first.get(storage_of(weight), "") != name:
-                found[name] = first.get(storage_of(weight), "")
-    return found
 
 
 def unwrap(model: nn.Module) -> nn.Module:

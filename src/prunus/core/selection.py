@@ -14,18 +14,10 @@ from torch import nn
 
 from prunus.core.default_dense_layers import dense_line, left_dense
 from prunus.core.fused_qkv import split_third, subtract, third_of
-from prunus.core.layers import (
-    Layer,
-    all_layers,
-    clean_name,
-    clean_parameters,
-    tied_names,
-    unwrap,
-)
-from prunus.core.masks import local
+from prunus.core.layers import Layer, all_layers, clean_name, unwrap
 from prunus.core.names import nearest
 from prunus.core.regex_alternatives import dead_alternatives
-from prunus.core.shared_memory import overlapping, shares_with_itself
+from prunus.core.ties import not_writable, refuse_overlaps, tied_names
 from prunus.core.transformed import is_transformed
 from prunus.core.unseen import unseen_weights
 
@@ -181,21 +173,6 @@ def _refuse_unseen(model: nn.Module, layers: Sequence[Layer], patterns: Sequence
             )
 
 
-def _refuse_overlaps(model: nn.Module, layers: Sequence[Layer]) -> None:
-    """Raises ValueError for a chosen weight of which another parameter has a part, and not all."""
-    parameters = {
-        name: local(p.detach())
-        for name, p in clean_parameters(model).items()
-        if not nn.parameter.is_lazy(p)
-    }
-    for name, other in overlapping(parameters, [layer.parameter_name for layer in layers]):
-        raise ValueError(
-            f"{name} and {other} share a part of their memory, so pruning one would change the "
-            f"other; give {name} memory of its own (nn.Parameter(weight.detach().clone())), or "
-            "exclude it"
-        )
-
-
 def _check(layer: Layer, tried: bool) -> None:
     """Raises ValueError for a weight that cannot be pruned; some were ``tried`` before."""
     weight, why = layer.weight, ""
@@ -206,16 +183,8 @@ def _check(layer: Layer, tried: bool) -> None:
             "is computed, not stored (is it parametrized, pruned by torch.nn.utils, or accelerated "
             "by prunus?); remove or restore that first, or exclude it"
         )
-    elif weight.is_inference() and not torch.is_inference_mode_enabled():
-        why = (
-            "was made inside torch.inference_mode, so nothing may write to it; make or load the "
-            "model outside of that (torch.no_grad does as well)"
-        )
-    elif shares_with_itself(local(weight.detach())):
-        why = (
-            "has one memory for several entries (was it expanded?); give each its own with "
-            "nn.Parameter(weight.detach().clone()), or exclude it"
-        )
+    elif not_writable(weight):
+        why = not_writable(weight)
     elif weight.dtype not in FLOATS:
         why = f"is {weight.dtype}; only floats of 16 bits or more can be pruned; exclude it"
     elif not tried and is_transformed(layer):
@@ -271,7 +240,7 @@ def select(
         )
     for layer in layers:
         _check(layer, tried=include is None)
-    _refuse_overlaps(model, layers)
+    refuse_overlaps(model, layers)
     return Selection(layers, spared, include is None)
 
 
