@@ -104,8 +104,8 @@ def prune(
         if output_dir is not None:
             recorder.save(output_dir)
     except BaseException:
-        for result in reversed(done):
-            result.undo()
+        for each in reversed(done):
+            each.undo()
         raise
     result = _result(recipe, plans, done, masks, recorder)
     result.constant_output = constant

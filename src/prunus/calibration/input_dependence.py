@@ -30,8 +30,8 @@ CONSTANT = (
     "of weights is left; lower the sparsity, exclude layers, or use an allocator such as "
     "'uniform' or 'erk'"
 )
-NO_INPUTS = ("attention_mask", "decoder_attention_mask", "head_mask", "labels", "position_ids")
-NO_INPUTS += ("token_type_ids", "cu_seqlens", "cache_position")
+NO_INPUTS = {"attention_mask", "decoder_attention_mask", "head_mask", "labels", "position_ids"}
+NO_INPUTS |= {"token_type_ids", "cu_seqlens", "cache_position"}
 SAME = 1e-6
 """largest change of an output, as a share of the output, that rounding makes"""
 
