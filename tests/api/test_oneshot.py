@@ -276,7 +276,7 @@ def test_only_the_first_batches_are_read_when_asked():
     prunus.prune(
         small_mlp(), Toy(), sparsity=0.5, calibration=prunus.Calibration(Batches(), num_batches=3)
     )
-    assert len(read) == 3
+    assert len(read) == 4  # the first once more, before: does the output depend on the input?
 
 
 @pytest.mark.parametrize("number", [np.float64(0.5), np.float32(0.5), torch.tensor(0.5)])
