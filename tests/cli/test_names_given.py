@@ -116,6 +116,7 @@ def test_a_batch_that_raises_is_told_in_the_same_way(folder):
         ("prune: {pattern: '2:4', window: {from: 1ep}}", "magnitude to 2:4, sparsity 0.5000"),
         ("prune: {allocator: {'0': 0.5}, window: {from: 1ep}}", "sparsity by table"),
         ("prune: {sparsity: 0.5}", "after step what"),
+        ("learning_rate: {from: 1, to: 0.1, window: {to: 3ep}}", "'3ep' counts epochs"),
         (
             "prune: {sparsity: {from: 0.1, to: 0.8}, window: {from: 0step, to: 9step, every: 9step}}",
             "9 magnitude to unstructured, sparsity 0.8000",
@@ -129,3 +130,9 @@ def test_check_says_how_sparse_without_knowing_the_length(
     monkeypatch.setattr(cli.out, "_width", 100)
     cli.check("r.yaml", model="given_names:net")
     assert message in " ".join(capsys.readouterr().out.split())
+
+
+def test_check_refuses_a_name_that_is_not_there_whatever_the_length(folder):
+    (folder / "r.yaml").write_text("modifiers:\n  - freeze: {parameters: [nowhere]}")
+    with pytest.raises(ValueError, match="parameter pattern 'nowhere' matches nothing"):
+        cli.check("r.yaml", model="given_names:net")

@@ -117,8 +117,8 @@ def prune(
         if output_dir is not None:
             recorder.save(output_dir)
     except BaseException:
-        for step in reversed(done):
-            step.undo()
+        for each in reversed(done):
+            each.undo()
         raise
     result = _result(recipe, plans, done, masks, spared, recorder)
     result.constant_output = constant

@@ -25,8 +25,8 @@ CONSTANT = (
     "of weights is left; lower the sparsity, exclude layers, or use an allocator such as "
     "'uniform' or 'erk'"
 )
-NO_INPUTS: tuple[str, ...] = ("attention_mask", "decoder_attention_mask", "head_mask", "labels")
-NO_INPUTS += ("position_ids", "token_type_ids", "cu_seqlens", "cache_position")
+NO_INPUTS = {"attention_mask", "decoder_attention_mask", "head_mask", "labels", "position_ids"}
+NO_INPUTS |= {"token_type_ids", "cu_seqlens", "cache_position"}
 SAME = 1e-6
 """largest change of an output, as a share of the output, that rounding makes"""
 
@@ -34,8 +34,9 @@ SAME = 1e-6
 class InputDependence:
     """Asks a model before and after it is pruned, on the first batch and on another one like it.
 
-    Tells nothing where that cannot be tried: without data, of models that are sharded or have no
-    weights yet, and of inputs that cannot be changed.
+    Tells nothing where that cannot be tried: without data, with a ``forward`` of somebody's own
+    (which returns a loss), of models that are sharded or have no weights yet, and of inputs that
+    cannot be changed.
     """
 
     def __init__(self, model: nn.Module, calibration: Calibration | None) -> None:
@@ -56,7 +57,9 @@ class InputDependence:
 
     def _depends(self) -> bool | None:
         data, model = self.calibration, self.model
-        if data is None or needs_all_ranks(model) or any(p.is_meta for p in model.parameters()):
+        if data is None or data.forward is not None or needs_all_ranks(model):
+            return None
+        if any(p.is_meta for p in model.parameters()):
             return None
         try:
             with undisturbed(model, data), torch.no_grad():
@@ -70,9 +73,9 @@ class InputDependence:
 
 
 def _output(model: nn.Module, data: Calibration, batch: Batch) -> Any:
-    """What the model puts out, not its loss, unless that is all that is known."""
+    """What the model puts out, not its loss."""
     torch.manual_seed(0)  # for models that draw numbers in evaluation, too
-    if isinstance(batch, Mapping) and data.forward is None:
+    if isinstance(batch, Mapping):
         cached = {"use_cache": False} if batch.get("use_cache") else {}
         return model(**to_device({**batch, **cached}, next(model.parameters()).device))
     return replace(data, loss_fn=None).run(model, batch)

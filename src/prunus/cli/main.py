@@ -125,7 +125,8 @@ def check(
         runs = [modifier.bind(context) for modifier in loaded.modifiers]
     except ValueError as error:
         at_once = [m for m in loaded.modifiers if m.one_shot and isinstance(m, OneShotModifier)]
-        if steps_per_epoch is not None or not at_once:
+        unknown = "steps_per_epoch" in str(error)  # how long training is, and nothing else
+        if steps_per_epoch is not None or not (at_once or unknown):
             raise
         out.print(f"shown as a one-shot run, without --steps-per-epoch ({error})")
         for modifier in at_once:
