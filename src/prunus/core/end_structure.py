@@ -106,17 +106,15 @@ class _Part:
 
     @property
     def last(self) -> list[Layer]:
-        """The last layer; of a list of heads, that of each, as of layers side by side in a list."""
-        if isinstance(self.module, nn.ModuleList):
-            parts = self.children()
+        """The last layer; of parallel parts, and of a list that is no chain, that of each."""
+        parts, module = self.children(), self.module
+        if isinstance(module, nn.ModuleList):
             chain = any(a.feeds(b) for a, b in itertools.pairwise(parts))
-            return [] if chain else [layer for part in parts for layer in part.last]
-        for module in self.module.modules():
-            if isinstance(module, nn.ModuleList) and not _is_blocks(module):
-                each = _Part(module, self.layers)
-                if each.layers[-1:] == self.layers[-1:] and each.last:
-                    return each.last
-        return self.layers[-1:]
+            return self.layers[-1:] if chain else [x for part in parts for x in part.last]
+        parallel = _parallel(module, parts) or parts[-1:]
+        stages = any(_is_blocks(part.module) for part in parallel)
+        found = [] if stages else [x for part in parallel for x in part.last]
+        return found or self.layers[-1:]
 
     def feeds(self, other: _Part) -> bool:
         """Whether what it puts out is as wide as what the other one reads."""
@@ -147,10 +145,15 @@ def _last(part: _Part) -> list[Layer]:
 
 def _parallel(module: nn.Module, parts: Sequence[_Part]) -> list[_Part]:
     """The last part and those right before it that read as much and do not feed it, if any."""
+    if not parts:
+        return []
     last, found = parts[-1], [parts[-1]]
     for part in () if isinstance(module, nn.Sequential) else parts[-2::-1]:
-        width = _inputs(last.layers[0])
-        if _inputs(part.layers[0]) != width or _outputs(part.layers[-1]) == width:
+        first, width = last.layers[0], _inputs(last.layers[0])
+        if first.kind != part.layers[0].kind or _inputs(part.layers[0]) != width:
+            break
+        shuffles = isinstance(first.module, CONVS) and _outputs(part.layers[-1]) % width == 0
+        if shuffles or _outputs(part.layers[-1]) == width:
             break
         found.insert(0, part)
     return found if len(found) > 1 else []
