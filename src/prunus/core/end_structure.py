@@ -14,8 +14,8 @@ from prunus.core.layers import CONVS, Layer, unwrap
 PATCHES = re.compile(r"(^|\.)patch_(embed|proj)\w*(\.|$)")
 PIXELS = (1, 3)
 """channels of recordings, grey images and coloured ones"""
-HEADS = re.compile(r"head|(?!pre_)\w*(classifier|lm_head|(class|bbox)_(embed|predictor))")
-"""what heads inside larger parts are called"""
+HEADS = re.compile(r"(?!pre_)\w*(classifier|lm_head|(class|bbox)_(embed|predictor))")
+"""what heads inside larger parts are called; a layer of its own may be called ``head`` as well"""
 
 
 def _outputs(layer: Layer) -> int:
@@ -135,12 +135,19 @@ def _last(part: _Part) -> list[Layer]:
         return own or []
     if not parts:
         return part.layers[-1:]
-    base = getattr(module, "base_model", module)  # transformers
-    numbers = [i for i, p in enumerate(parts) if p.module is base and base is not module]
-    numbers = numbers or [i for i, p in enumerate(parts) if p.has_blocks]
-    after = parts[numbers[-1] + 1 :] if numbers else _parallel(module, parts)
+    after = _beside_base(module, parts)
+    if not after:
+        numbers = [i for i, p in enumerate(parts) if p.has_blocks]
+        after = parts[numbers[-1] + 1 :] if numbers else _parallel(module, parts)
     ends = [p for i, p in enumerate(after) if not any(p.feeds(q) for q in after[i + 1 :])]
     return [layer for p in ends for layer in p.last] if ends else _last(parts[-1])
+
+
+def _beside_base(module: nn.Module, parts: Sequence[_Part]) -> Sequence[_Part]:
+    """What transformers' models have after what they call their base model, or else before it."""
+    base = getattr(module, "base_model", module)
+    number = next((i for i, p in enumerate(parts) if p.module is base is not module), None)
+    return [] if number is None else parts[number + 1 :] or parts[:number]
 
 
 def _parallel(module: nn.Module, parts: Sequence[_Part]) -> list[_Part]:
@@ -169,6 +176,7 @@ def _called_head(model: nn.Module, layers: Sequence[Layer]) -> list[Layer]:
         parts = {name: part for name, part in parts.items() if part.layers}
         for i, (name, part) in enumerate(parts.items() if module not in inside else ()):
             later = list(parts.values())[i + 1 :]
-            if HEADS.fullmatch(name) and not any(map(part.feeds, later)):
+            named = HEADS.fullmatch(name) or (name == "head" and not part.children())
+            if named and not any(map(part.feeds, later)):
                 found += part.last
     return found
