@@ -5,8 +5,7 @@ import pytest
 from prunus.core.default_dense_layers import COMPUTED, READS, ROUTES, WRITES, left_dense
 from prunus.core.layers import all_layers
 
-from research.zoo.images import IMAGES
-from research.zoo.texts import TEXTS
+from research.zoo.all import ARCHITECTURES
 from research.zoo.timms import TIMM
 
 # transformers' progress bars, and what timm calls itself by old names
@@ -134,7 +133,7 @@ def expected(text):
 @pytest.mark.parametrize("name", ROWS)
 def test_the_ends_of_many_architectures_stay_dense_and_nothing_else(name):
     pytest.importorskip("timm" if name in TIMM else "transformers")
-    architecture = {**TEXTS, **IMAGES, **TIMM}[name]
+    architecture = ARCHITECTURES[name]
     model, batch = architecture.build().eval(), architecture.batch()
     layers = list(all_layers(model))
     traced, structure = ROWS[name]
