@@ -145,4 +145,3 @@ WAVE = {
     "mask_time_length": 2,
     "apply_spec_augment": False,
 }
-ARCHITECTURES: dict[str, Architecture] = {}

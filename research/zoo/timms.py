@@ -22,7 +22,7 @@ TRANSFORMERS = {
     "swin": timm("swin_tiny_patch4_window7_224", **WINDOWS),
     "swinv2": timm("swinv2_tiny_window8_256", **WINDOWS),
     "pit": timm("pit_ti_224", size=224, depth=(1, 1, 1), base_dims=(8, 8, 8), heads=(2, 2, 2)),
-    "pvt-v2": timm("pvt_v2_b0", depths=(1, 1, 1, 1)),
+    "pvt-v2": timm("pvt_v2_b0", depths=(1, 1, 1, 1), embed_dims=(16, 16, 40, 64)),
     "twins": timm(
         "twins_svt_small",
         depths=(1, 1, 1, 1),
@@ -30,7 +30,9 @@ TRANSFORMERS = {
         num_heads=(1, 2, 2, 2),
         img_size=SIZE,
     ),
-    "levit": timm("levit_128s", size=224, depth=(1, 1, 1)),
+    "levit": timm(
+        "levit_128s", size=224, depth=(1, 1, 1), embed_dim=(32, 48, 64), num_heads=(2, 3, 4)
+    ),
     "mobilevit": timm("mobilevit_xxs"),
     "maxvit": timm(
         "maxvit_rmlp_pico_rw_256",
@@ -56,13 +58,12 @@ TRANSFORMERS = {
 }
 MIXERS = {
     "mlp-mixer": timm("MlpMixer", **MIXER),
-    "gmlp": timm("gmlp_ti16_224", img_size=SIZE),
     "convmixer": timm("ConvMixer", dim=32, depth=2, num_classes=10),
     "poolformer": timm("MetaFormer", depths=(1, 1, 1, 1), dims=(16, 16, 32, 32), num_classes=10),
 }
 CONVOLUTIONS = {
-    "resnet10": timm("resnet10t"),
-    "resnet-backbone": timm("resnet10t", num_classes=0),
+    "resnet10": timm("resnet10t", channels=(16, 16, 32, 32)),
+    "resnet-backbone": timm("resnet10t", channels=(16, 16, 32, 32), num_classes=0),
     "resnext": timm("resnext50_32x4d", layers=(1, 1, 1, 1), channels=(16, 16, 32, 32)),
     "seresnet": timm("seresnet18", layers=(1, 1, 1, 1), channels=(16, 16, 32, 32)),
     "resnetv2": timm("resnetv2_50", layers=(1, 1, 1, 1), channels=(32, 32, 64, 64)),
@@ -84,10 +85,9 @@ CONVOLUTIONS = {
     "nfnet": timm("nf_regnet_b0"),
     "vgg": timm("VGG", cfg=[16, "M", 32, "M", 32, "M"], mlp_ratio=0.01, num_classes=10),
     "dla": timm("dla46_c"),
-    "hrnet": timm("hrnet_w18_small"),
     "vovnet": timm("ese_vovnet19b_slim_dw"),
     "cspnet": timm("cs3darknet_s"),
-    "fastvit": timm("fastvit_t8"),
+    "fastvit": timm("fastvit_t8", layers=(1, 1, 1, 1), embed_dims=(16, 32, 64, 128)),
     "starnet": timm("starnet_s1"),
 }
 TIMM = {f"timm {name}": each for name, each in {**TRANSFORMERS, **MIXERS, **CONVOLUTIONS}.items()}

@@ -2,16 +2,15 @@
 
 import pytest
 
-from prunus.core.default_dense_layers import READS, ROUTES, WRITES, left_dense
+from prunus.core.default_dense_layers import COMPUTED, READS, ROUTES, WRITES, left_dense
 from prunus.core.layers import all_layers
 
-from research.zoo.images import IMAGES
-from research.zoo.texts import TEXTS
+from research.zoo.all import ARCHITECTURES
 from research.zoo.timms import TIMM
 
 # transformers' progress bars, and what timm calls itself by old names
 pytestmark = pytest.mark.filterwarnings("ignore")
-REASONS = {"reads": READS, "writes": WRITES, "routes": ROUTES}
+REASONS = {"reads": READS, "writes": WRITES, "routes": ROUTES, "computes": COMPUTED}
 
 TABLE = {
     "llama": "writes lm_head",
@@ -74,7 +73,8 @@ TABLE = {
     "writes visual_projection text_projection",
     "vilt": "reads vilt.embeddings.patch_embeddings.projection; writes classifier.3",
     "llava": "reads model.vision_tower.embeddings.patch_embedding; writes lm_head",
-    "wav2vec2": "reads wav2vec2.feature_extractor.conv_layers.0.conv; writes lm_head",
+    "wav2vec2": "reads wav2vec2.feature_extractor.conv_layers.0.conv; "
+    "computes wav2vec2.encoder.pos_conv_embed.conv; writes lm_head",
     "whisper": "reads model.encoder.conv1; writes proj_out",
     "ast": "reads audio_spectrogram_transformer.embeddings.patch_embeddings.projection; "
     "writes classifier.dense",
@@ -106,7 +106,8 @@ STRUCTURE = {
         "mask_decoder.output_hypernetworks_mlps.3.proj_out "
         "mask_decoder.iou_prediction_head.proj_out",
         "reads vision_encoder.patch_embed.projection prompt_encoder.mask_embed.conv1; "
-        "writes mask_decoder.iou_prediction_head.layers.0",
+        "writes mask_decoder.iou_prediction_head.proj_out "
+        "mask_decoder.iou_prediction_head.layers.0",
     ),
     # that a head is for training only
     "upernet": (
@@ -132,7 +133,7 @@ def expected(text):
 @pytest.mark.parametrize("name", ROWS)
 def test_the_ends_of_many_architectures_stay_dense_and_nothing_else(name):
     pytest.importorskip("timm" if name in TIMM else "transformers")
-    architecture = {**TEXTS, **IMAGES, **TIMM}[name]
+    architecture = ARCHITECTURES[name]
     model, batch = architecture.build().eval(), architecture.batch()
     layers = list(all_layers(model))
     traced, structure = ROWS[name]

@@ -85,8 +85,7 @@ def _ends(
     if seen is not None:
         reached = set(seen.reached)
         reading = seen.reading + [x for x in reading if x not in reached]
-        own = end_structure.own_heads(unwrap(model), layers)
-        if own is None:
+        if seen.writing and end_structure.own_heads(unwrap(model), layers) is None:
             named = end_structure.output_embeddings(unwrap(model), layers)
             unreached = [x for x in writing if x not in reached]
             writing = [x for x in seen.writing if x not in reading] + named + unreached

@@ -14,8 +14,8 @@ from prunus.core.layers import CONVS, Layer, unwrap
 PATCHES = re.compile(r"(^|\.)patch_(embed|proj)\w*(\.|$)")
 PIXELS = (1, 3)
 """channels of recordings, grey images and coloured ones"""
-HEADS = re.compile(r"head|(?!pre_)\w*(classifier|lm_head|(class|bbox)_(embed|predictor))")
-"""what heads inside larger parts are called"""
+HEADS = re.compile(r"(?!pre_)\w*(classifier|lm_head|(class|bbox)_(embed|predictor))")
+"""what heads inside larger parts are called; a layer of its own may be called ``head`` as well"""
 
 
 def _outputs(layer: Layer) -> int:
@@ -106,17 +106,15 @@ class _Part:
 
     @property
     def last(self) -> list[Layer]:
-        """The last layer; of a list of heads, that of each, as of layers side by side in a list."""
-        if isinstance(self.module, nn.ModuleList):
-            parts = self.children()
+        """The last layer; of parallel parts, and of a list that is no chain, that of each."""
+        parts, module = self.children(), self.module
+        if isinstance(module, nn.ModuleList):
             chain = any(a.feeds(b) for a, b in itertools.pairwise(parts))
-            return [] if chain else [layer for part in parts for layer in part.last]
-        for module in self.module.modules():
-            if isinstance(module, nn.ModuleList) and not _is_blocks(module):
-                each = _Part(module, self.layers)
-                if each.layers[-1:] == self.layers[-1:] and each.last:
-                    return each.last
-        return self.layers[-1:]
+            return self.layers[-1:] if chain else [x for part in parts for x in part.last]
+        parallel = _parallel(module, parts) or parts[-1:]
+        stages = any(_is_blocks(part.module) for part in parallel)
+        found = [] if stages else [x for part in parallel for x in part.last]
+        return found or self.layers[-1:]
 
     def feeds(self, other: _Part) -> bool:
         """Whether what it puts out is as wide as what the other one reads."""
@@ -137,20 +135,32 @@ def _last(part: _Part) -> list[Layer]:
         return own or []
     if not parts:
         return part.layers[-1:]
-    base = getattr(module, "base_model", module)  # transformers
-    numbers = [i for i, p in enumerate(parts) if p.module is base and base is not module]
-    numbers = numbers or [i for i, p in enumerate(parts) if p.has_blocks]
-    after = parts[numbers[-1] + 1 :] if numbers else _parallel(module, parts)
+    after = _beside_base(module, parts)
+    if not after:
+        numbers = [i for i, p in enumerate(parts) if p.has_blocks]
+        after = parts[numbers[-1] + 1 :] if numbers else _parallel(module, parts)
     ends = [p for i, p in enumerate(after) if not any(p.feeds(q) for q in after[i + 1 :])]
     return [layer for p in ends for layer in p.last] if ends else _last(parts[-1])
 
 
+def _beside_base(module: nn.Module, parts: Sequence[_Part]) -> Sequence[_Part]:
+    """What transformers' models have after what they call their base model, or else before it."""
+    base = getattr(module, "base_model", module)
+    number = next((i for i, p in enumerate(parts) if p.module is base is not module), None)
+    return [] if number is None else parts[number + 1 :] or parts[:number]
+
+
 def _parallel(module: nn.Module, parts: Sequence[_Part]) -> list[_Part]:
     """The last part and those right before it that read as much and do not feed it, if any."""
+    if not parts:
+        return []
     last, found = parts[-1], [parts[-1]]
     for part in () if isinstance(module, nn.Sequential) else parts[-2::-1]:
-        width = _inputs(last.layers[0])
-        if _inputs(part.layers[0]) != width or _outputs(part.layers[-1]) == width:
+        first, width = last.layers[0], _inputs(last.layers[0])
+        if first.kind != part.layers[0].kind or _inputs(part.layers[0]) != width:
+            break
+        shuffles = isinstance(first.module, CONVS) and _outputs(part.layers[-1]) % width == 0
+        if shuffles or _outputs(part.layers[-1]) == width:
             break
         found.insert(0, part)
     return found if len(found) > 1 else []
@@ -166,6 +176,7 @@ def _called_head(model: nn.Module, layers: Sequence[Layer]) -> list[Layer]:
         parts = {name: part for name, part in parts.items() if part.layers}
         for i, (name, part) in enumerate(parts.items() if module not in inside else ()):
             later = list(parts.values())[i + 1 :]
-            if HEADS.fullmatch(name) and not any(map(part.feeds, later)):
+            named = HEADS.fullmatch(name) or (name == "head" and not part.children())
+            if named and not any(map(part.feeds, later)):
                 found += part.last
     return found

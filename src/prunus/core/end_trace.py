@@ -47,7 +47,8 @@ class Origin(NamedTuple):
     """weights whose products others have read on the way to it"""
     stream: bool = False
     """whether something has been added to what it was computed from, as blocks do"""
-    detached: bool = False
+    held: int = 0
+    """what it consisted of when it was detached: a starting point for what is added to it"""
     depth: int = 0
     """0: not of the input, 1: of the input as it was given, 2: of what weights made of it"""
 
@@ -114,9 +115,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for name, value in _named(output):
             for origin in map(self.of, _tensors(value)):
                 if INNER.search(name):
-                    self.inner |= origin.wrote
+                    self.inner |= origin.wrote or origin.held
                 elif not origin.stream:
-                    self.writing |= origin.wrote
+                    self.writing |= origin.wrote or origin.held
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -146,7 +147,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if PRODUCTS.fullmatch(name) and weights and joined.depth:
             return self._product(operands, origins, weights)
         if name == "detach":
-            return joined._replace(detached=True)
+            held = 0 if joined.stream else joined.wrote | joined.held
+            return joined._replace(wrote=0, held=held, stream=False)
         if name in SUMS:
             return joined._replace(stream=_is_stream(origins))
         return joined
@@ -203,11 +205,10 @@ def _joined(origins: Sequence[Origin]) -> Origin:
     depth = max((origin.depth for origin in origins), default=0)
     # an input that meets what was made of it is an input no more
     raw = [origin for origin in origins if origin.batch] if depth < 2 else []
-    weights, wrote, read = (
+    weights, wrote, read, held = (
         reduce(or_, (getattr(origin, name) for origin in origins), 0)
-        for name in ("weights", "wrote", "read")
+        for name in ("weights", "wrote", "read", "held")
     )
-    made = [origin for origin in origins if origin.wrote]
     return Origin(
         batch=max((origin.batch for origin in raw), default=0),
         pixels=any(origin.pixels for origin in raw),
@@ -215,16 +216,12 @@ def _joined(origins: Sequence[Origin]) -> Origin:
         wrote=wrote | (weights & ~UNSEEN if depth else 0),
         read=read,
         stream=any(origin.stream for origin in origins),
-        detached=bool(made) and all(origin.detached for origin in made),
+        held=held,
         depth=depth,
     )
 
 
 def _is_stream(origins: Sequence[Origin]) -> bool:
-    """Whether something is added to what it was computed from, now or before.
-
-    What is detached is a starting point for corrections (of boxes, say), not such a stream.
-    """
-    parts = [origin for origin in origins if origin.wrote and not origin.detached]
-    added = any(a.wrote & b.read for a in parts for b in parts if a is not b)
-    return added or any(origin.stream for origin in parts)
+    """Whether something is added to what it was computed from, now or before."""
+    added = any(a.wrote & b.read for a in origins for b in origins if a is not b)
+    return added or any(origin.stream for origin in origins)
