@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus.allocators import ALLOCATORS
+from prunus.allocators import ALLOCATORS, Table
 from prunus.api.arguments import AllocatorLike, as_allocator, as_names, as_pruner, norms_data
 from prunus.api.results import Evaluate, SweepResult
 from prunus.calibration.batch_norm import put_back
@@ -73,6 +73,8 @@ def sweep(
         raise ValueError(f"pattern '{pattern}' has one sparsity only; use prune instead of sweep")
     chosen = select(model, None if layers is None else as_names(layers), as_names(exclude))
     fitted, unfit = fitting_layers(method, chosen.layers, misfits)
+    if isinstance(method.allocator, Table):
+        method.allocator.check([layer.name for layer in fitted], unfit)
     check_reachable(fitted, method.pattern, min(sparsities))
     prune_to = prepare_sweep(method, fitted, model, calibration)
     norms = norms_data(recalibrate, calibration)
