@@ -7,6 +7,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import prunus
 
+from tests.distributed.workers import fully_shard
+
 METHODS = {
     "wanda": (prunus.Wanda(), {}),
     "owl": (prunus.Wanda(), {"allocator": "owl"}),
@@ -69,6 +71,21 @@ def _on_rank(method, unreached):
     return pruned(torch.distributed.get_rank(), method, unreached)
 
 
+def _sharded(method):
+    """Which layers were without data, and the zeros of all, over the ranks' parts."""
+    pruner, options = METHODS[method]
+    torch.manual_seed(0)
+    model = Model().double()
+    for module in (*model.blocks, model):
+        fully_shard(module)
+    x = torch.randn(4, 8, dtype=torch.float64)
+    x[:, 0] = x[:, 0].abs() * (1 if torch.distributed.get_rank() else -1)
+    data = prunus.Calibration([(x, torch.randn(4, 2, dtype=torch.float64))], mse)
+    what = {"sparsity": 0.5, "layers": "blocks.*", "calibration": data, **options}
+    result = prunus.prune(model, pruner, unreached="magnitude", **what)
+    return result.unreached, {row.name: row.zeros for row in result.rows}
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_ranks_agree_on_what_nobodys_data_reached(ranks, method):
     weights, unreached = pruned(None, method, "dense")
@@ -80,3 +97,12 @@ def test_ranks_agree_on_what_nobodys_data_reached(ranks, method):
     for error in ranks(_on_rank, method, "error"):
         assert "blocks.0.never" in error
         assert "plus" not in error
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "obs"])
+def test_so_they_do_where_weights_are_sharded(ranks, method):
+    (unreached, zeros), other = ranks(_sharded, method)
+    assert (unreached, zeros) == other
+    assert unreached == {"blocks.0.never": "magnitude", "blocks.1.never": "magnitude"}
+    assert sum(zeros.values()) == 6 * 32
+    assert zeros["blocks.0.never"] == 32

@@ -103,6 +103,19 @@ def test_sweeps_and_recipes_take_the_option():
     assert list(prunus.prune(Odd(), recipe).misfits) == ["depthwise", "from_six"]
 
 
+def test_a_table_may_name_what_is_left_dense():
+    table = {"depthwise": 0.5, "to_six": 0.5, "from_six": 0.25}
+    what = {"allocator": table, "calibration": images(), "misfits": "dense"}
+    result = prunus.prune(Odd(), "wanda", **what)
+    assert [round(row.sparsity, 2) for row in result.rows] == [0.5, 0.25]
+    with pytest.raises(ValueError, match="'depthwize' matches no pruned layer; did you mean 'dep"):
+        prunus.prune(Odd(), "wanda", **{**what, "allocator": {"depthwize": 0.5, "*": 0.5}})
+    with pytest.raises(ValueError, match="'depthwize' matches no pruned layer; did you mean 'dep"):
+        prunus.sweep(
+            Odd(), "wanda", [0.5], float_of, **{**what, "allocator": {"depthwize": 0.5, "*": 0.5}}
+        )
+
+
 def float_of(model):
     return float(prunus.sparsity(model))
 

@@ -203,6 +203,14 @@ def test_an_allocators_signals_come_from_what_was_reached(sequential):
         prunus.prune(Blocks(), "wanda", unreached="dense", **{**what, "layers": alone[:1]})
 
 
+def test_a_table_may_name_what_no_data_reaches():
+    table = {"first": 0.5, "hot": 0.25, "cold": 0.25, "never": 0.75}
+    for unreached, cold in (("dense", [0, 0]), ("magnitude", [0.25, 0.75])):
+        what = {"allocator": table, "calibration": inputs(), "unreached": unreached}
+        result = prunus.prune(Routed(), "wanda", layers=EXPERTS, **what)
+        assert [row.sparsity for row in result.rows] == [0.5, 0.25, *cold]
+
+
 def test_permuting_leaves_alone_what_it_knows_nothing_of():
     class Mlp(nn.Module):
         def __init__(self):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus.allocators import ALLOCATORS
+from prunus.allocators import ALLOCATORS, Table
 from prunus.api.arguments import (
     AllocatorLike,
     as_allocator,
@@ -116,6 +116,8 @@ class _Swept:
         chosen = without_depthwise(self.method, selection).layers
         fitted, unfit = fitting_layers(self.method, chosen, misfits)
         result.misfits |= unfit
+        if isinstance(self.method.allocator, Table):
+            self.method.allocator.check([layer.name for layer in fitted], unfit)
         if self.method.pattern.fixed is None:
             check_reachable(fitted, self.method.pattern, min(self.sparsities))
         return fitted

@@ -67,7 +67,7 @@ class PruningPlan:
         if self.permute is not None:
             self.folds = plan_folds(self.method, self.layers, self.model, self.permute)
         if isinstance(self.method.allocator, Table):  # now, not in the middle of training
-            self.method.allocator.rates([layer.name for layer in self.layers])
+            self.method.allocator.check([layer.name for layer in self.layers], self.misfits)
 
     @property
     def spared(self) -> dict[str, str]:
