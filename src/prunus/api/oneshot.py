@@ -61,8 +61,12 @@ def prune(
     blocks, True to find it, or a `Sequential` that says where the blocks are meanwhile.
     ``permute``, for N:M, regroups input channels first: `lsa`, `reallocate`, or a `Permute`.
 
-    Raises ValueError with the remedy if anything does not fit; the model is then untouched, as it
-    is after an interrupt, and ``output_dir`` too.
+    Where there is calibration data, the result also says whether the model's output has ceased to
+    depend on its input.
+
+    Raises ValueError with the remedy if anything does not fit, or data-parallel ranks were asked
+    for different things; the model is then untouched, as it is after an interrupt, and
+    ``output_dir`` too.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> result = prunus.prune(model, "ria", pattern="2:4", layers=["0"],
