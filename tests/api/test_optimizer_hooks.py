@@ -111,3 +111,12 @@ def test_two_optimizers_in_one_are_one_step():
         list(train(model, optimizer, 3))
         assert session.step == 3
     assert session.sparsity == pytest.approx(0.75, abs=0.01)
+
+
+def test_an_inner_optimizer_that_is_stepped_by_itself_is_told_once(caplog):
+    model = net()
+    inner = sgd(model.parameters())
+    with prunus.attach(model, Lookahead(inner), AT_ONCE) as session:
+        list(train(model, inner, 3))
+        assert session.step == 0
+    assert caplog.text.count("SGD has stepped outside of step() of the optimizer") == 1

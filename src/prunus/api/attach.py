@@ -42,7 +42,8 @@ def attach(
     or a function.
 
     Raises ValueError (RecipeError for the recipe's own faults) with the remedy if something does
-    not fit; the model, the optimizer and the loop are then untouched.
+    not fit, or data-parallel ranks were given different recipes, lengths or kinds of calibration;
+    the model, the optimizer and the loop are then untouched, on all ranks.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -71,8 +71,12 @@ def prune(
     be measured; ``unreached`` says what becomes of layers about which the data tells nothing:
     `error`, `magnitude` or `dense`. The result names both.
 
-    Raises ValueError with the remedy if anything does not fit; the model is then untouched, as it
-    is after an interrupt, and ``output_dir`` too.
+    Where there is calibration data, the result also says whether the model's output has ceased to
+    depend on its input.
+
+    Raises ValueError with the remedy if anything does not fit, or data-parallel ranks were asked
+    for different things; the model is then untouched, as it is after an interrupt, and
+    ``output_dir`` too.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> result = prunus.prune(model, "ria", pattern="2:4", layers=["0"],

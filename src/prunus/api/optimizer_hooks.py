@@ -48,23 +48,35 @@ class StepHooks:
         self, optimizer: torch.optim.Optimizer, before: Before, after: Callable[..., None]
     ) -> None:
         plain: Any = torch.compiler.disable  # a compiled step leaves its graph for our hooks
-        self._before = before
+        self._before, self._after = before, after
+        self._within = self._told = False
         self.inner = [each for each in wrapped_optimizers(optimizer) if each is not optimizer]
         self.stepped = True
         self.handles = [
             optimizer.register_step_pre_hook(plain(self._begin)),
-            optimizer.register_step_post_hook(plain(after)),
+            optimizer.register_step_post_hook(plain(self._end)),
         ]
         for each in self.inner:
             innermost(each)
             self.handles.append(each.register_step_post_hook(plain(self._note)))
 
     def _begin(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.stepped = not self.inner
+        self.stepped, self._within = not self.inner, True
         return self._before(optimizer, args, kwargs)
 
-    def _note(self, *_: Any) -> None:
+    def _end(self, *args: Any) -> None:
+        self._within = False
+        self._after(*args)
+
+    def _note(self, inner: torch.optim.Optimizer, *_: Any) -> None:
         self.stepped = True
+        if not (self._within or self._told):
+            self._told = True
+            log.warning(
+                "%s has stepped outside of step() of the optimizer that was attached, which then "
+                "neither counts nor masks; attach the one that your loop steps",
+                type(inner).__name__,
+            )
 
     def remove(self) -> None:
         for handle in self.handles:

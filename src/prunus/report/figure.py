@@ -147,14 +147,15 @@ def _left_out(values: list[float]) -> str:
 
 
 def _swept(axis: Any, *, name: str, lines: dict[str, Points]) -> None:
-    for (pruner, points), colour in zip(lines.items(), cycle((ORANGE, PLUM, BLUE, GREEN, GREY))):
+    looks = [(colour, mark) for mark in "os^D" for colour in (ORANGE, PLUM, BLUE, GREEN, GREY)]
+    for (pruner, points), (colour, mark) in zip(lines.items(), cycle(looks), strict=False):
         spans = _over_seeds(points)
-        axis.plot([100 * s for s, *_ in spans], [mean for _, _, mean, _ in spans], "o-",
-                  color=colour, linewidth=1.5, markersize=4, label=pruner)  # fmt: skip
+        axis.plot([100 * s for s, *_ in spans], [mean for _, _, mean, _ in spans],
+                  f"{mark}-", color=colour, linewidth=1.5, markersize=4, label=pruner)  # fmt: skip
         wide = [(100 * s, low, high) for s, low, _, high in spans if high > low]
         axis.vlines(*zip(*wide, strict=True) if wide else ([], [], []), color=colour, linewidth=1)
     if len(lines) > 1:
-        axis.legend(loc="lower left", fontsize=7.5, frameon=False, labelcolor=INK)
+        axis.legend(loc="best", fontsize=7.5, frameon=False, labelcolor=INK)
     values = [value for points in lines.values() for value in _drawable(points)]
     seeds = max(Counter(s for s, _ in points).most_common(1)[0][1] for points in lines.values())
     over = f"; means and ranges of {seeds} seeds" if seeds > 1 else ""
