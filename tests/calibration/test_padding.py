@@ -261,6 +261,22 @@ def test_experts_count_all_that_they_are_sent(caplog):
     assert "experts.*" in caplog.text
 
 
+def test_what_one_mask_does_not_tell_another_may(caplog):
+    """The encoder takes all of its tokens only, and cannot say which of them are padding."""
+    model, batches = family(towers.t5), towers.translations()
+
+    def whole(module, args, kwargs):
+        ids = kwargs["input_ids"]
+        if ids.shape[1] != LENGTH or not any(torch.equal(ids, b["input_ids"]) for b in batches):
+            raise ValueError("other tokens")
+
+    model.encoder.register_forward_pre_hook(whole, with_kwargs=True)
+    check(model, batches, lambda name: DECODER if of_translation(name) == DECODER else None)
+    assert "encoder.block" in caplog.text
+    assert "lm_head" not in caplog.text
+    assert "decoder.block.*.layer.*.SelfAttention" not in caplog.text
+
+
 def test_inputs_of_which_none_is_known_to_be_the_masks_keep_all_rows(caplog):
     class Two(nn.Module):
         def __init__(self):
@@ -335,10 +351,17 @@ def test_random_numbers_are_what_they_were_without_padding():
     assert all(torch.equal(a, b) for a, b in zip(whole, seen[1], strict=True))
 
 
-def test_a_batch_is_not_changed_by_what_is_tried_with_it():
-    batches = towers.translations()
+@pytest.mark.parametrize("encoded", [False, True], ids=["dictionary", "BatchEncoding"])
+def test_a_batch_is_not_changed_by_what_is_tried_with_it(encoded):
+    from transformers import BatchEncoding
+
+    model, batches = family(towers.t5).double(), towers.translations()
     before = copy.deepcopy(batches)
-    measured(family(towers.t5).double(), batches)
+    batches = [BatchEncoding(batch) for batch in batches] if encoded else batches
+    stats = measured(model, batches)
+    assert stats["encoder.block.0.layer.0.SelfAttention.q"].count == sum(
+        int(batch[TEXT].sum()) for batch in before
+    )
     for a, b in zip(batches, before, strict=True):
         assert a.keys() == b.keys()
         assert all(torch.equal(a[key], b[key]) for key in a)

@@ -117,6 +117,13 @@ def test_depthwise_convolutions_stay_dense_by_default_where_inputs_are_measured(
     assert "1" in [r.name for r in prunus.prune(model, "magnitude", sparsity=0.6).rows]
 
 
+def test_tables_mean_stacks_and_single_experts():
+    raw, _ = PAIRS["experts"].made()
+    table = {"up_proj[1]": 0.25, "up_proj": 0.5, "down_proj": 0.75}
+    result = prunus.prune(raw, "magnitude", layers=["*"], allocator=table)
+    assert [row.sparsity for row in result.rows] == [0.5, 0.25, 0.5, 0.75, 0.75, 0.75]
+
+
 def test_along_the_inputs_is_along_the_inputs_whichever_way_experts_are_stored():
     for name in ("experts", "experts-transposed"):
         raw, _ = PAIRS[name].made()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,10 +81,14 @@ class Table(Allocator):
 
 
 def _matches(name: str, pattern: str) -> bool:
-    if name == pattern or fnmatch.fnmatchcase(name, pattern):
+    """Whether a pattern means a layer, or the weight that it is a part of."""
+    whole = name.rpartition("[")[0]
+    if name == pattern or any(fnmatch.fnmatchcase(x, pattern) for x in (name, whole) if x):
         return True
-    base, letter = split_third(pattern)
-    return bool(letter) and fnmatch.fnmatchcase(name, f"{base}[[]{letter}]")
+    base, part = split_third(pattern)
+    if numbered := re.fullmatch(r"(.*)\[(\d+)\]", pattern):
+        base, part = numbered[1], numbered[2]
+    return bool(part) and fnmatch.fnmatchcase(name, f"{base}[[]{part}]")
 
 
 def _check_entries(entries: Mapping[str, float]) -> None:

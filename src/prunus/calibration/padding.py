@@ -177,14 +177,14 @@ class Padding:
     def _watch_in_common(
         self, batch: Any, probes: dict[str, list[Any]], run: Callable[[Any], Any]
     ) -> dict[str, _Probe]:
-        """As often on every rank, where a forward pass needs all ranks; none may fail."""
+        """As often on every rank, where a forward pass needs all ranks, and none may fail."""
         ranks, due, found = all_ranks(), list(probes), {}
         counts = torch.zeros(ranks.world_size, dtype=torch.int64)
         counts[ranks.rank] = len(due)
         for i in range(int(ranks.all_reduce(counts).max())):
             probe, self.watched = batch, _Probe()  # another rank has one
             if i < len(due):
-                probe = probes[due[i]][-2]  # a token less, which all models take
+                probe = probes[due[i]][-1]  # of the same length, which all models take
                 found[due[i]] = self._open(due[i], probe)
             with random_states_kept():
                 run(probe)
@@ -197,13 +197,14 @@ class Padding:
         if self.watched is not None:
             self.watched.rows[place] = _Rows.of(x, self.whole)
             return None
-        for key, mask in self.masks.items():
-            layout = self._layout(key, mask, place, x)
+        layouts = {key: self._layout(key, mask, place, x) for key, mask in self.masks.items()}
+        for key, layout in layouts.items():
+            mask = self.masks[key]
             axes = _axes(*mask.shape).get(layout or "")
             if axes is not None and tuple(x.shape[: len(axes)]) == axes:
                 return _real(mask, str(layout)).to(x.device)
-            if layout is not None:
-                self.kept[re.sub(r"\d+", "*", layer.name)] = None
+        if any(layout is not None for layout in layouts.values()):
+            self.kept[re.sub(r"\d+", "*", layer.name)] = None
         return None
 
     def _layout(self, key: str, mask: Tensor, place: Place, x: Any) -> str | None:

@@ -160,13 +160,10 @@ class Walk:
     def _items(self, blocks: Blocks) -> tuple[list[BlockInput], BlockError | None]:
         """What the blocks are given, or why they cannot be run one by one on some rank."""
         items, error = list[BlockInput](), None
-        with (
-            all_ranks().raise_on_all_ranks(),
-            self.block(self._numbers(blocks)[0], at_home=True),
-            self.within_reach(besides=blocks),
-        ):
+        forwards = [self._forward(number) for number in self._numbers(blocks)]
+        with all_ranks().raise_on_all_ranks(), self.within_reach(besides=blocks):
             try:
-                items = record(self.model, blocks, self.calibration)
+                items = record(self.model, blocks, self.calibration, forwards)
             except BlockError as caught:
                 error = caught
         found = torch.tensor([error is not None, isinstance(error, RepeatedBlockError)]).int()
@@ -181,14 +178,22 @@ class Walk:
     def within_reach(self, besides: Blocks | None = None) -> Iterator[None]:
         """While the whole model runs, blocks are read and moved when they are called."""
         with contextlib.ExitStack() as stack:
-            if self.weights is not None or self.how.device is not None:
+            if self._elsewhere:
                 for number, module in enumerate(self.blocks.modules):
                     if besides is None or module not in besides.modules:
-                        stack.enter_context(stand_in(module, self._brought(number)))
+                        stack.enter_context(stand_in(module, self._forward(number)))
             yield
 
-    def _brought(self, number: int) -> Callable[..., Any]:
-        real = self.blocks.modules[number].forward
+    @property
+    def _elsewhere(self) -> bool:
+        """Whether blocks are not at hand where the model is."""
+        return self.weights is not None or self.how.device is not None
+
+    def _forward(self, number: int) -> Callable[..., Any]:
+        """The block's own, which brings it first, where it is not at hand."""
+        real: Callable[..., Any] = self.blocks.modules[number].forward
+        if not self._elsewhere:
+            return real
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             given = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
@@ -202,9 +207,7 @@ class Walk:
         return forward
 
     @contextlib.contextmanager
-    def block(
-        self, number: int, at_home: bool = False, pruned: bool = False
-    ) -> Iterator[nn.Module]:
+    def block(self, number: int, pruned: bool = False) -> Iterator[nn.Module]:
         """The block, read from disk and moved to where it is worked on, and back again.
 
         With `pruned` it is read from where it was written, if it was.
@@ -214,7 +217,7 @@ class Walk:
             held = [*block.parameters(), *block.buffers()]
             home = held[0].device if held else torch.device("cpu")
             try:
-                if not at_home and self.how.device is not None:
+                if self.how.device is not None:
                     move(block, self.how.device)
                 yield block
             finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,8 +47,8 @@ class BlockInput:
     """arguments of each block; the stream's place is held by None"""
     batch: Any = field(repr=False)
     """for what it says about padding"""
-    beside: list[Tensor | None] = field(default_factory=list)
-    """what the first block returned beside the stream, and the recorded arguments hold"""
+    beside: list[list[Tensor | None]] = field(default_factory=list)
+    """what each block returned beside the stream, and the next one's recorded arguments hold"""
     autocast: torch.dtype | None = None
     """in which dtype the model runs by `torch.autocast`, if it does"""
     probes: dict[str, list[BlockInput]] = field(default_factory=dict)
@@ -110,14 +110,14 @@ def _like(output: Any, stream: Tensor) -> Any:
 class _Recorder:
     """Stands in for the blocks while the model runs around them.
 
-    Each block hands its input on as it is, in the form in which the first one returns its output,
-    so that all blocks are reached without being computed: but for the first one on the first batch,
-    or on all batches where it returns more tensors, which later blocks may be given.
+    Each block hands its input on as it is, in the form in which the first one of its class returns
+    its output, so that all blocks are reached without being computed: but for that first one on the
+    first batch, or on all batches where it returns more tensors, which later blocks may be given.
     """
 
-    def __init__(self, blocks: Blocks) -> None:
-        self.blocks = blocks
-        self.output: Any = None
+    def __init__(self, blocks: Blocks, forwards: Sequence[Callable[..., Any]]) -> None:
+        self.blocks, self.forwards = blocks, forwards
+        self.outputs: dict[type, Any] = {}
         self.single = False  # whether a batch of this kind has shown that each is called once
         self.keep = Snapshots()  # the model may write to what it has given its blocks
         self.begin()
@@ -126,6 +126,8 @@ class _Recorder:
         self.stream: Tensor | None = None
         self.passed: list[Tensor] = []
         self.arguments: list[Arguments] = []
+        self.beside: list[list[Tensor | None]] = []
+        self.computed: set[type] = set()
         self.autocast: torch.dtype | None = None
 
     @property
@@ -133,8 +135,6 @@ class _Recorder:
         return len(self.arguments) == len(self.blocks)
 
     def standin(self, number: int) -> Callable[..., Any]:
-        real = self.blocks.modules[number].forward
-
         def forward(*args: Any, **kwargs: Any) -> Any:
             stream, arguments = _without(args, kwargs)
             self._check(number, stream, arguments)
@@ -142,16 +142,25 @@ class _Recorder:
                 self.stream, kind = self.keep(stream), stream.device.type
                 on = torch.is_autocast_enabled(kind)
                 self.autocast = torch.get_autocast_dtype(kind) if on else None
-                if self.output is None or _others(self.output):
-                    self.output = real(*args, **kwargs)
-                    stream_of(self.output)
+            output = self._output(number, args, kwargs)
             self.arguments.append(self.keep(arguments))
+            self.beside.append(self.keep(beside(output)))
             if self.complete and self.single:
                 raise _RecordingComplete
             self.passed.append(stream.view_as(stream))  # another object for each block
-            return _like(self.output, self.passed[-1])
+            return _like(output, self.passed[-1])
 
         return forward
+
+    def _output(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the first block of this class returns."""
+        cls = type(self.blocks.modules[number])
+        known = cls in self.outputs
+        if not known or (_others(self.outputs[cls]) and cls not in self.computed):
+            self.outputs[cls] = self.forwards[number](*args, **kwargs)
+            stream_of(self.outputs[cls])
+            self.computed.add(cls)
+        return self.outputs[cls]
 
     def _check(self, number: int, stream: Tensor, arguments: Arguments) -> None:
         name = self.blocks.name_of(number)
@@ -160,18 +169,25 @@ class _Recorder:
         if number > len(self.arguments) or (number and stream is not self.passed[-1]):
             before = self.blocks.name_of(number - 1)
             raise BlockError(f"something is computed between {before} and {name}")
-        args, kwargs = arguments
-        if any(x is y for x in (*args, *kwargs.values()) for y in self.passed):
+        last = type(self.blocks.modules[number - 1]) if number else None
+        older = [t for cls, y in self.outputs.items() if cls is not last for t in beside(y)]
+        given = [x for x in (*arguments[0], *arguments[1].values()) if x is not None]
+        if any(x is y for x in given for y in (*self.passed, *older)):
             raise BlockError(f"{name} is given what an earlier block puts out, too")
 
 
-def record(model: nn.Module, blocks: Blocks, calibration: Calibration) -> list[BlockInput]:
+def record(
+    model: nn.Module,
+    blocks: Blocks,
+    calibration: Calibration,
+    forwards: Sequence[Callable[..., Any]],
+) -> list[BlockInput]:
     """What each block is given for each calibration batch, kept where the model is.
 
-    The first block must be where the rest of the model is. Raises ValueError for empty data, and
+    ``forwards`` compute the blocks. Raises ValueError for empty data, and
     for a model that computes something between its blocks.
     """
-    items, recorder = list[BlockInput](), _Recorder(blocks)
+    items, recorder = list[BlockInput](), _Recorder(blocks, forwards)
     kinds = set()
     with contextlib.ExitStack() as stack:
         stack.enter_context(undisturbed(model, calibration))
@@ -199,8 +215,8 @@ def _item(
     recorder.begin()
     _run_around(model, calibration, batch, recorder)
     assert recorder.stream is not None
-    others = recorder.keep(beside(recorder.output))
-    return BlockInput(recorder.stream, recorder.arguments, batch, others, recorder.autocast)
+    given = recorder.stream, recorder.arguments, batch, recorder.beside
+    return BlockInput(*given, recorder.autocast)
 
 
 def _probes(

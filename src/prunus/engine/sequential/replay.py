@@ -54,7 +54,7 @@ def _carry(item: BlockInput, number: int, output: Any) -> None:
     """The stream, and what the next block is given of the tensors returned beside it."""
     place = item.stream.device
     item.stream, item.arguments[number] = stream_of(output).to(place), ((), {})
-    pairs = zip(item.beside, beside(output), strict=False)
+    pairs = zip(item.beside[number], beside(output), strict=False)
     fresh = {id(a): b.to(place) for a, b in pairs if a is not None and b is not None}
     if fresh and number + 1 < len(item.arguments):
         args, kwargs = item.arguments[number + 1]
