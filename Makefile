@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test mutants lint docs clean
+.PHONY: demo test mutants zoo lint docs clean
 
 # one environment for all targets, rebuilt when the dependencies change
 $(VENV)/.ready: pyproject.toml
@@ -19,6 +19,10 @@ test: $(VENV)/.ready
 # faults put into the code: prints which of them no test finds
 mutants: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants --minutes 15
+
+# every pruning on every architecture, into docs/zoo.md; takes twenty minutes
+zoo: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m research.zoo --anew --table docs/zoo.md
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -12,7 +12,8 @@ from pathlib import Path
 import prunus
 from prunus.allocators import ALLOCATORS
 from prunus.api.checkpoint import Checkpoint
-from prunus.api.results import Result, SweepResult
+from prunus.api.results import Result
+from prunus.api.sweep_result import SweepResult
 from prunus.modifiers import MODIFIERS
 from prunus.pruners import PRUNERS
 

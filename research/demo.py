@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import prunus
-from prunus.api.results import SweepResult
+from prunus.api.sweep_result import SweepResult
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "vit"
 GRADUAL, ONE_SHOT = RECIPES / "magnitude-90.yaml", RECIPES / "cap-one-shot-50.yaml"

@@ -127,10 +127,11 @@ class Results:
             console.print(f"sparsity {sparsity:.4f}: top-1 {metrics['top1']:.2f} %")
 
     def show(self) -> None:
-        columns = list(self.rows[0])
+        columns = list(dict.fromkeys(name for row in self.rows for name in row))
         table = table_of(*columns)
         for row in self.rows:
-            table.add_row(*(f"{row[name]:.4f}" for name in columns))
+            shown = (row.get(name, "") for name in columns)
+            table.add_row(*("" if value == "" else f"{value:.4f}" for value in shown))
         console.print(table)
         self.plot()
         console.print(f"{self.path}, {self.folder / 'results.png'}")

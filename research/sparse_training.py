@@ -32,7 +32,7 @@ import prunus
 from prunus.core.ranks import Ranks
 
 from research.common.processes import processes
-from research.common.vision_data import evaluate, seed_all
+from research.common.vision_data import broken_images, evaluate, seed_all
 from research.training import options as training_options
 from research.training import parts
 from research.training.files import RunFolder, checkpoint_of, folder_of
@@ -170,6 +170,8 @@ class Training:
             row |= {**self.pruned["before"], **after}
         else:
             row |= self._measure()
+        if broken := broken_images(self.loaders.train, self.ranks):
+            row["train_broken"] = broken
         self.files.add({**row, "seconds": seconds}, self.plain)
         log.info("epoch %d: top-1 %.2f %%, sparsity %.4f", *_told(row))
         self.session.log(**{k: row[k] for k in ("train_loss", "eval_loss", "eval_top1")})

@@ -13,7 +13,8 @@ from torch import nn
 import prunus
 from prunus.allocators import ALLOCATORS
 from prunus.api.checkpoint import Checkpoint
-from prunus.api.results import Result, SweepResult
+from prunus.api.results import Result
+from prunus.api.sweep_result import SweepResult
 from prunus.modifiers import MODIFIERS
 from prunus.pruners import PRUNERS
 from prunus.stats import STATISTICS

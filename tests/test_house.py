@@ -124,12 +124,25 @@ def test_tests_lie_as_the_code_does():
             assert (SRC / path).is_dir(), path
 
 
-def test_importing_the_package_imports_no_extra():
-    code = "import prunus, prunus.cli.main, sys; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = set(done.stdout.split())
-    assert not {name.split(".")[0] for name in loaded} & EXTRAS
-    assert "torch._dynamo" not in loaded  # nor what takes longer than all of ours
+HEAVY = {"torch._dynamo", "torch._inductor", "sympy", "scipy", "pydantic", "PIL", "pandas"}
+BEYOND_TORCH = """
+import sys, torch
+known = set(sys.modules)
+import prunus, prunus.cli.main
+sys.argv = ["prunus", "--help"]
+try:
+    prunus.cli.main.main()
+finally:
+    print(*sorted(set(sys.modules) - known), sep="\\n", file=sys.stderr)
+"""
+
+
+def test_neither_the_package_nor_its_help_imports_what_is_slow_or_an_extra():
+    call = [sys.executable, "-c", BEYOND_TORCH]
+    loaded = subprocess.run(call, capture_output=True, text=True, check=True).stderr.split()
+    packages = {".".join(name.split(".")[:depth]) for name in loaded for depth in (1, 2)}
+    assert "prunus.cli" in packages
+    assert not packages & (EXTRAS | HEAVY)
 
 
 def test_the_package_is_typed():

@@ -31,6 +31,8 @@ class Split:
     def __init__(self, path: Path, entries: Iterable[Entry], name: str | None = None) -> None:
         self.told = f"{path}: {name}" if name else str(path)
         self.path = path
+        self.drawn: list[int] = []
+        """images that were asked for since somebody emptied this"""
         self.images: list[tuple[str, Any]] = []
         """class, and the file, or the first byte and the number of bytes in the tar"""
         folders = set()
@@ -71,6 +73,7 @@ class Split:
 
     def __getitem__(self, index: int) -> tuple[str | io.BytesIO, int]:
         name, where = self.images[index]
+        self.drawn.append(index)
         if isinstance(where, str):
             return where, self.numbers[name]
         begin, size = where

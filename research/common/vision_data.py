@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, IterableDataset, Sampler
 from prunus.core.ranks import Ranks
 
 from research import demo
-from research.common.image_folders import SPLITS, open_split
+from research.common.image_folders import SPLITS, Split, open_split
 
 DIGITS = "digits"
 BITS = (1 << 64) - 1
@@ -67,6 +67,31 @@ class Digits(Dataset[tuple[Any, int]]):
         return self.transform(image) if self.transform else image, self.labels[index]
 
 
+class Images(ImageDataset):
+    """Images of folders or tars; what cannot be read is replaced by its successor, and counted."""
+
+    def __init__(self, root: str, reader: Split, input_img_mode: str) -> None:
+        super().__init__(root, reader=reader, input_img_mode=input_img_mode)
+        # in memory that the processes which load images share
+        self.broken = torch.zeros(len(reader), dtype=torch.bool).share_memory_()
+
+    def __getitem__(self, index: int) -> Any:
+        self.reader.drawn.clear()
+        try:
+            return super().__getitem__(index)
+        finally:
+            if len(self.reader.drawn) > 1:
+                self.broken[self.reader.drawn[:-1]] = True
+
+
+def broken_images(batches: Any, ranks: Ranks) -> int:
+    """How many images of a loader could not be read as yet, on all ranks; each once."""
+    images: Any = getattr(batches, "dataset", None)
+    images = getattr(images, "images", images)
+    broken = getattr(images, "broken", None)
+    return 0 if broken is None else int(ranks.all_reduce(broken.int()).count_nonzero())
+
+
 def open_dataset(
     data_dir: str | None, name: str, split: str, in_chans: int, train: str = "train"
 ) -> Dataset[Any]:
@@ -86,7 +111,7 @@ def open_dataset(
         raise ValueError(f"there is no data in {data_dir!r}; give --data-dir a folder, or 'digits'")
     # whatever the dataset's name: CAP says --dataset imagenet for a folder
     reader = open_split(Path(data_dir), split, train)
-    return ImageDataset(data_dir, reader=reader, input_img_mode=mode)
+    return Images(data_dir, reader, mode)
 
 
 def check_classes(images: Any, model: Any) -> None:
@@ -175,7 +200,10 @@ def evaluation_loader(images: Any, ranks: Ranks, **settings: Any) -> Any:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Any, autocast: Autocast, ranks: Ranks) -> dict[str, float]:
-    """Mean cross-entropy, and top-1 and top-5 accuracy in percent, over the images of all ranks."""
+    """Mean cross-entropy, and top-1 and top-5 accuracy in percent, over the images of all ranks.
+
+    And ``broken``, where images could not be read: so many were replaced by others.
+    """
     was_training = model.training
     model.eval()
     totals = torch.zeros(4, dtype=torch.float64, device=next(model.parameters()).device)
@@ -188,4 +216,6 @@ def evaluate(model: nn.Module, batches: Any, autocast: Autocast, ranks: Ranks) -
         totals += torch.stack([loss, hits[:, 0].sum(), hits.sum(), totals.new_tensor(len(labels))])
     model.train(was_training)
     loss, first, fifth, count = ranks.all_reduce(totals).tolist()
-    return {"loss": loss / count, "top1": 100 * first / count, "top5": 100 * fifth / count}
+    found = {"loss": loss / count, "top1": 100 * first / count, "top5": 100 * fifth / count}
+    broken = broken_images(batches, ranks)
+    return {**found, "broken": float(broken)} if broken else found

@@ -48,7 +48,11 @@ WRONG = {
     "text": ("wanda", lambda: "wikitext", "calibration is a str"),
     "one tensor": ("wanda", lambda: X, "calibration is a Tensor"),
     "a number": ("wanda", lambda: 3, "calibration is a int"),
-    "unknown keywords": ("wanda", lambda: [{"pixels": X}], "first batch cannot be used: TypeError"),
+    "unknown keywords": (
+        "wanda",
+        lambda: [{"pixels": X}],
+        r"have 'pixels', which Sequential.forward\(input\) does not take",
+    ),
     "forward gives an output": (
         "cap",
         lambda: prunus.Calibration([X], forward=lambda m, b: m(b)),

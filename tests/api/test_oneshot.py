@@ -156,7 +156,7 @@ def test_the_result_prints_as_a_table_and_as_html():
     assert "score lost" in text
     assert "8x16x3x3" in text
     assert "3 layers" in text
-    assert "left dense: 0, 10" in text
+    assert "left dense: 0 (reads the input); 10 (writes the output)" in " ".join(text.split())
     assert all(len(line) <= 80 for line in text.splitlines())
     html = result._repr_html_()
     assert html.startswith("<table>")
@@ -273,10 +273,11 @@ def test_only_the_first_batches_are_read_when_asked():
                 read.append(1)
                 yield torch.randn(2, 8)
 
-    prunus.prune(
-        small_mlp(), Toy(), sparsity=0.5, calibration=prunus.Calibration(Batches(), num_batches=3)
-    )
-    assert len(read) == 3
+    data = prunus.Calibration(Batches(), num_batches=3)
+    prunus.prune(small_mlp(), Toy(), sparsity=0.5, layers=["0"], calibration=data)
+    assert len(read) == 1 + 3  # one asks whether the output depends on the input
+    prunus.prune(small_mlp(), Toy(), sparsity=0.5, calibration=data)
+    assert len(read) == 1 + 3 + 1 + 1 + 3  # one shows the ends of the network
 
 
 @pytest.mark.parametrize("number", [np.float64(0.5), np.float32(0.5), torch.tensor(0.5)])

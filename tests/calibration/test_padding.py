@@ -45,10 +45,10 @@ def inputs_of(model, batches):
 
 
 def measured(model, batches):
-    layers = [layer for layer in all_layers(model) if not layer.no_input_matrix()]
+    layers = [x for x in all_layers(model) if x.reads_arguments and not x.no_inputs()]
     empty = {x: InputGram(x.matrix_shape()[1], dtype=torch.float64) for x in layers}
-    stats = measure_inputs(model, empty, prunus.Calibration(batches))
-    return {layer.name: stat for layer, stat in stats.items()}
+    stats, unreached = measure_inputs(model, empty, prunus.Calibration(batches))
+    return {layer.name: stat for layer, stat in stats.items() if layer not in unreached}
 
 
 def real_rows(x, mask):

@@ -31,6 +31,15 @@ def build():
 def batches():
     return [torch.randn(4, 8)]
 
+class TwoHeads(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.body, self.second = (torch.nn.Linear(8, n) for n in (2, 8, 3))
+
+    def forward(self, x):
+        h = self.body(x)
+        return self.first(h), self.second(h)
+
 def number():
     return 3
 
@@ -140,6 +149,13 @@ def test_check_prints_layers_times_and_memory(run):
     assert code == 0
     for text in ("2 layers", "32x8", "0.3000", "0.9000", "40", "left dense: 4", "memory: masks"):
         assert text in screen
+
+
+def test_check_shows_the_ends_that_a_batch_shows(run):
+    model = ("check", "r.yaml", "--model", "user_module:TwoHeads")
+    assert "left dense: second (writes the output)" in run(*model)[1]
+    _, screen, _ = run(*model, "--calibration", "user_module:batches")
+    assert "left dense: first, second (writes the output)" in screen
 
 
 def test_check_shows_the_plan_and_the_memory_of_nm_training(run):
@@ -315,7 +331,7 @@ def test_report_makes_the_page(run, tmp_path):
         (["check", "r.yaml", "--model", "user_module:bild"], "did you mean 'build'?"),
         (
             ["check", "r.yaml", "--model", "user_module:number"],
-            "returned int, not a torch.nn.Module",
+            "gives int, not a torch.nn.Module",
         ),
         (["check", "r.yaml", "--model", "torch:zeros"], "cannot be called without arguments"),
         (["report", "empty"], "no records.jsonl in 'empty'"),
@@ -384,3 +400,45 @@ def test_the_version_and_the_shipped_recipes_are_printed(run):
     assert "vit/magnitude-90" in screen
     assert run("list", "recipe")[0] == 2
     assert run("check", "vit/magnitude-90")[0] == 0
+
+
+ODD = """
+import torch
+
+def odd():
+    return torch.nn.Sequential(*(torch.nn.Linear(a, b) for a, b in ((8, 6), (6, 8), (8, 2))))
+
+def idle():
+    model = odd()
+    model.forward = lambda x: model[0](x)
+    return model
+"""
+
+
+def test_layers_that_do_not_fit_are_shown_and_may_be_left_dense(run, tmp_path):
+    (tmp_path / "user_module.py").write_text(MODULE + ODD)
+    recipe = "modifiers: [{prune: {pattern: '2:4', misfits: dense}}]"
+    (tmp_path / "odd.yaml").write_text(recipe)
+    code, screen, _ = run("check", "odd.yaml", "--model", "user_module:odd")
+    line = "do not fit, left dense: 1 (pattern 2:4 does not divide 6 input channels)"
+    assert code == 0
+    assert line in screen
+    prune = ["prune", "magnitude", "--pattern", "2:4", "--model", "user_module:odd"]
+    code, screen, _ = run(*prune, "--misfits", "dense", "--output", "o.safetensors")
+    assert code == 0
+    assert line in screen
+    code, _, errors = run(*prune, "--output", "o.safetensors")
+    assert code == 2
+    assert "with misfits: dense" in errors
+
+
+def test_layers_without_data_may_be_pruned_by_magnitude(run, tmp_path):
+    (tmp_path / "user_module.py").write_text(MODULE + ODD)
+    prune = ["prune", "wanda", "--sparsity", "0.5", "--calibration", "user_module:batches"]
+    prune += ["--model", "user_module:idle", "--output", "o.safetensors"]
+    code, screen, _ = run(*prune, "--unreached", "magnitude")
+    assert code == 0
+    assert "pruned by magnitude, because no calibration data tells of them: 1" in screen
+    code, _, errors = run(*prune)
+    assert code == 2
+    assert "unreached: magnitude or unreached: dense" in errors

@@ -182,10 +182,10 @@ def test_thirds_are_chosen_and_left_out_by_name_and_glob():
 
 def test_tables_print_the_names_of_thirds_and_whatever_looks_like_markup():
     result = prunus.prune(Net(), "magnitude", sparsity=0.5, layers=["attn.qkv[q]", "attn.qkv[k]"])
-    result.left_dense = ["attn.qkv[v]", ":smile:"]
+    result.spared = {"attn.qkv[v]": "why", ":smile:": "why"}
     assert "attn.qkv[q]" in str(result)
-    assert "left dense: attn.qkv[v], :smile:" in str(result)
-    values = prunus.api.results.SweepResult({0.5: {"accuracy[top]": 1.0}})
+    assert "left dense: attn.qkv[v], :smile: (why)" in str(result)
+    values = prunus.api.sweep_result.SweepResult({0.5: {"accuracy[top]": 1.0}})
     assert "accuracy[top]" in str(values)
 
 

@@ -1,5 +1,4 @@
 import copy
-import dataclasses
 import logging
 
 import pytest
@@ -8,6 +7,7 @@ from torch import nn
 
 import prunus
 from prunus.core.default_dense_layers import ends
+from prunus.core.fused_qkv import qkv_parts
 from prunus.core.layers import all_layers, clean_name
 from prunus.core.selection import select
 
@@ -107,7 +107,7 @@ def test_transformers_conv1d_is_known_by_its_shape():
 def test_a_third_is_a_layer_of_its_own_in_shape_matrix_and_memory(third):
     for module, stacked in ((nn.Linear(8, 24), False), (Conv1D(24, 8), True)):
         whole = only(module)
-        layer = dataclasses.replace(whole, qkv_part=third)
+        layer = qkv_parts(whole)[third]
         rows = slice(8 * third, 8 * third + 8)
         part = module.weight[:, rows].T if stacked else module.weight[rows]
         assert layer.shape == (8, 8)

@@ -14,12 +14,13 @@ from prunus.core.transformed import is_transformed
 from prunus.core.unseen import told, unseen_weights
 
 
-class Experts(nn.Module):
-    """Three experts in one parameter, as transformers 5 stores them."""
+class Own(nn.Module):
+    """Somebody's own linear layer, and a tensor that nobody knows."""
 
     def __init__(self):
         super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.randn(3, 8, 16))
+        self.table = nn.Parameter(torch.randn(3, 8, 16))
+        self.weight = nn.Parameter(torch.randn(16, 16))
 
 
 class Model(nn.Module):
@@ -27,7 +28,7 @@ class Model(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(10, 8)
         self.lstm = nn.LSTM(8, 8)
-        self.experts = Experts()
+        self.own = Own()
         self.fc = nn.Linear(8, 8)
         self.norm = nn.LayerNorm(8)
         self.head = nn.Linear(8, 10)
@@ -37,9 +38,8 @@ class Model(nn.Module):
 def test_what_is_no_layer_is_listed_the_largest_first_and_tied_weights_once():
     found = [(item.name, item.kind, item.size) for item in unseen_weights(Model())]
     assert found == [
-        ("experts.gate_up_proj", "Experts", 384),
-        ("lstm.weight_ih_l0", "LSTM", 256),
-        ("lstm.weight_hh_l0", "LSTM", 256),
+        ("own.table", "Own", 384),
+        ("own.weight", "Own", 256),
     ]
 
 
@@ -51,9 +51,7 @@ def test_totals_count_all_weights_of_two_and_more_axes(caplog):
     table = prunus.sparsity(model)
     assert result.sparsity == 0.5
     assert table.total == 32 / whole
-    line = (
-        f"not seen, dense: {896 / whole:.1%} of the model's weights: experts.gate_up_proj (Experts"
-    )
+    line = f"not seen, dense: {640 / whole:.1%} of the model's weights: own.table (Own, 384), own.w"
     for text in (str(result), str(table)):
         assert line in " ".join(text.split())
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -62,10 +60,16 @@ def test_totals_count_all_weights_of_two_and_more_axes(caplog):
     assert told(nn.Linear(2, 2)) == ""
 
 
-@pytest.mark.parametrize("pattern", ["*experts*", "LSTM", "lstm", "re:lstm.weight_.*"])
+@pytest.mark.parametrize("pattern", ["*table*", "Own", "own", "re:own.weight"])
 def test_a_pattern_that_names_such_weights_is_explained(pattern):
-    with pytest.raises(ValueError, match="is no Linear, convolution or attention weight"):
+    with pytest.raises(ValueError, match=r"names own\.\w+ \(Own\), which prunus does not know as"):
         select(Model(), [pattern])
+
+
+@pytest.mark.parametrize("pattern", ["LSTM", "lstm*", "re:lstm.weight_.*"])
+def test_recurrent_weights_are_layers(pattern):
+    names = [layer.name for layer in select(Model(), [pattern]).layers]
+    assert names == ["lstm.weight_ih_l0", "lstm.weight_hh_l0"]
 
 
 class Standardized(nn.Conv2d):
@@ -108,9 +112,11 @@ def test_a_weight_that_is_transformed_before_use_is_found_by_trying(module, expe
     assert is_transformed(layer) is expected
 
 
-def test_the_inputs_of_a_convolution_that_pads_by_itself_are_refused_not_guessed():
+def test_the_arguments_of_a_convolution_that_pads_by_itself_are_not_its_inputs():
     (layer,) = all_layers(nn.Sequential(PadsItself(4, 6, 3)))
-    with pytest.raises(ValueError, match="PadsItself has a forward of its own, so its patches"):
+    assert not layer.reads_arguments
+    assert not layer.no_inputs()
+    with pytest.raises(ValueError, match="PadsItself does not compute with its arguments as they"):
         layer.input_matrix(torch.randn(2, 4, 9, 9))
 
 
@@ -122,7 +128,7 @@ def test_transformed_weights_stay_dense_by_default_and_are_refused_by_name(caplo
     chosen = select(model)
     assert [layer.name for layer in chosen.layers] == ["2"]
     assert chosen.left_dense == ["0", "1", "4"]
-    assert "left dense: 1 (their weights are transformed before use" in caplog.text
+    assert "1 (its weight is transformed before use" in caplog.text
     with pytest.raises(ValueError, match=r"1\.weight is transformed by Standardized before use"):
         select(model, ["1"])
 

@@ -109,7 +109,7 @@ class StopAfter(TrainerCallback):
 
 
 def hooks(optimizer):
-    inner = prunus.api.session.innermost(optimizer)
+    inner = prunus.api.optimizer_hooks.innermost(optimizer)
     return len(inner._optimizer_step_pre_hooks) + len(inner._optimizer_step_post_hooks)
 
 

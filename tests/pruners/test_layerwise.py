@@ -8,6 +8,9 @@ from torch import nn
 
 import prunus
 from prunus import ALPS, RI, RIA, Magnitude, SparseGPT, Wanda
+from prunus.core.patterns import parse_pattern
+from prunus.solvers.mask_swaps import swap
+from prunus.stats import InputGram
 
 from tests.distributed.workers import batches as split_batches
 from tests.distributed.workers import net, wrapped
@@ -255,12 +258,12 @@ def test_inputs_that_are_no_numbers_are_refused_by_the_layers_name(pruner, bad):
 
 
 def test_layers_whose_inputs_have_no_matrix_are_refused_by_name():
-    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3, padding="same"))
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.ConvTranspose2d(4, 4, 3))
     before = snapshot(model)
     data = prunus.Calibration([torch.randn(1, 4, 8, 8)])
     for name, message in (
-        ("0", "0 .Conv2d.: inputs are measured for Linear and ungrouped"),
-        ("1", "1: .*numeric"),
+        ("0", r"0 \(Conv2d\): each group of its channels has inputs of its own"),
+        ("1", r"1 \(ConvTranspose2d\): inputs of transposed convolutions are not measured"),
     ):
         with pytest.raises(ValueError, match=message):
             prunus.prune(model, "sparsegpt", layers=[name], sparsity=0.5, calibration=data)
@@ -295,10 +298,27 @@ def test_a_refit_on_few_inputs_does_not_raise_the_error_on_new_ones(samples):
     sweep, refitted = (error_on_new_inputs(SparseGPT(refit=r), samples) for r in (False, True))
     assert refitted < sweep
     assert error_on_new_inputs(ALPS(), samples) < error_on_new_inputs(Wanda(), samples)
+    assert error_on_new_inputs(Wanda(swap=True), samples) < error_on_new_inputs(Wanda(), samples)
+
+
+@pytest.mark.parametrize("pattern", ["row", "2:4"])
+def test_swaps_are_those_of_the_gram_matrix_with_its_ridge(pattern):
+    w, seen, _ = few_and_many(48)
+    stat, shape = InputGram(96, dtype=torch.float64), parse_pattern(pattern)
+    stat.update(seen)
+    mask = shape.mask(w.abs(), 48 * 48)
+    gram = seen.T @ seen
+    ridged = gram + 0.1 * 96 / 48 * gram.diagonal().mean() * torch.eye(96, dtype=torch.float64)
+    rounds, group = (100, None) if pattern == "row" else (10, 4)
+    expected = swap(w, ridged, mask, rounds, group)
+    assert torch.equal(Wanda(swap=True).refine(w, stat, mask, shape), expected)
+    assert not torch.equal(swap(w, gram, mask, rounds, group), expected)
 
 
 @pytest.mark.parametrize("exponent", [-27, 27])
-@pytest.mark.parametrize("pruner", [ALPS(iterations=30), Wanda(refit=True)], ids=str)
+@pytest.mark.parametrize(
+    "pruner", [ALPS(iterations=30), Wanda(refit=True), Wanda(swap=True)], ids=str
+)
 def test_single_precision_results_do_not_depend_on_the_scale(pruner, exponent):
     def pruned(s, x):
         w, seen, _ = few_and_many(64)

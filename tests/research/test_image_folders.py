@@ -1,12 +1,16 @@
 """Images in folders that are their classes: which number a class has."""
 
+import contextlib
 import shutil
 import subprocess
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from timm.data import ImageDataset
+
+from prunus.core.ranks import Ranks
 
 from tests.research import training_runs as training_workers  # noqa: F401 - shows where the programs are
 
@@ -99,3 +103,26 @@ def test_names_with_the_same_number_have_one_order(tmp_path):
     for order in (names, names[::-1]):
         found = Split(tmp_path, [((name, "0.png"), "") for name in order])
         assert found.numbers == {name: i for i, name in enumerate(names)}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_that_cannot_be_read_are_counted_once_and_told_with_the_metrics(uneven, workers):
+    folder = uneven / "folder" / "val"
+    (folder / "kind0" / "1.png").write_bytes(b"no image")
+    (folder / "kind10" / "0.png").write_bytes((folder / "kind10" / "0.png").read_bytes()[:40])
+    data = vision_data.open_dataset(str(uneven / "folder"), "", "val", 3)
+    data.transform = lambda image: torch.from_numpy(np.array(image)).float().permute(2, 0, 1)
+    batches = torch.utils.data.DataLoader(data, batch_size=2, num_workers=workers)
+    assert vision_data.broken_images(batches, Ranks()) == 0
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 4))
+    for _ in range(2):
+        found = vision_data.evaluate(model, batches, contextlib.nullcontext, Ranks())
+        assert found["broken"] == 2
+    numbered = vision_data.Numbered(data)
+    assert vision_data.broken_images(torch.utils.data.DataLoader(numbered), Ranks()) == 2
+    whole = vision_data.open_dataset(str(uneven / "folder"), "", "train", 3)
+    whole.transform = data.transform
+    found = vision_data.evaluate(
+        model, torch.utils.data.DataLoader(whole), contextlib.nullcontext, Ranks()
+    )
+    assert "broken" not in found

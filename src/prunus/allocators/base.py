@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -227,11 +228,17 @@ def places(problem: Problem) -> list[float]:
 def filled(problem: Problem, rates: Sequence[float], total: int | None = None) -> Allocation:
     """Sparsities in proportion to `rates`, scaled to meet the target, or `total` units, exactly.
 
+    Raises ValueError for rates that are negative, NaN or infinite, or not one for each unit.
+
     >>> units = [prunus.Unit("a", (4, 4), 16, 0), prunus.Unit("b", (4, 4), 16, 0)]
     >>> prunus.filled(prunus.Problem(units, target=0.5), rates=[1.0, 3.0]).drop
     [4, 12]
     """
     sizes = [unit.size for unit in problem.units]
+    wrong = [rate for rate in rates if not 0 <= rate < math.inf]
+    if wrong or len(rates) != len(sizes):
+        what = f"one is {wrong[0]}" if wrong else f"there are {len(rates)} for {len(sizes)} layers"
+        raise ValueError(f"rates of layers are numbers from 0 on, one for each; {what}")
     shares = [rate * size for rate, size in zip(rates, sizes, strict=True)]
     pruned = [unit.pruned for unit in problem.units]
     drop = problem.drop if total is None else total

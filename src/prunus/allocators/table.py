@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -44,16 +45,24 @@ class Table(Allocator):
             raise ValueError(f"allocator table: '{self.file}': {error}") from None
         return entries
 
+    def check(self, names: Sequence[str], dense: Collection[str] = ()) -> None:
+        """Raises ValueError for a layer without an entry, an entry without one, and a bad file.
+
+        ``dense`` are layers that were chosen and will not be pruned.
+        """
+        known = [*names, *dense]
+        for pattern in self._entries():
+            if not any(_matches(name, pattern) for name in known):
+                hint = did_you_mean(pattern, known)
+                raise ValueError(f"allocator table: {pattern!r} matches no pruned layer{hint}")
+        self.rates(names)
+
     def rates(self, names: Sequence[str]) -> list[float]:
         """The sparsity written for each layer.
 
-        Raises ValueError for a layer without an entry, an entry without a layer, and a bad file.
+        Raises ValueError for a layer without an entry, and a bad file.
         """
         entries = self._entries()
-        for pattern in entries:
-            if not any(_matches(name, pattern) for name in names):
-                hint = did_you_mean(pattern, names)
-                raise ValueError(f"allocator table: {pattern!r} matches no pruned layer{hint}")
         rates = []
         for name in names:
             hits = [rate for pattern, rate in entries.items() if _matches(name, pattern)]
@@ -72,10 +81,14 @@ class Table(Allocator):
 
 
 def _matches(name: str, pattern: str) -> bool:
-    if name == pattern or fnmatch.fnmatchcase(name, pattern):
+    """Whether a pattern means a layer, or the weight that it is a part of."""
+    whole = name.rpartition("[")[0]
+    if name == pattern or any(fnmatch.fnmatchcase(x, pattern) for x in (name, whole) if x):
         return True
-    base, letter = split_third(pattern)
-    return bool(letter) and fnmatch.fnmatchcase(name, f"{base}[[]{letter}]")
+    base, part = split_third(pattern)
+    if numbered := re.fullmatch(r"(.*)\[(\d+)\]", pattern):
+        base, part = numbered[1], numbered[2]
+    return bool(part) and fnmatch.fnmatchcase(name, f"{base}[[]{part}]")
 
 
 def _check_entries(entries: Mapping[str, float]) -> None:

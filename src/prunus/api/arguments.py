@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from prunus.allocators import ALLOCATORS, Allocator, Table
-from prunus.calibration.calibration import Calibration
+from prunus.calibration.calibration import Calibration, as_calibration
+from prunus.core.ranks import all_ranks
+from prunus.engine.fitting import Misfits
+from prunus.engine.method import Unreached
 from prunus.engine.permute.step import Permute
 from prunus.modifiers import PruningModifier
 from prunus.pruners import PRUNERS, Pruner
@@ -47,13 +50,17 @@ def as_recipe(
     layers: Sequence[str] | str | None,
     exclude: Sequence[str] | str,
     allocator: AllocatorLike,
-    permute: str | Permute | None,
+    permute: bool | str | Permute | None,
+    misfits: Misfits,
+    unreached: Unreached,
 ) -> Recipe:
     """The recipe that a call of `prune` stands for."""
     name = os.fspath(pruner) if isinstance(pruner, str | os.PathLike) else ""
     if isinstance(pruner, Recipe | os.PathLike) or name.endswith(ENDINGS) or is_text(name):
         settings = {"pattern": pattern, "layers": layers, "exclude": exclude}
         settings |= {"allocator": allocator, "permute": permute}  # type: ignore[dict-item]
+        choices = {"misfits": misfits, "unreached": unreached}
+        settings |= {key: value for key, value in choices.items() if value != "error"}
         if clash := [key for key, value in settings.items() if value]:
             raise ValueError(f"{', '.join(clash)} belong in the recipe, which was given as well")
         overrides: dict[str, Any] = {} if sparsity is None else {"sparsity": sparsity}
@@ -65,9 +72,21 @@ def as_recipe(
         exclude=as_names(exclude),
         pattern=pattern or "unstructured",
         allocator=as_allocator(allocator),
-        permute=Permute(permute) if isinstance(permute, str) else permute,
+        permute=as_permute(permute),
+        misfits=misfits,
+        unreached=unreached,
     )
     return Recipe((modifier,))
+
+
+def as_permute(permute: bool | str | Permute | None) -> Permute | None:
+    if isinstance(permute, str):
+        return Permute(permute)
+    if permute is None or isinstance(permute, bool):
+        return Permute() if permute else None
+    if not isinstance(permute, Permute):
+        raise ValueError(f"permute={permute!r}; use True, 'lsa', 'reallocate' or a prunus.Permute")
+    return permute
 
 
 def as_names(patterns: Sequence[str] | str | None) -> tuple[str, ...]:
@@ -83,3 +102,17 @@ def norms_data(
     if recalibrate is True and calibration is None:
         raise ValueError("recalibrate needs data; pass calibration=, or a Calibration of its own")
     return calibration if recalibrate is True else recalibrate or None
+
+
+def check_same_on_all_ranks(calibration: Any, **more: Any) -> None:
+    """Raises ValueError, on all ranks, where they were given different things to do.
+
+    They share the work of each layer, so they would wait for each other for ever.
+    """
+    data = as_calibration(calibration)
+    given = [data.loss_fn, data.forward] if data is not None else []
+    calls = ["none" if x is None else "given" for x in given]
+    all_ranks().check_same(
+        **more,
+        calibration="none" if data is None else f"given, loss_fn {calls[0]}, forward {calls[1]}",
+    )

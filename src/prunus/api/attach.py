@@ -9,10 +9,12 @@ from typing import Literal
 import torch
 from torch import nn
 
+from prunus.api.arguments import check_same_on_all_ranks
 from prunus.api.session import Session
 from prunus.calibration.calibration import Calibration
 from prunus.core.files import check_writable
 from prunus.core.numbers import count
+from prunus.core.ranks import all_ranks
 from prunus.modifiers.timing import Timeline
 from prunus.recipe import Recipe
 from prunus.report.records import FILE, Recorder, Sink, is_main
@@ -40,7 +42,8 @@ def attach(
     or a function.
 
     Raises ValueError (RecipeError for the recipe's own faults) with the remedy if something does
-    not fit; the model, the optimizer and the loop are then untouched.
+    not fit, or data-parallel ranks were given different recipes, lengths or kinds of calibration;
+    the model, the optimizer and the loop are then untouched, on all ranks.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -52,11 +55,26 @@ def attach(
     >>> prunus.sparsity(model)["0"]
     0.5
     """
+    with all_ranks().raise_on_all_ranks():
+        loaded, timeline = _read(
+            recipe, steps_per_epoch, epochs, gradient_accumulation_steps, output_dir
+        )
+    check_same_on_all_ranks(calibration, recipe=loaded.to_yaml(), timeline=timeline)
+    return Session(model, optimizer, loaded, timeline, calibration, Recorder(output_dir, log))
+
+
+def _read(
+    recipe: str | os.PathLike[str] | Recipe,
+    steps_per_epoch: int | None,
+    epochs: float | None,
+    gradient_accumulation_steps: int,
+    output_dir: str | os.PathLike[str] | None,
+) -> tuple[Recipe, Timeline]:
+    """The recipe, and how long training is. Raises ValueError, and OSError for the folder."""
     accumulation = count("gradient_accumulation_steps", gradient_accumulation_steps)
     if steps_per_epoch is not None:
         steps_per_epoch = -(-count("steps_per_epoch", steps_per_epoch) // accumulation)
     loaded = Recipe.load(recipe)
     if output_dir is not None and is_main():
         check_writable(Path(output_dir) / FILE)
-    timeline = Timeline(steps_per_epoch, loaded.epochs if epochs is None else epochs)
-    return Session(model, optimizer, loaded, timeline, calibration, Recorder(output_dir, log))
+    return loaded, Timeline(steps_per_epoch, loaded.epochs if epochs is None else epochs)

@@ -12,27 +12,26 @@ from __future__ import annotations
 import json
 import logging
 import os
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from prunus import formats
-from prunus.api.file_header import expand, masks_of, read_header
 from prunus.api.results import Result
 from prunus.api.session import Session
 from prunus.core.files import atomic_write
 from prunus.core.layers import clean_name, is_sharded, unwrap
-from prunus.core.masks import local
+from prunus.core.masks import count_zeros, local
 from prunus.core.names import did_you_mean
-from prunus.core.ranks import Ranks
+from prunus.core.ranks import Ranks, first_rank_tells
 from prunus.core.sharding import gather, ranks_of, shard
+from prunus.core.tensor_files import open_tensors
 from prunus.engine.permute.gather import BUFFER, restore_gathers
 from prunus.recipe import Recipe
 from prunus.report.records import is_main
@@ -81,11 +80,12 @@ def save(
 
     ``pruning`` (what `attach` or `prune` returned) adds masks and recipe; without it, every Linear
     and convolution weight that has zeros counts as masked there. ``compact`` shrinks the file with
-    the sparsity; only `load` reads it. Sharded weights are gathered: every rank must call this,
-    and the first writes.
+    the sparsity; only `load` reads it. The first rank writes. Sharded weights are gathered, so
+    every rank must call this; with DDP all may, and then wait until the file is there.
 
-    Raises OSError if the disk is full or the path not writable, and ValueError for a model whose
-    state is not all tensors with data; the old file is then intact.
+    Raises OSError if the disk is full or the path not writable (RuntimeError on the other ranks),
+    and ValueError for a model whose state is not all tensors with data; the old file is then
+    intact.
 
     >>> model = nn.Linear(4, 4)
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -95,18 +95,29 @@ def save(
     """
     parts = {clean_name(name): t for name, t in unwrap(model).state_dict().items()}
     for name, t in parts.items():
-        if not isinstance(t, Tensor) or t.is_meta:
-            what = "is on the meta device" if isinstance(t, Tensor) else "is no tensor"
-            raise ValueError(f"{name!r} {what}; safetensors files hold tensors with data only")
+        if reason := _not_writable(t):
+            raise ValueError(f"{name!r} {reason}")
     cuts = (ranks_of(t) for t in parts.values() if is_sharded(t))
     shards = next(cuts, Ranks())
     state = _gathered(parts, parts)
     if isinstance(pruning, Session) and not pruning.closed:
         pruning.verify("saving")
     masks = {} if pruning is None else _gathered(pruning.masks, parts)
-    with shards.raise_on_all_ranks():
+    followed = shards.group is None and isinstance(model, DistributedDataParallel)
+    with shards.raise_on_all_ranks(), first_rank_tells(f"save {path}", followed):
         if is_main():
             _write(path, state, masks, pruning, compact)
+
+
+def _not_writable(t: Any) -> str:
+    """Why safetensors cannot hold it; empty if it can."""
+    hold = "safetensors files hold tensors with data only"
+    quantized = "save a model that was quantized by torch with torch.save"
+    if not isinstance(t, Tensor):
+        return f"is no tensor but a {type(t).__name__}; {hold}; {quantized}"
+    if t.is_quantized:
+        return f"is {t.dtype}, which safetensors files do not hold; {quantized}"
+    return f"is on the meta device; {hold}" if t.is_meta else ""
 
 
 def _write(
@@ -120,7 +131,7 @@ def _write(
         masks = {
             name: t != 0
             for name, t in state.items()
-            if t.dim() > 1 and t.is_floating_point() and bool((t == 0).any())
+            if t.dim() > 1 and t.is_floating_point() and count_zeros(t)
         }
     header: dict[str, Any] = {
         "version": 2 if compact else 1,
@@ -186,9 +197,9 @@ def _compact(
     result: dict[str, Tensor] = {}
     stored: dict[str, dict[str, Any]] = {}
     aliases: dict[str, str] = {}
-    first: dict[tuple[int, torch.Size], str] = {}
+    first: dict[tuple[object, ...], str] = {}
     for name, t in tensors.items():
-        key = (t.data_ptr(), t.shape)
+        key = t.data_ptr(), t.shape, t.stride()  # a transposed one has other entries
         if t.numel() and key in first:
             aliases[name] = first[key]
             continue
@@ -216,12 +227,11 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Checkp
     >>> torch.equal(model.weight, again.weight)
     True
     """
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(KEY, "{}")
-            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        raise ValueError(_unreadable(path, error)) from None
+    from prunus.api.file_header import expand, masks_of, read_header  # with pydantic: it is slow
+
+    with open_tensors(path) as file:
+        text = (file.metadata() or {}).get(KEY, "{}")
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     try:
         header = read_header(text)
         state = expand(stored, header)
@@ -232,16 +242,6 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> Checkp
     if model is not None:
         _load_into(model, state, path)
     return checkpoint
-
-
-def _unreadable(path: str | os.PathLike[str], error: Exception) -> str:
-    if zipfile.is_zipfile(path) or Path(path).suffix in (".pt", ".pth", ".bin", ".ckpt"):
-        return (
-            f"'{path}' is not safetensors but a file of torch.save; read it with "
-            "model.load_state_dict(torch.load(path, weights_only=True)), and write it with "
-            "prunus.save(model, path)"
-        )
-    return f"'{path}' is no safetensors file, or a broken one: {error}"
 
 
 def _load_into(model: nn.Module, state: Mapping[str, Tensor], path: Any) -> None:
@@ -265,6 +265,15 @@ def _load_into(model: nn.Module, state: Mapping[str, Tensor], path: Any) -> None
         shape = tuple(parts[names[name]].shape)
         if tuple(t.shape) != shape:
             raise ValueError(f"'{path}' has {name!r} as {tuple(t.shape)}, the model as {shape}")
+    for name, t in parts.items():
+        if not isinstance(t, Tensor) or (
+            t.is_inference() and not torch.is_inference_mode_enabled()
+        ):
+            raise ValueError(
+                f"{clean_name(name)!r} of the model cannot be written to: it was made inside "
+                "torch.inference_mode, or is no tensor (quantized by torch); load into a model "
+                "that is neither, and quantize it then"
+            )
     restore_gathers(target, gathers)
     parts = target.state_dict()
     names = {clean_name(name): name for name in parts}

@@ -8,12 +8,22 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from prunus.api.arguments import AllocatorLike, as_recipe, norms_data
+from prunus.api.arguments import (
+    AllocatorLike,
+    as_recipe,
+    check_same_on_all_ranks,
+    norms_data,
+)
 from prunus.api.results import Result
 from prunus.calibration.batch_norm import recalibrate as estimate_norms
 from prunus.calibration.calibration import Calibration, as_calibration
+from prunus.calibration.input_dependence import CONSTANT, InputDependence
+from prunus.core.default_dense_layers import left_by_all
 from prunus.core.mask_registry import Masks
+from prunus.core.ranks import all_ranks
 from prunus.core.unseen import told
+from prunus.engine.fitting import Misfits
+from prunus.engine.method import Unreached
 from prunus.engine.permute.step import Permute
 from prunus.engine.plan import PruningPlan
 from prunus.engine.sequential.options import Sequential
@@ -39,7 +49,9 @@ def prune(
     calibration: Calibration | None = None,
     recalibrate: bool | Calibration = False,
     sequential: bool | str | Sequential = False,
-    permute: str | Permute | None = None,
+    permute: bool | str | Permute | None = None,
+    misfits: Misfits = "error",
+    unreached: Unreached = "error",
     output_dir: str | os.PathLike[str] | None = None,
 ) -> Result:
     """Prune a model in place, at once.
@@ -47,16 +59,24 @@ def prune(
     ``pruner`` is a name (`list_pruners`), a pruner object, or a recipe (a path, YAML text or
     `Recipe`), of which the ``prune`` entries are applied at their final sparsity; ``sparsity`` then
     overrides the recipe's variable of that name. ``layers`` and ``exclude`` take names, globs,
-    class names and ``re:`` regexes; the default spares the stem and the output head.
+    class names and ``re:`` regexes; the default spares what reads the input or writes the output,
+    and routers (``result.spared`` says which).
     ``allocator`` is a name, an object, or a table of layer names to sparsities. ``recalibrate``
     estimates BatchNorm statistics anew on the pruned model, from the calibration data or from data
     of its own, which wants batches of some tens of examples and no labels. ``sequential`` prunes
     block by block, each on the outputs of the pruned ones before it: the name of the list of
     blocks, True to walk all lists, or a `Sequential` that says where the blocks are meanwhile.
-    ``permute``, for N:M, regroups input channels first: `lsa`, `reallocate`, or a `Permute`.
+    ``permute``, for N:M, regroups input channels first: true, `lsa`, `reallocate`, or a `Permute`.
+    ``misfits="dense"`` leaves layers dense that the pattern does not divide, or whose inputs cannot
+    be measured; ``unreached`` says what becomes of layers about which the data tells nothing:
+    `error`, `magnitude` or `dense`. The result names both.
 
-    Raises ValueError with the remedy if anything does not fit; the model is then untouched, as it
-    is after an interrupt, and ``output_dir`` too.
+    Where there is calibration data, the result also says whether the model's output has ceased to
+    depend on its input.
+
+    Raises ValueError with the remedy if anything does not fit, or data-parallel ranks were asked
+    for different things; the model is then untouched, as it is after an interrupt, and
+    ``output_dir`` too.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> result = prunus.prune(model, "ria", pattern="2:4", layers=["0"],
@@ -64,17 +84,26 @@ def prune(
     >>> result.sparsity, int((model[0].weight == 0).sum())
     (0.5, 32)
     """
-    calibration = as_calibration(calibration)
-    recipe = as_recipe(pruner, sparsity, pattern, layers, exclude, allocator, permute)
-    modifiers = _one_shot(recipe)
-    walk = Sequential.of(sequential)
+    with all_ranks().raise_on_all_ranks():
+        calibration = as_calibration(calibration)
+        recipe = as_recipe(
+            pruner, sparsity, pattern, layers, exclude, allocator, permute, misfits, unreached
+        )
+        modifiers = _one_shot(recipe)
+        walk = Sequential.of(sequential)
+    blocks = "no" if walk is None else f"yes, {walk.blocks}"
+    check_same_on_all_ranks(calibration, recipe=recipe.to_yaml(), sequential=blocks)
     _check_together(modifiers, walk)
     plans = [modifier.plan(model, calibration, walk) for modifier in modifiers]
     for plan in plans:
         plan.check_data()
     norms = norms_data(recalibrate, calibration)
+    # block by block the model may not fit where it would have to run
+    depends = InputDependence(model, None if any(p.sequential for p in plans) else calibration)
+    depends.ask_before()
     recorder, masks, done = Recorder(), Masks(), list[SequentialResult]()
-    recorder(start_event(model, 0, recipe=recipe.to_yaml()))
+    spared = left_by_all((plan.spared, plan.layers) for plan in plans)
+    recorder(start_event(model, 0, recipe=recipe.to_yaml(), left_dense=spared))
     try:
         for modifier, plan in zip(modifiers, plans, strict=True):
             target = modifier.final_sparsity
@@ -83,16 +112,21 @@ def prune(
             for change in done[-1].changes:
                 masks.put(change.layer, change.mask)
             method = plan.method.pruner.name, str(plan.method.pattern)
-            recorder(pruning_event(*method, done[-1].rows, 0, target))
+            recorder(pruning_event(*method, done[-1].rows, 0, target, plan.misfits))
         if norms is not None:
             estimate_norms(model, norms)
+        if constant := depends.lost:
+            log.warning("%s", CONSTANT)
+            recorder({"event": "constant_output", "step": 0})
         if output_dir is not None:
             recorder.save(output_dir)
     except BaseException:
-        for result in reversed(done):
-            result.undo()
+        for each in reversed(done):
+            each.undo()
         raise
-    return _result(recipe, plans, done, masks, recorder)
+    result = _result(recipe, plans, done, masks, spared, recorder)
+    result.constant_output = constant
+    return result
 
 
 def _one_shot(recipe: Recipe) -> list[OneShotModifier]:
@@ -116,13 +150,14 @@ def _result(
     plans: Sequence[PruningPlan],
     done: Sequence[SequentialResult],
     masks: Masks,
+    spared: dict[str, str],
     recorder: Recorder,
 ) -> Result:
     rows = {row.name: row for each in done for row in each.rows}
-    left_dense = [name for name in plans[0].left_dense if name not in rows]
-    result = Result(list(rows.values()), dict(masks), recipe, left_dense, recorder)
+    result = Result(list(rows.values()), dict(masks), recipe, spared, recorder)
     result.unseen = told(plans[0].model)
     for plan, each in zip(plans, done, strict=True):
+        result.misfits |= {name: why for name, why in plan.misfits.items() if name not in rows}
         for folded in each.folded:
             result.permuted += folded.rows
             result.not_permuted |= folded.refused

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from prunus.calibration.input_dependence import CONSTANT
+from prunus.core.default_dense_layers import dense_line
 from prunus.core.layers import all_layers
-from prunus.core.masks import local
+from prunus.core.masks import count_zeros, local
 from prunus.core.names import did_you_mean, few
 from prunus.core.unseen import told, unseen_weights
-from prunus.engine.method import LayerResult, collapse_message
+from prunus.engine.method import LayerResult, collapse_message, misfits_message, unreached_messages
 from prunus.engine.permute.step import FoldRow
 from prunus.report.records import Recorder
-from prunus.report.tables import Printable, Recorded, share
+from prunus.report.tables import Printable, Recorded, share, stacks
 
 if TYPE_CHECKING:
     from prunus.recipe import Recipe
@@ -27,16 +29,16 @@ class Result(Recorded):
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
     >>> result = prunus.prune(model, "magnitude", sparsity=0.5)
-    >>> result.sparsity, result.rows[0].zeros, result.left_dense
-    (0.5, 32, ['1'])
+    >>> result.sparsity, result.rows[0].zeros, result.spared
+    (0.5, 32, {'1': 'writes the output'})
     """
 
     rows: list[LayerResult]
     masks: Mapping[str, Tensor]
     """parameter name -> keep-mask, True means kept"""
     recipe: Recipe
-    left_dense: list[str] = field(default_factory=list)
-    """layers the default selection spared: the stem and the output head"""
+    spared: dict[str, str] = field(default_factory=dict)
+    """layers that the default left dense, each with the reason"""
     recorder: Recorder = field(default_factory=Recorder, repr=False)
     permuted: list[FoldRow] = field(default_factory=list)
     """channel permutations that the network has taken, and what they brought"""
@@ -44,9 +46,24 @@ class Result(Recorded):
     """layer name -> why its input channels are as they were, where `permute` was asked for"""
     unseen: str = ""
     """what share of the model's weights is in parameters that are no layers, and stays dense"""
+    misfits: dict[str, str] = field(default_factory=dict)
+    """layer name -> why it does not fit, and was left dense, where `misfits` is `dense`"""
+    constant_output: bool = False
+    """whether the model's output no longer depends on its input, as far as that was tried: on the
+    calibration data, not block by block"""
     outside_blocks: list[str] = field(default_factory=list)
     """of a sequential run: layers in no block, which were pruned after the blocks, all together"""
     title = "pruned"
+
+    @property
+    def unreached(self) -> dict[str, str]:
+        """Layer name -> `magnitude` or `dense`: what was done for lack of calibration data."""
+        return {row.name: row.unreached for row in self.rows if row.unreached}
+
+    @property
+    def left_dense(self) -> list[str]:
+        """Names of the layers that the default left dense."""
+        return list(self.spared)
 
     @property
     def sparsity(self) -> float:
@@ -72,21 +89,26 @@ class Result(Recorded):
         return [kind for kind in kinds if any(kind[1](row) is not None for row in self.rows)]
 
     def cells(self) -> Iterable[Sequence[str]]:
-        for row in self.rows:
+        for name, at in stacks([row.name for row in self.rows]):
+            rows, row = self.rows[at], self.rows[at.start]
             shape = "x".join(map(str, row.shape))
-            lost = ["" if (x := get(row)) is None else f"{x:.2%}" for _, get in self._losses()]
-            yield row.name, shape, row.pattern, share(row.zeros, row.size), f"{row.zeros:,}", *lost
+            lost = [_highest(rows, get) for _, get in self._losses()]
+            zeros, size = sum(x.zeros for x in rows), sum(x.size for x in rows)
+            yield name, shape, row.pattern, share(zeros, size), f"{zeros:,}", *lost
         zeros = sum(row.zeros for row in self.rows)
         size = sum(row.size for row in self.rows)
         yield f"{len(self.rows)} layers", "", "", share(zeros, size), f"{zeros:,}"
 
     def notes(self) -> Sequence[str]:
-        message = [f"left dense: {', '.join(self.left_dense)}"] if self.left_dense else []
+        message = [dense_line(self.spared)] if self.spared else []
+        message += [misfits_message(self.misfits)] if self.misfits else []
+        message += unreached_messages(self.rows)
         message += [self.unseen] if self.unseen else []
         if self.outside_blocks:
             message.append(f"outside the blocks, pruned after them: {few(self.outside_blocks)}")
         if collapsed := [row.name for row in self.rows if row.collapsed]:
             message.append(collapse_message(collapsed))
+        message += [CONSTANT] if self.constant_output else []
         if self.permuted:
             before, after = (
                 sum(getattr(row, key) for row in self.permuted) / len(self.permuted)
@@ -100,27 +122,9 @@ class Result(Recorded):
         return message
 
 
-@dataclass
-class SweepResult(Recorded):
-    """What an evaluation said at each sparsity.
-
-    >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
-    >>> zeros = lambda m: prunus.sparsity(m)["0"]
-    >>> prunus.sweep(model, "magnitude", [0.25, 0.5], evaluate=zeros).values
-    {0.25: {'value': 0.25}, 0.5: {'value': 0.5}}
-    """
-
-    values: dict[float, dict[str, float]]
-    recorder: Recorder = field(default_factory=Recorder, repr=False)
-    title = "sweep"
-
-    def header(self) -> Sequence[str]:
-        names = next(iter(self.values.values()), {})
-        return "sparsity", *names
-
-    def cells(self) -> Iterable[Sequence[str]]:
-        for sparsity, metrics in self.values.items():
-            yield f"{sparsity:.4f}", *(f"{value:.4g}" for value in metrics.values())
+def _highest(rows: Sequence[LayerResult], get: Callable[[LayerResult], float | None]) -> str:
+    found = [x for row in rows if (x := get(row)) is not None]
+    return (f"{max(found):.2%}" if len(rows) == 1 else f"≤ {max(found):.2%}") if found else ""
 
 
 @dataclass
@@ -156,7 +160,11 @@ class SparsityTable(Printable):
         return "layer", "kind", "shape", "sparsity", "zeros"
 
     def cells(self) -> Iterable[Sequence[str]]:
-        for name, kind, shape, size, zeros in self.rows:
+        for name, at in stacks([row[0] for row in self.rows]):
+            _, kind, shape, *_ = self.rows[at.start]
+            size, zeros = (
+                sum(counts) for counts in zip(*(row[3:] for row in self.rows[at]), strict=True)
+            )
             yield name, kind, "x".join(map(str, shape)), share(zeros, size), f"{zeros:,}"
         zeros = sum(row[4] for row in self.rows)
         size = sum(row[3] for row in self.rows)
@@ -166,8 +174,8 @@ class SparsityTable(Printable):
 def sparsity(model: nn.Module) -> SparsityTable:
     """Zeros of every floating weight of two or more axes (of this rank's part).
 
-    Those that are no Linear, convolution or attention weight, which `prune` leaves dense, have rows
-    too: recurrent weights, embeddings, experts in one tensor.
+    Those that prunus knows no layer for, and leaves dense, have rows too: embeddings, and the
+    weights of people's own modules.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     >>> nn.init.zeros_(model[0].weight).shape
@@ -178,15 +186,11 @@ def sparsity(model: nn.Module) -> SparsityTable:
     """
     rows = []
     for layer in all_layers(model):
-        part = local(layer.weight.detach())
-        zeros = part.numel() - int(part.count_nonzero())
-        rows.append((layer.name, layer.kind, layer.shape, part.numel(), zeros))
+        part = layer.local
+        rows.append((layer.name, layer.kind, layer.shape, part.numel(), count_zeros(part)))
     unseen = unseen_weights(model)
     for item in unseen:
         part = local(item.weight)
-        zeros = part.numel() - int(part.count_nonzero())
-        rows.append((item.name, item.kind, tuple(item.weight.shape), part.numel(), zeros))
+        shape = tuple(item.weight.shape)
+        rows.append((item.name, item.kind, shape, part.numel(), count_zeros(part)))
     return SparsityTable(rows, told(model, unseen))
-
-
-Evaluate = Callable[[nn.Module], Any]

@@ -7,17 +7,20 @@ import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from prunus.api.session_state import checked_state
+from prunus.api.mask_guard import MaskGuard
+from prunus.api.optimizer_hooks import StepHooks, innermost
 from prunus.calibration.calibration import Calibration, as_calibration
-from prunus.core.layers import clean_parameters, is_sharded
+from prunus.calibration.input_dependence import CONSTANT, InputDependence
+from prunus.core.default_dense_layers import left_by_all
+from prunus.core.layers import clean_parameters
 from prunus.core.mask_registry import Masks
-from prunus.core.masks import local, packed
-from prunus.core.names import few
+from prunus.core.masks import packed
+from prunus.core.ranks import all_ranks
 from prunus.core.sharding import gather, scatter, whole_sparsity
 from prunus.core.unseen import told
 from prunus.modifiers import Context, Run
@@ -28,19 +31,6 @@ from prunus.recipe import Recipe
 from prunus.report.records import Recorder, is_main, number, start_event
 
 log = logging.getLogger("prunus")
-
-
-def innermost(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer that steps, inside Accelerate's and Lightning's handles."""
-    inner = getattr(optimizer, "optimizer", None)
-    if isinstance(inner, torch.optim.Optimizer):
-        return innermost(inner)
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        kind = type(optimizer).__name__
-        raise ValueError(f"attach needs a torch.optim.Optimizer to hook, not {kind}")
-    # without Optimizer.__init__ (timm's Lookahead) nobody has, and hooks are never called
-    optimizer._patch_step_function()
-    return optimizer
 
 
 def _nothing() -> None:
@@ -79,9 +69,12 @@ class Session:
         data = as_calibration(calibration)
         self._context = Context(model, self.optimizer, timeline, data, Masks(), recorder)
         self._listeners: list[tuple[Callable[[], Any], Callable[[], Any]]] = []
+        self._depends = InputDependence(model, data)
         self.runs: list[Run] = [modifier.bind(self._context) for modifier in recipe.modifiers]
         for run in self.runs:
-            run.check_data()
+            with all_ranks().raise_on_all_ranks():  # ranks have data of their own
+                run.check_data()
+        self._guard = MaskGuard(self.runs, self.masks, self.optimizer)
         self._refuse_overlap()
         try:
             for run in self.runs:
@@ -93,11 +86,7 @@ class Session:
             raise
         if unseen := told(model):
             log.info("%s", unseen)
-        plain: Any = torch.compiler.disable  # a compiled step leaves its graph for our hooks
-        self._handles = [
-            self.optimizer.register_step_pre_hook(plain(self._before)),
-            self.optimizer.register_step_post_hook(plain(self._after)),
-        ]
+        self._hooks = StepHooks(self.optimizer, self._before, self._after)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -129,13 +118,7 @@ class Session:
         Counted in the model as it is (this rank's part), so weights that were loaded or trained
         elsewhere since then count as what they are; `verify` puts masks back on.
         """
-        sizes = {name: mask.numel() for name, mask in self.masks.items()}
-        for run in self.runs:
-            if run.prunes or run.trains:
-                sizes |= {x.parameter_name: local(x.weight).numel() for x in run.masked_layers}
-        self._rebind()
-        pruned = sum(self.masks.pruned().values())
-        return pruned / sum(sizes.values()) if sizes else 0.0
+        return self._guard.sparsity()
 
     def verify(self, when: str = "now") -> dict[str, int]:
         """Put masks back on where weights that are pruned are not zero; a warning says where.
@@ -144,45 +127,11 @@ class Session:
         each parameter were off (this rank's). Raises ValueError for a layer whose weight is no
         parameter any more, as when a parametrization was added.
         """
-        self._rebind()
-        soft = {x.parameter_name for run in self.runs if run.soft for x in run.masked_layers}
-        off = self.masks.off(soft)
-        if off:
-            log.warning(
-                "%s: %d pruned weights were not zero, in %s; they are zero again. Were weights "
-                "loaded, or written by something other than this optimizer?",
-                when,
-                sum(off.values()),
-                few([f"{name} ({count})" for name, count in off.items()]),
-            )
-            self.masks.put_on(off)
-        return off
-
-    def _rebind(self) -> None:
-        """Follow parameters that were replaced; those that are computed by now are an error."""
-        for layer in (layer for run in self.runs for layer in run.masked_layers):
-            present = layer.present
-            if present is layer.weight or (is_sharded(layer.weight) and present is not None):
-                continue  # FSDP2 shows gathered copies at times
-            if present is None or present.shape != layer.weight.shape:
-                what = "is computed by something else" if present is None else "has another shape"
-                raise ValueError(
-                    f"{layer.parameter_name} {what} since the session was attached, so its mask "
-                    "cannot hold; close the session before adding parametrizations or replacing "
-                    "layers, and attach anew"
-                )
-            held = any(present is p for g in self.optimizer.param_groups for p in g["params"])
-            log.warning(
-                "%s was replaced by another parameter; its mask goes with the new one%s",
-                layer.parameter_name,
-                "" if held else ", which this optimizer does not train",
-            )
-            layer.rebind(cast("nn.Parameter", present))
-            self.masks.rebind(layer)
+        return self._guard.verify(when)
 
     def _before(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._begin()
-        self._rebind()
+        self._guard.rebind()
         if self._next_change(self.step + 1) == self.step + 1:
             self.verify(f"before pruning after step {self.step + 1}")
         for run in self.runs:
@@ -210,7 +159,7 @@ class Session:
 
     @torch.no_grad()
     def _after(self, *_: Any) -> None:
-        if step_is_skipped(self.optimizer):
+        if step_is_skipped(self.optimizer) or not self._hooks.stepped:
             for run in self.runs:
                 run.skipped(self.step)
             return
@@ -227,7 +176,12 @@ class Session:
     def _around_pruning(self, changes: bool) -> Iterator[None]:
         for before, _ in self._listeners if changes else ():
             before()
+        if changes:
+            self._depends.ask_before()
         yield
+        if changes and self._depends.lost:
+            log.warning("after step %d: %s", self.step, CONSTANT)
+            self.recorder({"event": "constant_output", "step": self.step})
         for _, after in self._listeners if changes else ():
             after()
 
@@ -259,7 +213,9 @@ class Session:
                 run.start()
         self._fresh = False
         if not any(event["event"] == "start" for event in self.recorder.events):
-            self.recorder(start_event(self.model, self.step, recipe=self.recipe.to_yaml()))
+            spared = left_by_all((run.spared, run.masked_layers) for run in self.runs)
+            known = {"recipe": self.recipe.to_yaml(), "left_dense": spared}
+            self.recorder(start_event(self.model, self.step, **known))
 
     def log(self, **metrics: float | Tensor) -> None:
         """Record numbers at the present step, such as ``loss=`` and ``accuracy=``.
@@ -301,11 +257,13 @@ class Session:
         Raises ValueError if it is no state, or of another recipe or model, or the session closed;
         nothing is then changed.
         """
+        from prunus.api.session_state import checked_state  # with pydantic, which takes its time
+
         if self.closed:
             raise ValueError("the session is closed; attach anew and load the state into that")
         parameters = clean_parameters(self.model)
         read, masks = checked_state(state, self.recipe, parameters, self.runs)
-        self._rebind()
+        self._guard.rebind()
         self.step, self._fresh = read.step, True
         for name, mask in masks.items():
             self.masks.load(name, parameters[name], scatter(mask, parameters[name]))
@@ -338,8 +296,7 @@ class Session:
                 self._unfinished = False
         finally:
             self.closed = True
-            for handle in self._handles:
-                handle.remove()
+            self._hooks.remove()
             for run in self.runs:
                 run.detach()
             self.recorder.close()

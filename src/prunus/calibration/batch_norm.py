@@ -51,6 +51,11 @@ def recalibrate(model: nn.Module, calibration: Calibration) -> None:
     if not norms:
         log.info("no BatchNorm statistics to estimate anew")
         return
+    if any(b.is_inference() for norm in norms for b in norm.buffers()):
+        raise ValueError(
+            "the BatchNorm statistics were made inside torch.inference_mode, so nothing may write "
+            "to them; make or load the model outside of that"
+        )
     momenta = [norm.momentum for norm in norms]
     with put_back(model), undisturbed(model, calibration), torch.no_grad():
         before = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]  # type: ignore[union-attr]

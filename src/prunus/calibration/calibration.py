@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prunus.calibration.batches import Batch, call_of, to_device
 from prunus.calibration.memory_plan import parse_bytes
 from prunus.core.layers import is_sharded, reshard, unwrap
 from prunus.core.ranks import all_ranks, lockstep, no_error_sync
 
 log = logging.getLogger("prunus")
-Batch = Any
 
 
 @dataclass(frozen=True)
 class Calibration:
     """Batches to learn from, and how to run a model on them.
 
-    A batch is a tensor, a pair ``(inputs, targets)``, or a mapping passed as ``model(**batch)``.
-    Batches are moved to the model's device; the iterable is re-iterated for each pruning step.
+    A batch is a tensor, a pair ``(inputs, targets)``, or a mapping passed as ``model(**batch)``, of
+    which keys that the model does not take are for ``loss_fn`` alone. Longer tuples, such as
+    ``(inputs, mask, targets)``, are taken where the model's forward says what they are: by as many
+    arguments without default, or arguments called ``...mask``. Batches are copied to the model's
+    device; the iterable is re-iterated for each pruning step.
 
     >>> batches = [(torch.randn(2, 4), torch.tensor([0, 1])) for _ in range(3)]
     >>> data = prunus.Calibration(batches, nn.functional.cross_entropy, num_batches=2)
@@ -68,7 +71,7 @@ class Calibration:
             # its workers serve one iteration at a time, and the user may be in the middle of his
             batches = copy.copy(batches)
             batches._iterator = None  # type: ignore[attr-defined]
-        return islice(iter(batches), self.num_batches)
+        return itertools.islice(iter(batches), self.num_batches)
 
     def stretch(self, begin: int) -> Iterator[tuple[int, Batch]]:
         """As many batches as there are, with their numbers from 1, from the `begin`-th on.
@@ -81,8 +84,8 @@ class Calibration:
                 yield count, batch
         if begin >= count > 0:
             begin %= count
-            yield from islice(enumerate(self, 1), begin, None)
-        yield from islice(enumerate(self, 1), begin)
+            yield from itertools.islice(enumerate(self, 1), begin, None)
+        yield from itertools.islice(enumerate(self, 1), begin)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The loss of a forward pass. Raises ValueError if there is none."""
@@ -103,20 +106,20 @@ class Calibration:
     def _run(self, model: nn.Module, batch: Batch) -> Any:
         if self.forward is not None:
             return self.forward(model, batch)
-        batch = to_device(batch, device_of(model))
-        if isinstance(batch, Mapping):
-            if batch.get("use_cache"):  # passes must not know of each other
-                batch = {**batch, "use_cache": False}
-            output = model(**batch)
-            own = getattr(output, "loss", None)
-            return own if self.loss_fn is None else self.loss_fn(output, batch)
-        if isinstance(batch, (tuple, list)):
-            inputs, *targets = batch
-            output = model(inputs)
-            if self.loss_fn is None or not targets:
-                return output
-            return self.loss_fn(output, targets[0])
-        return model(batch)
+        call = call_of(model, batch, self.loss_fn is not None)
+        args, kwargs, target = to_device(tuple(call), device_of(model), copy=True)
+        output = model(*args, **kwargs)
+        if self.loss_fn is not None and target is not None:
+            return self.loss_fn(output, target)
+        own = getattr(output, "loss", None) if isinstance(batch, Mapping) else None
+        return output if own is None else own
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where its first parameter with data is, or buffer; the CPU for a model that has neither."""
+    places = [t.device for t in itertools.chain(model.parameters(), model.buffers())]
+    cpu = torch.device("cpu")
+    return next((place for place in places if place.type != "meta"), (places or [cpu])[0])
 
 
 def as_calibration(value: Any) -> Calibration | None:
@@ -159,22 +162,23 @@ def check_first_batch(model: nn.Module, calibration: Calibration, gradients: boo
 _NOTHING = object()
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """That of the first parameter with data; blocks may be on disk."""
-    places = [p.device for p in model.parameters()]
-    return next((place for place in places if place.type != "meta"), places[0])
+def first_pass(model: nn.Module, calibration: Calibration | None) -> Callable[[], object] | None:
+    """A forward pass of the model on the first batch, for whoever wants to watch one.
 
+    None where there is no data, or the model could not run here and now: it has no weights yet, or
+    its ranks must run together.
+    """
+    target = unwrap(model)
+    if calibration is None or needs_all_ranks(model) or any(p.is_meta for p in model.parameters()):
+        return None
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Tensors in nested tuples, lists and mappings, moved; anything else as it is."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        items = [to_device(item, device) for item in batch]
-        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
-    return batch
+    def run() -> None:
+        with undisturbed(model, calibration), torch.no_grad():
+            for batch in calibration:
+                calibration.run(target, batch)
+                break
+
+    return run
 
 
 def _generators(batches: Any) -> list[torch.Generator]:

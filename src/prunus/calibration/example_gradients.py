@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prunus.calibration.calibration import Batch, Calibration
+from prunus.calibration.batches import Batch
+from prunus.calibration.calibration import Calibration
+from prunus.calibration.example_checks import Watch, example, size_of, telling
 from prunus.core.layers import Layer, unwrap
 from prunus.core.masks import local
 from prunus.core.ranks import no_error_sync
@@ -30,7 +32,7 @@ def gradients_on(model: nn.Module, layers: Sequence[Layer]) -> Iterator[None]:
     before = [(p, p.grad) for p in model.parameters()]
     frozen = [layer.weight for layer in layers if not layer.weight.requires_grad]
     try:
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             for weight in frozen:
                 weight.requires_grad_(True)
             for p, _ in before:
@@ -61,11 +63,19 @@ def micro_batch_gradients(
             for p in model.parameters():
                 p.grad = None
         else:
-            found = torch.autograd.grad(loss, weights, allow_unused=True)
+            found = _gradients(loss, weights)
     return [
         None if g is None else layer.matrix(layer.part(local(g.detach()))).unsqueeze(0)
         for layer, g in zip(layers, found, strict=True)
     ]
+
+
+def _gradients(loss: Tensor, weights: Sequence[Tensor]) -> list[Tensor | None]:
+    """Of weights that may repeat, as those of experts do."""
+    each = {id(w): w for w in weights}
+    grads = torch.autograd.grad(loss, list(each.values()), allow_unused=True)
+    found = dict(zip(each, grads, strict=True))
+    return [found[id(w)] for w in weights]
 
 
 class _Tap(torch.autograd.Function):
@@ -82,37 +92,6 @@ class _Tap(torch.autograd.Function):
         return grad, torch.zeros((), device=grad.device), None
 
 
-def size_of(batch: Batch) -> int:
-    """Examples in a batch: the length of its first tensor.
-
-    Raises ValueError if it has none.
-    """
-    for tensor in _tensors(batch):
-        if tensor.dim():
-            return len(tensor)
-    raise ValueError("samples='example' needs batches of tensors, to take the examples apart")
-
-
-def _tensors(batch: Batch) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping | tuple | list):
-        for item in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from _tensors(item)
-
-
-def example(batch: Batch, i: int, size: int) -> Batch:
-    """The batch that has only its i-th example."""
-    if isinstance(batch, Tensor):
-        return batch[i : i + 1] if batch.dim() and len(batch) == size else batch
-    if isinstance(batch, Mapping):
-        return {key: example(value, i, size) for key, value in batch.items()}
-    if isinstance(batch, tuple | list):
-        items = [example(item, i, size) for item in batch]
-        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
-    return batch
-
-
 Seen = list[list[tuple[Tensor, Tensor]]]
 
 
@@ -122,10 +101,13 @@ class ExampleGradients:
     The gradient of a linear layer is, for each example, the product of its inputs and the gradients
     of its outputs, both of which a hook sees (I. Goodfellow, "Efficient per-example gradient
     computations", 2015, https://arxiv.org/abs/1510.01799); convolutions likewise, with their inputs
-    unfolded. Three examples of every batch are compared with passes of their own; from the first
-    batch on where they differ (a weight used outside its module, a loss that is no mean over
-    examples, such as that of texts of unequal lengths), or if a layer has no such form, each
-    example has its own pass.
+    unfolded. Not so where a weight is used outside its module, where the loss is no mean over
+    examples, such as that of texts of unequal lengths, or where a layer has no such form: from the
+    first batch on that shows it, each example has its own pass.
+
+    Some examples of the first batch are compared with passes of their own. In later batches uses of
+    the weights are counted, and the loss function is asked again for each example (`Watch`); if
+    that does not tell, as where the loss is the model's own, passes are compared again.
     """
 
     def __init__(
@@ -133,18 +115,19 @@ class ExampleGradients:
     ) -> None:
         self.model, self.layers, self.calibration = unwrap(model), layers, calibration
         self.at_once = at_once
-        reasons = [message for layer in layers if (message := layer.no_input_matrix())]
+        reasons = [x.name for x in layers if not x.reads_arguments or x.no_inputs()]
         self.by_hooks: bool | None = False if reasons else None
         if reasons:
-            log.info("one backward pass for each example, because %s", reasons[0])
+            log.info("one backward pass for each example, because %s is no plain layer", reasons[0])
 
     def __call__(self, batch: Batch) -> Iterator[Grads]:
         """(samples, rows, cols) for each layer, at most `at_once` samples at a time."""
         size = size_of(batch)
         seen = None
         if self.by_hooks is not False:
-            seen = self._seen(batch)
-            agrees = self._agrees(batch, seen, size)
+            watch = Watch(self.calibration, [layer.weight for layer in self.layers])
+            seen = self._seen(batch, watch)
+            agrees = self._agrees(batch, seen, watch, size)
             self.by_hooks = self.by_hooks if agrees is None else agrees
         if seen is None or not self.by_hooks:
             singles = (self._single(batch, i, size) for i in range(size))
@@ -159,10 +142,23 @@ class ExampleGradients:
         one = example(batch, i, size)
         return micro_batch_gradients(self.model, self.layers, self.calibration, one)
 
-    def _agrees(self, batch: Batch, seen: Seen, size: int) -> bool | None:
+    def _agrees(self, batch: Batch, seen: Seen, watch: Watch, size: int) -> bool | None:
         """Whether hooks give what passes of their own do; None if this batch does not tell."""
+        calls = zip(self.layers, seen, strict=True)
+        inside = all(watch.uses[id(layer.weight)] == len(each) for layer, each in calls)
+        mean = watch.loss_is_mean(size)
+        if mean is False:
+            log.warning(
+                "one backward pass for each example, because the loss is no mean over examples"
+            )
+            return False
+        if self.by_hooks and inside and mean:
+            return True
+        return self._agrees_with_passes(batch, seen, size)
+
+    def _agrees_with_passes(self, batch: Batch, seen: Seen, size: int) -> bool | None:
         told = [False] * len(self.layers)
-        for at in sorted({0, size // 2, size - 1}):
+        for at in telling(batch, size):
             fast_gradients = [
                 self._product(i, seen[i], at, at + 1, size) for i in range(len(self.layers))
             ]
@@ -180,14 +176,16 @@ class ExampleGradients:
                     return False
         return True if all(told) else None
 
-    def _seen(self, batch: Batch) -> Seen:
+    def _seen(self, batch: Batch, watch: Watch) -> Seen:
         """For each layer its calls: inputs and the gradients of outputs."""
         seen: Seen = [[] for _ in self.layers]
         probe = torch.zeros((), device=self.layers[0].local.device, requires_grad=True)
 
         def hook(calls: list[tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
-            def tap(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-                x = args[0].detach()
+            def tap(
+                module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+            ) -> Tensor:
+                x = (*args, *kwargs.values())[0].detach()
                 tapped: Tensor = _Tap.apply(output, probe, lambda grad: calls.append((x, grad)))
                 return tapped
 
@@ -195,8 +193,10 @@ class ExampleGradients:
 
         with contextlib.ExitStack() as stack:
             for layer, calls in zip(self.layers, seen, strict=True):
-                stack.callback(layer.module.register_forward_hook(hook(calls)).remove)
-            loss = self.calibration.loss(self.model, batch)
+                handle = layer.module.register_forward_hook(hook(calls), with_kwargs=True)
+                stack.callback(handle.remove)
+            stack.enter_context(watch)
+            loss = watch.calibration.loss(self.model, batch)
         if loss.requires_grad:
             with torch.autocast(loss.device.type, enabled=False):
                 torch.autograd.grad(loss, [probe], allow_unused=True)

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from prunus.calibration.calibration import Calibration
+from prunus.calibration.calibration import Calibration, first_pass
+from prunus.calibration.gradient_checks import NO_GRADIENTS
 from prunus.calibration.gradient_pass import measure_gradients
 from prunus.calibration.measurements import budget_of, check_measurable
 from prunus.calibration.memory_plan import Rows
 from prunus.core.layers import Layer
-from prunus.core.names import did_you_mean
+from prunus.core.names import did_you_mean, few
 from prunus.core.ranks import Ranks, all_ranks
 from prunus.core.selection import select
 from prunus.core.sharding import any_sharded
@@ -98,7 +99,7 @@ def fisher(
     settings = settings or SecondOrder()
     names = (layers,) if isinstance(layers, str) else layers
     without = (exclude,) if isinstance(exclude, str) else exclude
-    chosen = select(model, None if names is None else tuple(names), tuple(without)).layers
+    chosen = select(model, names, without, first_pass(model, calibration)).layers
     stats = {layer: settings.statistic(layer) for layer in chosen}
     check_measurable(stats, "fisher", calibration)
     by_rows = {Rows(layer, 0, stat.rows): stat for layer, stat in stats.items()}
@@ -112,5 +113,7 @@ def fisher(
                 "take fewer layers, a smaller block_size or fewer gradients"
             )
     with torch.no_grad(), all_ranks().raise_on_all_ranks():
-        measure_gradients(model, by_rows, calibration, everyone=everyone)
+        _, unreached = measure_gradients(model, by_rows, calibration, everyone=everyone)
+    if unreached:
+        raise ValueError(f"{NO_GRADIENTS} {few([x.name for x in unreached])}; exclude them")
     return Fisher(stats)

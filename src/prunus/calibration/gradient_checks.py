@@ -5,20 +5,27 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from prunus.core.layers import Layer
+from prunus.core.ranks import Ranks
 
 log = logging.getLogger("prunus")
+NO_GRADIENTS = "the loss of no calibration batch depends on"
 BAD_SHARE = 0.05  # of gradients that may be NaN or infinite
-ABSENT, GOOD, UNREACHED, BAD = 0.0, 1.0, 2.0, 3.0  # what became of a sample; sent as numbers
+# what became of a sample, sent as numbers; of what ranks say of their rows the highest counts
+ABSENT, NOTHING, GOOD, BAD = 0.0, 1.0, 2.0, 3.0
 
 
 class GradientChecks:
-    """Counts the gradients that are NaN or infinite, which are left out."""
+    """Counts gradients that are NaN or infinite, which are left out, and those that tell nothing.
 
-    def __init__(self, layers: Sequence[Layer], expected: int) -> None:
-        self.layers, self.expected = layers, expected
+    ``ranks`` are those whose gradients are counted apart and added up in the end.
+    """
+
+    def __init__(self, layers: Sequence[Layer], expected: int, ranks: Ranks) -> None:
+        self.layers, self.expected, self.ranks = layers, expected, ranks
         self.tries, self.reached = 0, [False] * len(layers)
         self.bad = [0] * len(layers)
         self.first = [""] * len(layers)
@@ -41,15 +48,20 @@ class GradientChecks:
             "and at the loss in evaluation mode"
         )
 
-    def finish(self) -> None:
-        """Raises ValueError for too many bad gradients, no data, or a layer without any."""
-        if self.tries == 0:
+    def finish(self) -> set[Layer]:
+        """The layers of which no gradient was more than zeros, on any rank.
+
+        Raises ValueError for too many bad gradients, and for no data.
+        """
+        counted = torch.tensor([self.tries, *self.reached], dtype=torch.int64)
+        tries, *reached = self.ranks.all_reduce(counted).tolist()
+        if tries == 0:
             raise ValueError("the calibration data is empty; nothing was pruned")
-        if missed := [x.name for x, met in zip(self.layers, self.reached, strict=True) if not met]:
-            raise ValueError(
-                f"the loss of no calibration batch depends on {', '.join(missed[:5])}; "
-                "nothing was pruned: exclude them"
-            )
+        with self.ranks.raise_on_all_ranks():
+            self._check_bad()
+        return {x for x, met in zip(self.layers, reached, strict=True) if not met}
+
+    def _check_bad(self) -> None:
         for i, count in enumerate(self.bad):
             if count > BAD_SHARE * self.tries:
                 self._refuse(i)

@@ -16,13 +16,13 @@ from prunus.calibration.example_gradients import (
     gradients_on,
     micro_batch_gradients,
 )
-from prunus.calibration.gradient_checks import ABSENT, BAD, GOOD, UNREACHED, GradientChecks
+from prunus.calibration.gradient_checks import ABSENT, BAD, GOOD, NOTHING, GradientChecks
 from prunus.calibration.memory_plan import Rows
 from prunus.core.layers import Layer
 from prunus.core.progress import track
 from prunus.core.ranks import Ranks, all_ranks, lockstep, no_error_sync
 from prunus.core.sharding import any_sharded
-from prunus.stats import Sampling, Statistic
+from prunus.stats import Sampling, Statistic, take_in
 
 log = logging.getLogger("prunus")
 AT_ONCE = 16  # examples whose gradients are formed together
@@ -70,14 +70,22 @@ def _packets(
 def _flags(grads: Grads) -> Tensor:
     """(layers, samples), with one transfer from the device."""
     size = max((len(g) for g in grads if g is not None), default=1)
-    sums = [None if g is None else g.flatten(1).sum(1, dtype=torch.float32) for g in grads]
-    there = [t for t in sums if t is not None]
-    finite = iter(torch.stack(there).isfinite().cpu() if there else ())
-    flags = torch.full((len(grads), size), UNREACHED)
-    for i, t in enumerate(sums):
+    sizes = [None if g is None else _sizes(g) for g in grads]
+    there = [t for t in sizes if t is not None]
+    known = iter(torch.stack(there).cpu() if there else ())
+    flags = torch.full((len(grads), size), NOTHING)
+    for i, t in enumerate(sizes):
         if t is not None:
-            flags[i] = torch.where(next(finite), GOOD, BAD)
+            found = next(known)
+            flags[i] = torch.where(found.isfinite(), torch.where(found == 0, NOTHING, GOOD), BAD)
     return flags
+
+
+def _sizes(g: Tensor) -> Tensor:
+    """(samples,) sums of magnitudes: zero only for zeros, finite only where all is."""
+    dtype = torch.promote_types(g.dtype, torch.float32)
+    sums: Tensor = torch.linalg.vector_norm(g.flatten(1), ord=1, dim=1, dtype=dtype)
+    return sums
 
 
 def _max_over_ranks(flags: Tensor) -> Tensor:
@@ -105,8 +113,7 @@ class _Exchange:
             assert packet is not None
             flags = _flags(packet.grads)
             if self.sharded:  # what is bad in the rows of one rank is left out on all
-                worst = _max_over_ranks(flags)
-                flags = torch.where(worst == BAD, worst, flags)
+                flags = _max_over_ranks(flags)
             yield self._whole(packet.grads, flags.shape[1]), flags, f"batch {packet.batch}"
             return
         for rank, got in enumerate(self.everyone.all_to_all(self._messages(packet))):
@@ -164,16 +171,16 @@ class _Exchange:
 
 
 def _update(
-    stats: Iterable[Statistic],
+    stats: Mapping[Rows, Statistic],
     grads: Sequence[Tensor],
     flags: Tensor,
     alive: Sequence[Tensor | None],
 ) -> None:
     """Add the good samples, where there are weights."""
-    for stat, g, flag, mask in zip(stats, grads, flags, alive, strict=True):
-        good = (flag == GOOD) | (flag == UNREACHED)
+    for (rows, stat), g, flag, mask in zip(stats.items(), grads, flags, alive, strict=True):
+        good = (flag == GOOD) | (flag == NOTHING)
         taken = g if bool(good.all()) else g[good.to(g.device)]
-        stat.update(taken if mask is None else taken * mask)
+        take_in(stat, taken if mask is None else taken * mask, rows.layer.name)
 
 
 def _alive(rows: Rows) -> Tensor | None:
@@ -201,15 +208,16 @@ def measure_gradients(
     begin: int = 0,
     everyone: Ranks | None = None,
     title: str = "gradients",
-) -> int:
-    """Fill the statistics from gradients; returns how many batches that took.
+) -> tuple[int, set[Layer]]:
+    """Fill the statistics from gradients. Returns how many batches that took, and unreached layers.
 
-    Gradients are those of the loss in evaluation mode, times the present mask. ``num_grads`` is
-    dealt out to the data-parallel ranks. With `everyone`, each rank hands to each of the others the
-    rows of its gradients that they work on, so that all statistics see the gradients of all ranks.
+    On these no loss depends: all their gradients are zero, on all ranks. Gradients are those of the
+    loss in evaluation mode, times the present mask. ``num_grads`` is dealt out to the data-parallel
+    ranks. With `everyone`, each rank hands to each of the others the rows of its gradients that
+    they work on, so that all statistics see the gradients of all ranks.
 
-    Raises ValueError for empty data, for a layer that no loss depends on, and if more than 5 % of
-    a layer's gradients are NaN or infinite.
+    Raises ValueError for empty data, and if more than 5 % of a layer's gradients are NaN or
+    infinite.
     """
     everyone = everyone or Ranks()
     layers = [rows.layer for rows in stats]
@@ -221,11 +229,16 @@ def measure_gradients(
     several = AT_ONCE if everyone.group is None else AT_ONCE // 4  # they travel with all rows
     at_once = 1 if sampling.samples == "micro_batch" else several
     alive = [_alive(rows) for rows in stats]
-    tally = GradientChecks(layers, sampling.num_grads if everyone.group else quota)
     exchange = _Exchange(list(stats), everyone, at_once)
     ranked = exchange.sharded or everyone.group is not None  # there are collectives in each round
+    apart = Ranks() if ranked else all_ranks()
+    tally = GradientChecks(layers, sampling.num_grads if everyone.group else quota, apart)
     last = 0
-    with undisturbed(model, calibration), gradients_on(model, layers):
+    with (
+        apart.raise_on_all_ranks(),
+        undisturbed(model, calibration),
+        gradients_on(model, layers),
+    ):
         packets = _packets(model, layers, calibration, sampling, begin, quota, at_once)
         rounds = track(
             lockstep(packets, everyone, all_needed=False), title, total=-(-quota // at_once)
@@ -236,6 +249,5 @@ def measure_gradients(
                 for grads, flags, where in exchange(packet):
                     tally.add(flags, where)
                     with torch.autocast(layers[0].local.device.type, enabled=False):
-                        _update(stats.values(), grads, flags, alive)
-    tally.finish()
-    return last
+                        _update(stats, grads, flags, alive)
+    return last, tally.finish()

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from prunus.calibration.calibration import Calibration
+from prunus.calibration.gradient_checks import NO_GRADIENTS
 from prunus.calibration.gradient_pass import measure_gradients
-from prunus.calibration.input_pass import measure_inputs
+from prunus.calibration.input_pass import NO_INPUTS, measure_inputs
 from prunus.calibration.memory_plan import Need, Rows, free_bytes, parse_bytes, plan
 from prunus.core.layers import Layer, is_sharded
 from prunus.core.ranks import Ranks, all_ranks, row_cuts
@@ -68,6 +69,9 @@ class Measurements:
     used: int = 0
     """calibration batches that one measurement took"""
     held: tuple[int, dict[Rows, Statistic]] | None = field(default=None, repr=False)
+    unreached: dict[Layer, str] = field(default_factory=dict, repr=False)
+    """layers about which the data told nothing, on any rank, and a clause to put before their
+    names; known of the groups that have been measured"""
 
     def bytes_of(self, group: Sequence[Rows]) -> int:
         """What the statistics of some rows take."""
@@ -78,10 +82,10 @@ class Measurements:
         """What is held at a time, at most."""
         return max(self.bytes_of(group) for group in self.groups)
 
-    def fill(self, stats: dict[Rows, Statistic]) -> None:
+    def fill(self, stats: dict[Rows, Statistic], unreached: Mapping[Layer, str]) -> None:
         """Statistics that somebody else has measured, in place of the only group's."""
         assert len(self.groups) == 1
-        self.held = (0, stats)
+        self.held, self.unreached = (0, stats), dict(unreached)
 
     def __getitem__(self, i: int) -> dict[Rows, Statistic]:
         """The statistics of the i-th group, measured unless they were the last ones asked for."""
@@ -107,13 +111,15 @@ class Measurements:
         inputs = {rows.layer: stat for rows, stat in stats.items() if stat.reads == "inputs"}
         with all_ranks().raise_on_all_ranks():
             if gradients:
-                self.used = self._gradients(gradients)
+                self.used, missed = self._gradients(gradients)
+                self.unreached |= {x.layer: NO_GRADIENTS for x in gradients if x.layer in missed}
             if inputs:
-                shared = measure_inputs(self.model, inputs, self.calibration)
+                shared, missed = measure_inputs(self.model, inputs, self.calibration)
+                self.unreached |= {x: NO_INPUTS for x in inputs if x in missed}
                 stats = {rows: shared.get(rows.layer, stat) for rows, stat in stats.items()}
         all_reduce_statistics(stat for stat in stats.values() if not stat.by_rows)
         _check_finite({rows.layer: stat for rows, stat in stats.items() if stat.reads == "inputs"})
-        _tell_shortage(stats)
+        _tell_shortage({x: stat for x, stat in stats.items() if x.layer not in self.unreached})
         return stats
 
     def _empty(self, rows: Rows) -> Statistic:
@@ -123,7 +129,7 @@ class Measurements:
             return stat.with_rows(len(rows))
         return stat
 
-    def _gradients(self, stats: Mapping[Rows, Statistic]) -> int:
+    def _gradients(self, stats: Mapping[Rows, Statistic]) -> tuple[int, set[Layer]]:
         title = "gradients"
         if len(self.groups) > 1:
             number = next(i for i, group in enumerate(self.groups) if set(stats) <= set(group))

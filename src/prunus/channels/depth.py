@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from prunus.calibration.batches import tensors_in
 from prunus.calibration.calibration import Calibration, undisturbed
 from prunus.channels.refusals import check_shrinkable
 from prunus.channels.shapes import drop, remember_removed
@@ -143,40 +144,57 @@ def _first_tensor(value: Any) -> Tensor | None:
 def block_influence(
     model: nn.Module, calibration: Calibration, layers: Sequence[str] | None = None
 ) -> dict[Block, float]:
-    """One minus the mean cosine of input and output, for each block that keeps the shape."""
+    """One minus the mean cosine of input and output, for each block that keeps the shape.
+
+    The mean is that over all tokens (or places) of all batches.
+    """
     sums: dict[Block, tuple[float, int]] = {}
     unlike: set[Block] = set()
+    inputs: dict[Block, Tensor | None] = {}
 
-    def hook(block: Block, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        x, y = _first_tensor([*args, *kwargs.values()]), _first_tensor(output)
+    def before(block: Block, module: nn.Module, args: Any, kwargs: Any) -> None:
+        x = _first_tensor([*args, *kwargs.values()])
+        inputs[block] = None if x is None else x.clone()  # which the block may write to
+
+    def after(block: Block, module: nn.Module, args: Any, output: Any) -> None:
+        x, y = inputs.pop(block), _first_tensor(output)
         if x is None or y is None or x.shape != y.shape:
             unlike.add(block)
             return
         dim = -1 if x.dim() == 3 else 1
         cosine = torch.cosine_similarity(x.float(), y.float(), dim=dim)
         total, count = sums.get(block, (0.0, 0))
-        sums[block] = total + float(1 - cosine.mean()), count + 1
+        sums[block] = total + float((1 - cosine).sum()), count + cosine.numel()
 
     with contextlib.ExitStack() as stack:
         for name, container in _containers(model, layers).items():
             for index, module in enumerate(container.children()):
-                handle = module.register_forward_hook(
-                    partial(hook, Block(name, index)), with_kwargs=True
-                )
-                stack.callback(handle.remove)
+                block = Block(name, index)
+                first = module.register_forward_pre_hook(partial(before, block), with_kwargs=True)
+                stack.callback(first.remove)
+                stack.callback(module.register_forward_hook(partial(after, block)).remove)
         with undisturbed(model, calibration), torch.no_grad():
             for batch in calibration:
                 calibration.run(model, batch)
-    return {b: total / count for b, (total, count) in sums.items() if b not in unlike}
+    known = {block: sums[block] for block in sums if block not in unlike}
+    return {block: total / max(1, count) for block, (total, count) in known.items()}
 
 
 def _loss_without(model: nn.Module, block: Block, calibration: Calibration) -> float:
     with contextlib.ExitStack() as undo, undisturbed(model, calibration), torch.no_grad():
         _take_out(model, block, undo)
-        losses = [float(calibration.loss(model, batch)) for batch in calibration]
+        losses = [
+            (float(calibration.loss(model, batch)), _examples(batch)) for batch in calibration
+        ]
     if not losses:
         raise ValueError("the calibration data is empty; nothing was removed")
-    return sum(losses) / len(losses)
+    return sum(loss * count for loss, count in losses) / max(1, sum(n for _, n in losses))
+
+
+def _examples(batch: Any) -> int:
+    """How many examples a batch has, so that a last one of few does not count as much; else 1."""
+    sizes = (len(t) for t in tensors_in(batch) if t.dim())
+    return next(sizes, 1)
 
 
 def _take_out(model: nn.Module, block: Block, undo: contextlib.ExitStack) -> None:

@@ -14,8 +14,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 Shape = tuple[int, ...]
@@ -103,6 +101,9 @@ class Coupling:
 
     def components(self) -> Tensor:
         """(count,) the number of the component of each label."""
+        from scipy.sparse import coo_matrix  # a quarter of a second to import
+        from scipy.sparse.csgraph import connected_components
+
         edges = torch.cat(self.edges).numpy() if self.edges else np.zeros((0, 2), np.int32)
         ones = np.ones(len(edges), np.int8)
         graph = coo_matrix((ones, (edges[:, 0], edges[:, 1])), shape=(self.count, self.count))

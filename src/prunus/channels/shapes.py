@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prunus.channels.result import Shrunk
 from prunus.core.files import atomic_write
+from prunus.core.tensor_files import open_tensors
 
 MEMORY = "_prunus_shapes"
 VERSION = 1
@@ -94,12 +95,9 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> None:
 
     Raises ValueError if the file does not fit the model, which is then as it was.
     """
-    stored = load_file(path)
-    text = json.loads(beside(path).read_text())
-    if text.get("version") != VERSION:
-        raise ValueError(
-            f"'{beside(path)}' has version {text.get('version')}; this reads {VERSION}"
-        )
+    with open_tensors(path) as file:
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    text = _read_description(beside(path))
     removed: list[tuple[nn.Module, dict[str, nn.Module | None]]] = []
     try:
         for container, index in text["removed"]:
@@ -111,6 +109,25 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> None:
         raise
     reshape(model, text)
     model.load_state_dict(stored)
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    """Raises ValueError unless it is what `description` made."""
+    try:
+        text = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"'{path}', which holds the shapes of a shrunk model, is missing; copy it beside the "
+            "weights, or, for a model that was not shrunk, use prunus.load"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"'{path}' is no JSON: {error}") from None
+    version = text.get("version") if isinstance(text, dict) else None
+    if version != VERSION:
+        raise ValueError(f"'{path}' has version {version}; this reads {VERSION}")
+    if missing := [key for key in ("shapes", "removed", "attributes") if key not in text]:
+        raise ValueError(f"'{path}' lacks {missing[0]!r}")
+    return dict(text)
 
 
 def drop(

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 import prunus
-from prunus.calibration.calibration import to_device
+from prunus.calibration.batches import to_device
 from prunus.cli.arguments import call_batch, call_model, known_device
 from prunus.core.files import check_writable
 from prunus.hardware import Machine

@@ -28,7 +28,7 @@ from prunus.cli.arguments import (
 from prunus.cli.bench import bench as bench_table
 from prunus.cli.catalogue import description, listing, shipped_listing
 from prunus.cli.estimate import estimate
-from prunus.cli.preview import preview, timetable
+from prunus.cli.preview import goal, preview, timetable
 from prunus.cli.shrink import groups, shrink
 from prunus.core.files import atomic_write, check_writable
 from prunus.core.unseen import told
@@ -102,6 +102,9 @@ def check(
     model: ModelOption = "",
     steps_per_epoch: Annotated[int | None, typer.Option(help="optimizer steps")] = None,
     epochs: Annotated[float | None, typer.Option(help="length of training")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="package.module:function, whose first batch shows the ends")
+    ] = None,
     memory: MemoryOption = None,
     set_: SetOption = None,
 ) -> None:
@@ -116,21 +119,26 @@ def check(
         out.print(unseen)
     timeline = Timeline(steps_per_epoch, loaded.epochs if epochs is None else epochs)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-    timed = steps_per_epoch is not None
-    data = Calibration((), memory=memory)
-    if not timed:
-        out.print("no --steps-per-epoch: shown as a one-shot run")
-        for i, modifier in enumerate(m for m in loaded.modifiers if m.one_shot):
-            if isinstance(modifier, OneShotModifier):
-                plan = modifier.plan(network, data)
-                out.print(*preview(plan, f"modifiers[{i}] {modifier.name}"), sep="\n")
+    data = call_calibration(calibration, memory) or Calibration((), memory=memory)
+    try:
+        context = Context(network, optimizer, timeline, data)
+        runs = [modifier.bind(context) for modifier in loaded.modifiers]
+    except ValueError as error:
+        at_once = [m for m in loaded.modifiers if m.one_shot and isinstance(m, OneShotModifier)]
+        unknown = "steps_per_epoch" in str(error)  # how long training is, and nothing else
+        if steps_per_epoch is not None or not (at_once or unknown):
+            raise
+        out.print(f"shown as a one-shot run, without --steps-per-epoch ({error})")
+        for modifier in at_once:
+            where = f"modifiers[{loaded.modifiers.index(modifier)}] {modifier.name}"
+            plan = modifier.plan(network, data)
+            out.print(*preview(plan, where), goal(plan, modifier.final_sparsity), sep="\n")
         return
-    context = Context(network, optimizer, timeline, data)
-    for i, modifier in enumerate(loaded.modifiers):
-        run, where = modifier.bind(context), f"modifiers[{i}] {modifier.name}"
+    for i, run in enumerate(runs):
+        where = f"modifiers[{i}] {loaded.modifiers[i].name}"
         if run.masked_layers:
             out.print(*preview(run, where), sep="\n")
-        out.print(timetable(run, where, steps_per_epoch or 1))
+        out.print(timetable(run, where, steps_per_epoch))
 
 
 @app.command()
@@ -206,6 +214,12 @@ def prune(
     permute: Annotated[
         str | None, typer.Option(help="regroup channels before N:M pruning: lsa or reallocate")
     ] = None,
+    misfits: Annotated[
+        str, typer.Option(help="of layers that the pattern does not divide: error or dense")
+    ] = "error",
+    unreached: Annotated[
+        str, typer.Option(help="of layers without calibration data: error, magnitude or dense")
+    ] = "error",
     report: Annotated[Path | None, typer.Option(help="folder for report.html")] = None,
 ) -> None:
     """Prune a model at once and save it."""
@@ -230,6 +244,8 @@ def prune(
         recalibrate=recalibrate,
         sequential=sequential is not None and prunus.Sequential(blocks, device, folder=folder),
         permute=None if permute is None else prunus.Permute(permute, shared),  # type: ignore[arg-type]
+        misfits=misfits,  # type: ignore[arg-type]
+        unreached=unreached,  # type: ignore[arg-type]
     )
     out.print(result)
     prunus.save(network, output, pruning=result, compact=compact)

@@ -9,7 +9,9 @@ from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 
+from prunus.core.default_dense_layers import dense_line
 from prunus.core.layers import Layer
+from prunus.engine.method import misfits_message
 from prunus.engine.plan import PruningPlan
 from prunus.modifiers import Run
 
@@ -23,8 +25,10 @@ def preview(entry: Run | PruningPlan, where: str) -> Iterator[RenderableType]:
     plan = entry if isinstance(entry, PruningPlan) else entry.pruning
     layers = entry.layers if isinstance(entry, PruningPlan) else entry.masked_layers
     yield _layers(layers, plan, where)
-    if entry.left_dense:
-        yield f"left dense: {', '.join(entry.left_dense)}"
+    if entry.spared:
+        yield dense_line(entry.spared)
+    if entry.misfits:
+        yield misfits_message(entry.misfits)
     if plan is not None and plan.outside_blocks:
         yield f"outside the blocks, pruned after them: {', '.join(plan.outside_blocks)}"
     if plan is not None and plan.permute is not None:
@@ -36,13 +40,22 @@ def preview(entry: Run | PruningPlan, where: str) -> Iterator[RenderableType]:
         yield from _passes(plan)
 
 
-def timetable(run: Run, where: str, steps_per_epoch: int) -> Table:
+def timetable(run: Run, where: str, steps_per_epoch: int | None) -> Table:
     """What happens when."""
-    table = table_of("after step", "epoch", "what", title=where)
+    table = table_of("after step", *(["epoch"] if steps_per_epoch else []), "what", title=where)
     for step, what in run.timetable():
         step = max(1, step)  # what is due at 0 happens after the first
-        table.add_row(str(step), f"{step / steps_per_epoch:.2f}", what)
+        epoch = [f"{step / steps_per_epoch:.2f}"] if steps_per_epoch else []
+        table.add_row(str(step), *epoch, what)
     return table
+
+
+def goal(plan: PruningPlan, final: float | None) -> str:
+    """How sparse the layers will be in the end; ``final`` is None where a pattern or table says."""
+    method = plan.method
+    share = method.pattern.fixed if method.pattern.fixed is not None else final
+    how = "by table" if share is None else f"{share:.4f}"
+    return f"in the end: {method.pruner.name} to {method.pattern}, sparsity {how}"
 
 
 def _folds(plan: PruningPlan) -> Table:

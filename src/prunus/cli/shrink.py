@@ -8,10 +8,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+import prunus
 from prunus.channels import channels
 from prunus.channels import save as save_shapes
 from prunus.channels import shrink as shrink_model
-from prunus.channels.shapes import load
+from prunus.channels.shapes import beside, load
 from prunus.cli.arguments import call_batch, call_calibration, call_model
 from prunus.core.files import check_writable
 
@@ -52,8 +53,10 @@ def shrink(
     for path in (output, output.with_suffix(".json")):
         check_writable(path)
     network = call_model(model)
-    if weights is not None:
+    if weights is not None and beside(weights).is_file():
         load(weights, network)
+    elif weights is not None:  # of a model that was not shrunk before
+        prunus.load(weights, network)
     result = shrink_model(
         network,
         call_batch(inputs),

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
 from torch import nn
 
@@ -129,7 +130,7 @@ def find_blocks(model: nn.Module, name: str | None = None) -> Blocks | None:
 
 
 def _size(blocks: Blocks) -> int:
-    return sum(x.weight.numel() for module in blocks.modules for x in all_layers(module))
+    return sum(prod(x.shape) for module in blocks.modules for x in all_layers(module))
 
 
 def _outermost(lists: Mapping[str, Blocks]) -> dict[str, Blocks]:

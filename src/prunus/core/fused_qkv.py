@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from prunus.core.layers import Layer, is_sharded
+from prunus.core.pieces import Piece
 
 THIRDS = "qkv"
 # these stack all of q, then all of k, then all of v
@@ -30,14 +31,20 @@ def third_of(layer: Layer, letter: str, parents: dict[str, nn.Module]) -> Layer:
     """
     if message := _no_thirds(layer, parents):
         raise ValueError(f"{layer.name}[{letter}]: {message}")
-    return replace(layer, name=f"{layer.name}[{letter}]", qkv_part=THIRDS.index(letter))
+    return _thirds(layer)[THIRDS.index(letter)]
 
 
 def qkv_parts(layer: Layer) -> list[Layer]:
     """Q, k and v of a fused weight, as layers of their own; nothing if it is one of these."""
-    if layer.qkv_part is not None:
-        return []
-    return [replace(layer, name=f"{layer.name}[{x}]", qkv_part=i) for i, x in enumerate(THIRDS)]
+    return _thirds(layer) if layer.piece is None else []
+
+
+def _thirds(layer: Layer) -> list[Layer]:
+    pieces = [Piece("third", i, 3, layer.rows_dim) for i in range(3)]
+    return [
+        replace(layer, name=f"{layer.name}[{x}]", piece=piece)
+        for x, piece in zip(THIRDS, pieces, strict=True)
+    ]
 
 
 def _no_thirds(layer: Layer, parents: dict[str, nn.Module]) -> str:
@@ -59,9 +66,9 @@ def _no_thirds(layer: Layer, parents: dict[str, nn.Module]) -> str:
 
 def subtract(layer: Layer, gone: Sequence[Layer], parents: dict[str, nn.Module]) -> list[Layer]:
     """What is left of a layer: itself, nothing, or the thirds that are not gone."""
-    thirds = {g.qkv_part for g in gone if g.weight is layer.weight}
-    if not thirds or (layer.qkv_part is not None and not thirds & {None, layer.qkv_part}):
+    parts = {g.part_key for g in gone if g.weight is layer.weight}
+    if not parts or (layer.part_key is not None and not parts & {None, layer.part_key}):
         return [layer]
-    if layer.qkv_part is not None or None in thirds:
+    if layer.part_key is not None or None in parts:
         return []
-    return [third_of(layer, x, parents) for i, x in enumerate(THIRDS) if i not in thirds]
+    return [third_of(layer, x, parents) for i, x in enumerate(THIRDS) if i not in parts]

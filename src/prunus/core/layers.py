@@ -5,8 +5,9 @@ A `Layer` is one weight that can be pruned, seen as a matrix (outputs, inputs * 
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,11 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from prunus.core.masks import local
+from prunus.core.patches import patches
+from prunus.core.pieces import Piece
+from prunus.core.raw_weights import RawWeight, raw_weights
+from prunus.core.shared_memory import places
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-_ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 def clean_name(name: str) -> str:
@@ -69,8 +73,9 @@ class Layer:
     ``name`` is the clean module name (for attention's own weights the parameter's name),
     ``parameter_name`` the clean name in ``named_parameters()``. With ``channels_inner`` the matrix
     runs over kernel positions first and input channels last, so that groups of columns are groups
-    of input channels; without, columns are in the order of ``weight.flatten(1)``. With ``qkv_part``
-    only that third of the rows is meant: 0, 1, 2 for q, k, v in a fused weight.
+    of input channels; without, columns are in the order of ``weight.flatten(1)``. With ``piece``
+    only that part of the weight is meant: q, k or v in a fused one, one expert of a stack; its rows
+    are the inputs where ``inputs_first`` says so.
 
     >>> conv = nn.Conv2d(3, 8, kernel_size=2)
     >>> layer = prunus.Layer("stem", "stem.weight", conv, conv.weight)
@@ -83,7 +88,8 @@ class Layer:
     module: nn.Module
     weight: nn.Parameter
     channels_inner: bool = False
-    qkv_part: int | None = None
+    piece: Piece | None = None
+    inputs_first: bool = False
 
     @property
     def kind(self) -> str:
@@ -91,11 +97,9 @@ class Layer:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the whole weight (or third), on however many ranks it lies."""
-        shape = list(self.weight.shape)
-        if self.qkv_part is not None:
-            shape[self.rows_dim] //= 3
-        return tuple(shape)
+        """Shape of the whole weight (or piece), on however many ranks it lies."""
+        shape = tuple(self.weight.shape)
+        return shape if self.piece is None else self.piece.shape(shape)
 
     @property
     def local(self) -> Tensor:
@@ -103,11 +107,13 @@ class Layer:
         return self.part(local(self.weight.detach()))
 
     def part(self, t: Tensor) -> Tensor:
-        """The layer's third of a tensor of its parameter's local shape; a view."""
-        if self.qkv_part is None:
-            return t
-        size = t.shape[self.rows_dim] // 3
-        return t.narrow(self.rows_dim, self.qkv_part * size, size)
+        """The layer's piece of a tensor of its parameter's local shape; a view."""
+        return t if self.piece is None else self.piece.of(t)
+
+    @property
+    def part_key(self) -> int | None:
+        """What tells the layer from others of its parameter; None if it is all of it."""
+        return None if self.piece is None else self.piece.key
 
     @property
     def present(self) -> Tensor | None:
@@ -120,7 +126,8 @@ class Layer:
 
     @property
     def _inputs_first(self) -> bool:
-        return isinstance(self.module, TRANSPOSED) or _is_conv1d(self.module)
+        stored = isinstance(self.module, TRANSPOSED) or _is_conv1d(self.module)
+        return stored or self.inputs_first
 
     @property
     def _groups(self) -> int:
@@ -162,58 +169,73 @@ class Layer:
         parts = m.reshape(self._groups, shape[1], channels, *kernel)
         return parts.transpose(1, 2).reshape(shape)
 
-    def no_input_matrix(self) -> str:
-        """Why `input_matrix` has no form for this layer; empty if it has."""
-        conv = self.module
-        if isinstance(conv, nn.Linear) or _is_conv1d(conv) or hasattr(conv, "input_matrix"):
-            return ""
-        if not isinstance(conv, nn.Conv1d | nn.Conv2d) or conv.groups != 1:
-            return (
-                f"{self.name} ({self.kind}): inputs are measured for Linear and ungrouped Conv1d "
-                "and Conv2d only"
-            )
-        if type(conv).forward not in (nn.Conv1d.forward, nn.Conv2d.forward):
-            return (
-                f"{self.name}: {self.kind} has a forward of its own, so its patches are not known"
-            )
-        if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-            return f"{self.name}: inputs are measured for numeric zero padding only"
+    @property
+    def is_convolution(self) -> bool:
+        return isinstance(self.module, CONVS)
+
+    @property
+    def is_module(self) -> bool:
+        """Whether the weight is the one of a module that does nothing but multiply with it."""
+        known = self.is_linear or isinstance(self.module, (*CONVS, *TRANSPOSED))
+        return self.piece is None and (known or hasattr(self.module, "input_matrix"))
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is all of a Linear or Conv1D, or a third of its outputs."""
+        return isinstance(self.module, nn.Linear) or _is_conv1d(self.module)
+
+    @property
+    def reads_arguments(self) -> bool:
+        """Whether the weight is multiplied with what the module is called with, as it is.
+
+        Else its inputs are found where the product is computed.
+        """
+        conv: Any = self.module
+        if self.is_linear or hasattr(conv, "input_matrix"):
+            return True
+        known = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+        plain = self.is_convolution and type(conv).forward in known and conv.groups == 1
+        return plain and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+
+    def no_inputs(self) -> str:
+        """Why the layer's inputs cannot be measured; empty if they can."""
+        if isinstance(self.module, TRANSPOSED):
+            return f"{self.name} ({self.kind}): inputs of transposed convolutions are not measured"
+        if self.piece is None and getattr(self.module, "groups", 1) > 1:
+            return f"{self.name} ({self.kind}): each group of its channels has inputs of its own"
+        if is_sharded(self.weight) and not self.reads_arguments:
+            return f"{self.name} ({self.kind}): its inputs cannot be measured where it is sharded"
         return ""
 
     def output_matrix(self, y: Tensor) -> Tensor:
         """The layer's output as (samples, rows), samples in the order of `input_matrix`."""
         if hasattr(self.module, "input_matrix"):  # a sparse convolution
             y = getattr(y, "features", y)
-        elif isinstance(self.module, nn.Conv1d | nn.Conv2d):
+        elif self.is_convolution:
             y = y.flatten(2).transpose(1, 2)
         y = y.reshape(-1, y.shape[-1])
-        return y if self.qkv_part is None else y.chunk(3, 1)[self.qkv_part]
+        return y if self.piece is None else y.chunk(self.piece.count, 1)[self.piece.number]
 
     def input_matrix(self, x: Tensor) -> Tensor:
-        """The layer's input as (samples, columns), columns as in the matrix of the weight.
+        """What the module is called with as (samples, columns), columns as in the weight's matrix.
 
-        Raises ValueError for layers whose inputs have no such form yet.
+        Raises ValueError for layers that do not compute with that as it is.
         """
-        if message := self.no_input_matrix():
+        if message := self.no_inputs():
             raise ValueError(f"{message}; exclude it, or use a pruner that needs no inputs")
-        if isinstance(self.module, nn.Linear) or _is_conv1d(self.module):
+        if not self.reads_arguments:
+            raise ValueError(
+                f"{self.name}: {self.kind} does not compute with its arguments as they are"
+            )
+        if self.is_linear:
             return x.detach().reshape(-1, x.shape[-1])
         conv: Any = self.module
         if hasattr(conv, "input_matrix"):  # a sparse convolution
-            return self._channels_last(conv.input_matrix(x))
-        one_d = isinstance(conv, nn.Conv1d)
-        x, ones = (x.unsqueeze(-2), (1,)) if one_d else (x, ())
-        zeros = (0,) if one_d else ()
-        patches = nn.functional.unfold(
-            x.detach(),
-            kernel_size=ones + conv.kernel_size,
-            dilation=ones + conv.dilation,
-            padding=zeros + conv.padding,
-            stride=ones + conv.stride,
-        )
-        return self._channels_last(patches.transpose(1, 2).flatten(0, 1))
+            return self.channels_last(conv.input_matrix(x))
+        form = conv.kernel_size, conv.stride, conv.padding, conv.dilation
+        return self.channels_last(patches(x.detach(), *form))
 
-    def _channels_last(self, samples: Tensor) -> Tensor:
+    def channels_last(self, samples: Tensor) -> Tensor:
         """(samples, columns of ``weight.flatten(1)``) in the order of the matrix."""
         if not self.channels_inner:
             return samples
@@ -224,22 +246,27 @@ class Layer:
         return replace(self, channels_inner=True)
 
 
-def _weights_of(module: nn.Module) -> list[str]:
-    if isinstance(module, nn.MultiheadAttention):
-        return [name for name in _ATTENTION if getattr(module, name) is not None]
+def weights_of(module: nn.Module) -> Iterable[RawWeight]:
     if isinstance(module, (nn.Linear, *CONVS, *TRANSPOSED)) or _is_conv1d(module):
-        return ["weight"]
-    return []
+        return [RawWeight("weight")]
+    return raw_weights(module)
+
+
+def _is_empty(weight: Tensor) -> bool:
+    return not nn.parameter.is_lazy(weight) and weight.numel() == 0
 
 
 def storage_of(weight: nn.Parameter) -> tuple[int, ...]:
-    """What tied weights have in common, be they one Parameter or two that share memory."""
-    pointer = 0 if nn.parameter.is_lazy(weight) else local(weight.detach()).data_ptr()
-    return (pointer, *weight.shape) if pointer else (id(weight),)  # meta and empty: no memory
+    """What tied weights have in common: one Parameter, or views of one memory, in any order."""
+    if nn.parameter.is_lazy(weight):
+        return (id(weight),)
+    part = local(weight.detach())
+    pointer = part.data_ptr()  # meta and empty: no memory
+    return (pointer, *itertools.chain(*places(part))) if pointer else (id(weight),)
 
 
 def all_layers(model: nn.Module) -> Iterator[Layer]:
-    """Every prunable weight in the order of registration, tied weights once.
+    """Every prunable weight in the order of registration, tied ones once, empty ones not.
 
     A weight that is computed (parametrized) is among them as no Parameter; `select` refuses it.
     """
@@ -251,15 +278,26 @@ def all_layers(model: nn.Module) -> Iterator[Layer]:
                 "FSDP1 (FullyShardedDataParallel) flattens the weights, so masks cannot hold; use "
                 "DDP or FSDP2 (torch.distributed.fsdp.fully_shard)"
             )
-        for attribute in _weights_of(module):
+        tied: set[str] = set()
+        for attribute, piece, inputs_first in weights_of(module):
             weight = getattr(module, attribute)
-            if isinstance(weight, nn.Parameter):
+            if _is_empty(weight):
+                continue
+            if isinstance(weight, nn.Parameter) and (piece is None or piece.number == 0):
                 if storage_of(weight) in seen:
-                    continue
+                    tied.add(attribute)
                 seen.add(storage_of(weight))
+            # of the experts in a sharded stack, each rank has others
+            if attribute in tied or (piece is not None and is_sharded(weight)):
+                continue
             name = clean_name(full_name)
             parameter = f"{name}.{attribute}" if name else attribute
-            yield Layer(name if attribute == "weight" else parameter, parameter, module, weight)
+            called = parameter
+            if piece is not None and piece.kind == "expert":
+                called = f"{parameter}[{piece.number}]"
+            elif attribute == "weight":
+                called = name
+            yield Layer(called, parameter, module, weight, False, piece, inputs_first)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ from prunus.core.layers import Layer
 from prunus.core.masks import local, zero_pruned
 from prunus.core.names import did_you_mean
 
-_WHOLE = None  # the key of an owner of all of a weight; else 0, 1, 2 for q, k, v
+_WHOLE = None  # the key of an owner of all of a weight; else the number of a piece of it
 
 
 class Masks(Mapping[str, Tensor]):
@@ -54,17 +54,17 @@ class Masks(Mapping[str, Tensor]):
         That of a third leaves the others as they are, and with those who own them.
         """
         name, whole = layer.parameter_name, mask
-        if layer.qkv_part is not None:
+        if layer.piece is not None:
             all_kept = torch.ones_like(local(layer.weight), dtype=torch.bool)
             whole = self._masks.get(name, all_kept)
             layer.part(whole).copy_(mask)
         self.load(name, layer.weight, whole)
         owners = self._owners.get(name, {})
-        if layer.qkv_part is None:
+        if layer.piece is None or layer.part_key is None:
             owners = {}
         elif _WHOLE in owners:
-            owners = dict.fromkeys(range(3), owners[_WHOLE])
-        self._owners[name] = {**owners, layer.qkv_part: owner}
+            owners = dict.fromkeys(range(layer.piece.count), owners[_WHOLE])
+        self._owners[name] = {**owners, layer.part_key: owner}
 
     def load(self, name: str, weight: Tensor, mask: Tensor) -> None:
         """Set a whole mask by the name of its parameter; owners stay."""
@@ -85,8 +85,8 @@ class Masks(Mapping[str, Tensor]):
         for layer in layers:
             owners = self._owners.get(layer.parameter_name)
             if owners:
-                candidates = [layer] if layer.qkv_part in owners else qkv_parts(layer)
-                found += [x for x in candidates if owners.get(x.qkv_part) is owner]
+                candidates = [layer] if layer.part_key in owners else qkv_parts(layer)
+                found += [x for x in candidates if owners.get(x.part_key) is owner]
         return found
 
     def own(self, owner: object, layers: Iterable[Layer], names: Iterable[str]) -> None:
@@ -95,19 +95,19 @@ class Masks(Mapping[str, Tensor]):
         for layer in layers:
             for each in (layer, *qkv_parts(layer)):
                 if each.name in names:
-                    self._owners.setdefault(each.parameter_name, {})[each.qkv_part] = owner
+                    self._owners.setdefault(each.parameter_name, {})[each.part_key] = owner
 
     def is_owned(self, layer: Layer) -> bool:
         """Whether all of the layer is somebody's."""
         owners = self._owners.get(layer.parameter_name, {})
         held = {part for part, owner in owners.items() if owner is not None}
-        parts = {x.qkv_part for x in qkv_parts(layer)} or {layer.qkv_part}
+        parts = {x.part_key for x in qkv_parts(layer)} or {layer.part_key}
         return _WHOLE in held or parts <= held
 
     def owned_parts(self, layer: Layer) -> list[str]:
         """The names of the thirds of the layer that are somebody's."""
         owners = self._owners.get(layer.parameter_name, {})
-        return [x.name for x in qkv_parts(layer) if owners.get(x.qkv_part) is not None]
+        return [x.name for x in qkv_parts(layer) if owners.get(x.part_key) is not None]
 
     def disown_all(self) -> None:
         """Nobody keeps any mask on until it is given back."""

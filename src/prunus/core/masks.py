@@ -30,6 +30,24 @@ def local(tensor: Tensor) -> Tensor:
     return result
 
 
+def countable(t: Tensor) -> Tensor:
+    """The same zeros in a dtype in which torch can count them: not float8, nor a quantized one."""
+    if t.is_quantized:
+        return t.dequantize()
+    if t.is_floating_point() and t.element_size() == 1:
+        return t.view(torch.uint8) & 0x7F  # without the sign
+    return t
+
+
+def count_zeros(t: Tensor) -> int:
+    """How many entries are zero.
+
+    >>> count_zeros(torch.tensor([0.0, 1.0, -0.0]))
+    2
+    """
+    return t.numel() - int(countable(t).count_nonzero())
+
+
 def pack(mask: Tensor) -> Tensor:
     """Booleans to bits, eight to a uint8, the first in the highest bit."""
     flat = mask.reshape(-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from abc import ABCMeta
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Generic, TypeVar
@@ -19,18 +20,65 @@ def few(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + more
 
 
+_NUMBER = re.compile(r"\b\d+\b|\*")
+
+
+def nearest(
+    word: str, names: Iterable[str], most: int = 1, cutoff: float = 0.6, globs: bool = False
+) -> list[str]:
+    """The names most like a word; of numbered ones (``blocks.7.fc1``) that of the nearest number.
+
+    With ``globs`` a ``*`` that stands for a number stays one, and stands where numbers are missing.
+
+    >>> from prunus.core.names import nearest
+    >>> layers = [f"blocks.{i}.{name}" for i in range(12) for name in ("fc1", "fc2")]
+    >>> nearest("block.12.fc1", layers), nearest("block.*.fc1", layers, 2, globs=True)
+    (['blocks.11.fc1'], ['blocks.*.fc1', 'blocks.*.fc2'])
+    """
+    frames: dict[str, list[str]] = {}
+    for name in names:
+        frames.setdefault(_frame(name), []).append(name)
+    wanted = _NUMBER.findall(word)
+    near = difflib.get_close_matches(_frame(word), frames, most, cutoff)
+    return [_with_numbers(wanted, frames[frame], globs) for frame in near]
+
+
+def _frame(name: str) -> str:
+    """What stands around the numbers; a name that is nothing but a number is itself."""
+    frame = _NUMBER.sub("*", name).casefold()
+    return name if frame == "*" else frame
+
+
+def _with_numbers(wanted: Sequence[str], names: Sequence[str], globs: bool) -> str:
+    """Of names that differ in their numbers, that with the nearest ones."""
+    if len(wanted) != len(_NUMBER.findall(names[0])):
+        return _NUMBER.sub("*", names[0]) if globs and len(names) > 1 else names[0]
+
+    def distance(name: str) -> int:
+        pairs = zip(_NUMBER.findall(name), wanted, strict=True)
+        return sum(abs(int(a) - int(b)) for a, b in pairs if "*" not in (a, b))
+
+    marks = iter(wanted if globs else ())
+    return _NUMBER.sub(lambda m: "*" if next(marks, "") == "*" else m[0], min(names, key=distance))
+
+
 def did_you_mean(word: str, options: Iterable[str]) -> str:
     """A closing clause for an error: ``; did you mean 'cap'?`` or ``; one of: cap, obs``.
 
     Of more than ten options only the first are listed.
     """
     options = list(options)
-    folded = {option.casefold(): option for option in options}
-    near = difflib.get_close_matches(str(word).casefold(), folded, n=1, cutoff=0.6)
-    if near:
-        return f"; did you mean {folded[near[0]]!r}?"
+    if near := nearest(str(word), options):
+        return f"; did you mean {near[0]!r}?"
     more = f" and {len(options) - 10} more" if len(options) > 10 else ""
     return f"; one of: {', '.join(sorted(options)[:10])}{more}" if options else ""
+
+
+def check_choice(argument: str, value: object, options: Sequence[str]) -> None:
+    """Raises ValueError, with the nearest option, for a value that is none of them."""
+    if value not in options:
+        near = did_you_mean(str(value), options)
+        raise ValueError(f"{argument}={value!r} is not known{near}")
 
 
 class Registry(Mapping[str, type[T]], Generic[T]):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -52,6 +55,13 @@ class Ranks:
         dist.all_reduce(moved, group=self.group)
         return moved.to(t.device)
 
+    def first(self, value: Any) -> Any:
+        """What the first rank gives."""
+        values = [value]
+        if self.group is not None:
+            dist.broadcast_object_list(values, src=0, group=self.group)
+        return values[0]
+
     def _device(self, device: torch.device) -> torch.device | str:
         """The device itself, or one that the ranks can talk through."""
         backends = dist.get_backend_config(self.group).split(",")  # "cpu:gloo,cuda:nccl"
@@ -74,6 +84,25 @@ class Ranks:
                 0
             ]
         return selection.keep_all_but_lowest(scores, k)
+
+    def check_same(self, **values: Any) -> None:
+        """Raises ValueError, on all ranks, where they were given different values.
+
+        Compares texts, so values need one that says it all. Every rank must call this.
+        """
+        if self.group is None:
+            return
+        told: list[Any] = [None] * self.world_size
+        dist.all_gather_object(told, {k: str(v) for k, v in values.items()}, group=self.group)
+        for name, first in told[0].items():
+            for rank, other in enumerate(told):
+                if other[name] != first:
+                    pairs = zip_longest(first.splitlines(), other[name].splitlines())
+                    here, there = next((a, b) for a, b in pairs if a != b)
+                    raise ValueError(
+                        f"the ranks were given different {name}: rank 0 {_quoted(here)}, rank "
+                        f"{rank} {_quoted(there)}; give all of them the same"
+                    )
 
     @contextmanager
     def raise_on_all_ranks(self) -> Iterator[None]:
@@ -98,6 +127,48 @@ class Ranks:
                 raise RuntimeError(f"rank {rank} failed with {message}")
         if error is not None:
             raise error
+
+
+PATIENCE = timedelta(minutes=30)
+_calls: Counter[str] = Counter()
+
+
+@contextmanager
+def first_rank_tells(what: str, when: bool = True) -> Iterator[None]:
+    """For work of the first rank that others may call too: they wait, and learn how it ended.
+
+    The first rank waits for nobody, so it may do the work alone. Raises RuntimeError on the others
+    where it failed there, or was not begun for half an hour.
+    """
+    if not when or all_ranks().group is None:
+        yield
+        return
+    from torch.distributed.distributed_c10d import _get_default_store  # not in every build
+
+    store = _get_default_store()
+    _calls[what] += 1
+    key, outcome = f"prunus/{_calls[what]}/{what}", ""
+    try:
+        yield
+    except BaseException as error:
+        outcome = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        if all_ranks().rank == 0:
+            store.set(key, outcome)
+    if all_ranks().rank == 0:
+        return
+    try:
+        store.wait([key], PATIENCE)
+    except RuntimeError as error:
+        message = f"rank 0 has not done this: {what}; call it on every rank, or on that one only"
+        raise RuntimeError(message) from error
+    if outcome := store.get(key).decode():
+        raise RuntimeError(f"rank 0 failed with {outcome}")
+
+
+def _quoted(line: str | None) -> str:
+    return "nothing more" if line is None else f"'{line.strip()}'"
 
 
 def row_cuts(rows: int, world_size: int, unit: int = 1) -> list[tuple[int, int]]:

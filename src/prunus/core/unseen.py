@@ -1,4 +1,4 @@
-"""Weights that are no layer: recurrent ones, embeddings, experts in one tensor, people's own.
+"""Weights that are no layer: embeddings, and those of people's own modules.
 
 They stay dense, so whoever tells a share of a model counts them too.
 """
@@ -47,7 +47,7 @@ def told(model: nn.Module, unseen: list[UnseenWeight] | None = None) -> str:
     """One line on the weights that are no layers (found here, or before); empty if none are."""
     unseen = unseen_weights(model) if unseen is None else unseen
     size = sum(item.size for item in unseen)
-    whole = size + sum(local(layer.weight).numel() for layer in all_layers(model))
+    whole = size + sum(layer.local.numel() for layer in all_layers(model))
     if not size:
         return ""
     some = few([f"{item.name} ({item.kind}, {item.size:,})" for item in unseen])

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from prunus.allocators import Allocation, Allocator, Problem, Unit
+from prunus.allocators import Allocation, Allocator, Problem, Uniform, Unit
 from prunus.calibration.memory_plan import Rows
 from prunus.core.patterns import Pattern
 from prunus.core.ranks import Ranks
@@ -46,16 +46,39 @@ def _checked(allocator: Allocator, problem: Problem) -> list[int]:
     """Raises ValueError for an allocation that no masks can meet."""
     allocation, units = allocator.allocate(problem), problem.units
     who = f"allocator {allocator.name!r} ({type(allocator).__name__})"
-    if not isinstance(allocation, Allocation) or len(allocation.drop) != len(units):
+    drops = list(allocation.drop) if isinstance(allocation, Allocation) else []
+    if len(drops) != len(units):
         raise ValueError(f"{who} gave no prunus.Allocation of {len(units)} layers; see `filled`")
-    for unit, drop in zip(units, allocation.drop, strict=True):
-        if not isinstance(drop, numbers.Integral) or not unit.pruned <= drop <= unit.size:
+    for unit, drop in zip(units, drops, strict=True):
+        whole = isinstance(drop, numbers.Integral) and not isinstance(drop, bool)
+        if not whole or not unit.pruned <= drop <= unit.size:
             raise ValueError(
                 f"{who} drops {drop!r} units of {unit.name}, where a whole number from "
                 f"{unit.pruned} (zero already) to {unit.size} is needed; `prunus.filled` rounds "
                 "and keeps within these bounds"
             )
-    return [int(drop) for drop in allocation.drop]
+    return [int(drop) for drop in drops]
+
+
+def _drops(
+    method: Method, candidates: Sequence[LayerScores], target: float | None, shards: Ranks
+) -> list[int]:
+    """Units to drop in this rank's part of each layer.
+
+    Magnitudes in place of scores cannot be ranked among scores: such layers meet the target each
+    by itself, where an allocator ranks.
+    """
+    apart = [i for i, c in enumerate(candidates) if c.unreached and method.allocator.ranks_scores]
+    if not apart:
+        return _local_drops(method, candidates, target, shards)
+    drops = dict.fromkeys(range(len(candidates)), 0)
+    alone = replace(method, allocator=Uniform())
+    for part, places in ((method, drops.keys() - set(apart)), (alone, apart)):
+        order = sorted(places)
+        if order:
+            some = _local_drops(part, [candidates[i] for i in order], target, shards)
+            drops |= dict(zip(order, some, strict=True))
+    return list(drops.values())
 
 
 def _local_drops(
@@ -104,8 +127,8 @@ def select_masks(
     """Masks that meet the target exactly (ignored where the pattern fixes the sparsity)."""
     pattern = method.pattern
     drop = [0] * len(candidates)
-    if pattern.fixed is None:
-        drop = _local_drops(method, candidates, target, shards)
+    if pattern.fixed is None and candidates:
+        drop = _drops(method, candidates, target, shards)
     masks, counts = [], []
     for candidate, k in zip(candidates, drop, strict=True):
         mask = pattern.mask(candidate.scores, k)
@@ -116,15 +139,20 @@ def select_masks(
         masks.append(mask)
         counts.append([mask.numel(), zeros, candidate.total, kept])
     whole = shards.all_reduce(torch.tensor(counts, dtype=torch.float64)).tolist()
+    rows = [layer_row(c.rows, pattern, *n) for c, n in zip(candidates, whole, strict=True)]
     return [
-        LayerMask(c.rows, mask, layer_row(c.rows, pattern, *numbers))
-        for c, mask, numbers in zip(candidates, masks, whole, strict=True)
+        LayerMask(c.rows, mask, _by_magnitude(row) if c.unreached else row)
+        for c, mask, row in zip(candidates, masks, rows, strict=True)
     ]
+
+
+def _by_magnitude(row: LayerResult) -> LayerResult:
+    return replace(row, unreached="magnitude", score_lost=None)
 
 
 def layer_row(
     rows: Rows,
-    pattern: Pattern,
+    pattern: Pattern | str,
     size: float,
     zeros: float,
     before: float | None = None,

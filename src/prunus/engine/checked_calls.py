@@ -7,7 +7,7 @@ mistake is told so, and the model is as it was. Ours are tested instead, and cos
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from prunus.calibration.memory_plan import Rows
 from prunus.core.patterns import Pattern
 from prunus.core.ranks import Ranks
+from prunus.core.selection import FLOATS
 from prunus.pruners import JointPruner, Pruner, ScorePruner
 from prunus.stats import Statistic
 
@@ -66,6 +67,29 @@ def solved(
 
 
 @contextlib.contextmanager
+def unchanged(method: object, tensors: Sequence[Tensor], who: str) -> Iterator[list[Tensor]]:
+    """Tensors for a method to read: copies, for one from outside the package.
+
+    Raises ValueError, beginning with ``who``, if it has written to them.
+    """
+    if type(method).__module__.startswith("prunus."):
+        yield list(tensors)
+        return
+    copies = [t.clone() for t in tensors]
+    versions = [_version(t) for t in copies]
+    yield copies
+    if [_version(t) for t in copies] != versions:
+        raise ValueError(
+            f"{who} changes what it is given in place; return new tensors, as from .clone(); "
+            "nothing was pruned"
+        )
+
+
+def _version(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version
+
+
+@contextlib.contextmanager
 def _weights(pruner: Pruner, part: str, rows: Rows, mask: Tensor | None = None) -> Iterator[Tensor]:
     """The weights that the pruner gets. Raises ValueError if it has written to them."""
     w = rows.matrix()
@@ -74,17 +98,17 @@ def _weights(pruner: Pruner, part: str, rows: Rows, mask: Tensor | None = None) 
         return
     w = w.clone()
     args = {"w": w} if mask is None else {"w": w, "mask": mask}
-    versions = {name: t._version for name, t in args.items()}
+    versions = {name: _version(t) for name, t in args.items()}
     yield w
     for name, t in args.items():
-        if t._version != versions[name]:
+        if _version(t) != versions[name]:
             message = f"changes {name!r} in place"
             raise _error(pruner, part, rows, message, f"a new tensor, as from {name}.clone()")
 
 
 def _check_float(pruner: Pruner, part: str, t: object, rows: Rows) -> None:
     wrong = _misfit(t, rows)
-    if not wrong and isinstance(t, Tensor) and not t.is_floating_point():
+    if not wrong and isinstance(t, Tensor) and t.dtype not in FLOATS:
         wrong = f"gives {t.dtype}"
     if wrong:
         raise _error(pruner, part, rows, wrong, f"floats of shape {_shape(rows)}")
@@ -103,6 +127,8 @@ def _misfit(t: object, rows: Rows) -> str:
         return f"gives {type(t).__name__}"
     if tuple(t.shape) != _shape(rows):
         return f"gives shape {tuple(t.shape)}"
+    if t.layout is not torch.strided:
+        return f"gives a tensor of layout {t.layout}"
     return ""
 
 

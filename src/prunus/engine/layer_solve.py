@@ -19,10 +19,10 @@ from prunus.core.patterns import Block
 from prunus.core.progress import track
 from prunus.core.ranks import Ranks
 from prunus.core.sharding import shards_of
-from prunus.engine.allocation import allocate, drops_of_rows, layer_row
-from prunus.engine.checked_calls import rebuilt, refined, scores_of, solved
+from prunus.engine.checked_calls import rebuilt, refined, scores_of
 from prunus.engine.method import LayerMask, LayerResult, LayerScores, LayerUpdate, Method
-from prunus.pruners import JointPruner, ScorePruner
+from prunus.engine.unreached import magnitudes, solvable, statistics, with_unchanged
+from prunus.pruners import ScorePruner
 from prunus.solvers import selection
 from prunus.solvers.least_squares import layer_error
 from prunus.stats import Statistic
@@ -69,7 +69,8 @@ def measure(
     check_measurable(measured.stats, f"pruner {method.pruner.name!r}", calibration)
     shards = shards_of(layers, method.pattern)
     names = [layer.parameter_name for layer in layers]
-    _refuse([selection.count_non_finite(layer.local) for layer in layers], names, shards, "weights")
+    bad = [selection.count_non_finite(layer.local) for layer in layers]
+    refuse_non_finite(bad, names, shards, "weights")
     if shards.group is None:
         shards = measured.everyone
     if len(measured.groups) > 1:
@@ -81,7 +82,7 @@ def measure(
     return measured, shards
 
 
-def _refuse(bad: Sequence[int], names: Sequence[str], shards: Ranks, what: str) -> None:
+def refuse_non_finite(bad: Sequence[int], names: Sequence[str], shards: Ranks, what: str) -> None:
     # every rank must raise, or the others would wait for it for ever
     counts = shards.all_reduce(torch.tensor(bad)).tolist()
     for name, count in zip(names, counts, strict=True):
@@ -89,16 +90,16 @@ def _refuse(bad: Sequence[int], names: Sequence[str], shards: Ranks, what: str) 
             raise ValueError(f"{name} has {count} NaN or infinite {what}; nothing was pruned")
 
 
-def _assembled(measured: Measurements, parts: Mapping[Rows, Tensor]) -> list[Tensor]:
+def _assembled(shares: Sequence[Rows], parts: Mapping[Rows, Tensor]) -> list[Tensor]:
     """For each share the rows that were computed in pieces."""
     whole = []
-    for share in measured.shares:
+    for share in shares:
         local_parts = [part for rows, part in parts.items() if rows.layer is share.layer]
         whole.append(local_parts[0] if len(local_parts) == 1 else torch.cat(local_parts))
     return whole
 
 
-def _candidate(method: Method, rows: Rows, scores: Tensor) -> LayerScores:
+def candidate_of(method: Method, rows: Rows, scores: Tensor) -> LayerScores:
     w = rows.matrix()
     if int(w.count_nonzero()) == w.numel():
         units = method.pattern.pool(scores)
@@ -111,6 +112,15 @@ def _candidate(method: Method, rows: Rows, scores: Tensor) -> LayerScores:
     return LayerScores(rows, units, int(dead.count_nonzero()), total)
 
 
+def _scores(
+    method: Method, measured: Measurements, rows: Rows, stat: Statistic | None, shards: Ranks
+) -> Tensor:
+    assert isinstance(method.pruner, ScorePruner)
+    if rows.layer in measured.unreached:
+        return magnitudes(rows)
+    return scores_of(method.pruner, rows, stat, method.pattern, shards)
+
+
 @torch.no_grad()
 def score(method: Method, measured: Measurements, shards: Ranks) -> list[LayerScores]:
     """Scores for every layer, computed from the present weights.
@@ -120,31 +130,30 @@ def score(method: Method, measured: Measurements, shards: Ranks) -> list[LayerSc
     assert isinstance(method.pruner, ScorePruner)
     parts: dict[Rows, Tensor] = {}
     for i, group in enumerate(measured.groups):
-        stats = measured[i]
+        stats = statistics(method, measured, i)
         with shards.raise_on_all_ranks(), no_autocast(measured.shares):
             for rows in track(group, f"{method.pruner.name}: scores"):
-                parts[rows] = scores_of(
-                    method.pruner, rows, stats.get(rows), method.pattern, shards
-                )
+                parts[rows] = _scores(method, measured, rows, stats.get(rows), shards)
         del stats  # or the next group would be measured beside this one
-    whole = _assembled(measured, parts)
+    shares = solvable(method, measured)
+    whole = _assembled(shares, parts)
     del parts
-    candidates = [
-        _candidate(method, rows, s) for rows, s in zip(measured.shares, whole, strict=True)
-    ]
+    candidates = [candidate_of(method, rows, s) for rows, s in zip(shares, whole, strict=True)]
+    for candidate in candidates:
+        candidate.unreached = candidate.rows.layer in measured.unreached
     bad = [
         0 if math.isfinite(c.total) else selection.count_non_finite(c.scores) - c.pruned
         for c in candidates
     ]
     names = [c.rows.layer.parameter_name for c in candidates]
-    _refuse(bad, names, shards, f"{method.pruner.name} scores")
-    dtype = functools.reduce(torch.promote_types, (c.scores.dtype for c in candidates))
+    refuse_non_finite(bad, names, shards, f"{method.pruner.name} scores")
+    dtypes = [candidate.scores.dtype for candidate in candidates]
     for candidate in candidates:
-        candidate.scores = candidate.scores.to(dtype)
+        candidate.scores = candidate.scores.to(functools.reduce(torch.promote_types, dtypes))
     return candidates
 
 
-def _change(
+def change_of(
     rows: Rows, new: Tensor, mask: Tensor, measured: Measurements, row: LayerResult
 ) -> LayerUpdate:
     """A change of all rows that the weight has on this rank."""
@@ -155,7 +164,7 @@ def _change(
     return LayerUpdate(layer, layer.unmatrix(new, shape), layer.unmatrix(mask, shape), row)
 
 
-def _with_error(
+def with_error(
     row: LayerResult, w: Tensor, new: Tensor, mask: Tensor, stat: Statistic | None, shards: Ranks
 ) -> LayerResult:
     """The row with the error of the layer's outputs, where the statistic can tell it."""
@@ -178,10 +187,12 @@ def _rebuilt(
     """The new weights of some rows; the choice's mask may get better on the way."""
     pruner, begin = method.pruner, choice.rows.begin
     assert isinstance(pruner, ScorePruner)
+    if choice.row.unreached:
+        return rows.matrix()
     mask = choice.mask[rows.begin - begin : rows.end - begin]
     mask.copy_(refined(pruner, rows, stat, mask, method.pattern))
     new = rebuilt(pruner, rows, stat, mask)
-    choice.row = _with_error(choice.row, rows.matrix(), new, mask, stat, shards)
+    choice.row = with_error(choice.row, rows.matrix(), new, mask, stat, shards)
     return new
 
 
@@ -199,61 +210,24 @@ def rebuild(
     parts: dict[Rows, Tensor] = {}
     for i in reversed(range(len(measured.groups))):
         stats = measured[i]
+        group = [rows for rows in measured.groups[i] if rows.layer in masks]
         with shards.raise_on_all_ranks(), no_autocast(measured.shares):
-            for rows in track(measured.groups[i], f"{method.pruner.name}: weights"):
-                parts[rows] = _rebuilt(method, rows, stats.get(rows), masks[rows.layer], shards)
+            for rows in track(group, f"{method.pruner.name}: weights"):
+                part = stats.get(rows), masks[rows.layer]
+                parts[rows] = _rebuilt(method, rows, *part, shards)
+                del part
         del stats  # or the next group would be measured beside this one
     ordered = dict(sorted(parts.items(), key=lambda item: item[0].begin))
-    whole = _assembled(measured, ordered)
+    whole = _assembled([choice.rows for choice in choices], ordered)
     changes = [
-        _change(c.rows, new, c.mask, measured, c.row) for c, new in zip(choices, whole, strict=True)
+        change_of(c.rows, new, c.mask, measured, c.row)
+        for c, new in zip(choices, whole, strict=True)
     ]
-    return _checked(method, changes, shards)
+    return checked(method, with_unchanged(method, measured, changes, shards), shards)
 
 
-def _checked(method: Method, changes: list[LayerUpdate], shards: Ranks) -> list[LayerUpdate]:
+def checked(method: Method, changes: list[LayerUpdate], shards: Ranks) -> list[LayerUpdate]:
     names = [change.layer.parameter_name for change in changes]
     bad = [selection.count_non_finite(change.weight) for change in changes]
-    _refuse(bad, names, shards, f"new weights from {method.pruner.name}")
+    refuse_non_finite(bad, names, shards, f"new weights from {method.pruner.name}")
     return changes
-
-
-def _largest_first(group: Sequence[Rows], stats: Mapping[Rows, Statistic]) -> list[Rows]:
-    """In an order that solves what takes most memory before there are new weights to hold."""
-    sizes = {rows: stats[rows].nbytes if rows in stats else 0 for rows in group}
-    return sorted(group, key=lambda rows: -sizes[rows])
-
-
-@torch.no_grad()
-def solve_jointly(
-    method: Method, measured: Measurements, target: float | None, shards: Ranks
-) -> list[LayerUpdate]:
-    """The new weights of a method that chooses its masks while it solves."""
-    pruner, pattern = method.pruner, method.pattern
-    assert isinstance(pruner, JointPruner)
-    weights = [rows.matrix() for rows in measured.shares]
-    drop = [0] * len(weights)
-    if pattern.fixed is None:
-        counts = [(w.numel(), w.numel() - int(w.count_nonzero())) for w in weights]
-        drop = allocate(method, measured.shares, counts, target, shards)
-    if pattern.kind == "row" and shards.group is not None:
-        drop = drops_of_rows(drop, [len(w) for w in weights], shards)
-    drops = dict(zip((rows.layer for rows in measured.shares), drop, strict=True))
-    changes: dict[Layer, LayerUpdate] = {}
-    for i, group in enumerate(measured.groups):
-        stats = measured[i]
-        with shards.raise_on_all_ranks(), no_autocast(measured.shares):
-            order = _largest_first(group, stats)
-            for rows, following in zip(
-                track(order, f"{pruner.name}: weights"), [*order[1:], None], strict=True
-            ):
-                stat, k = stats.get(rows), drops[rows.layer]
-                new, mask = solved(pruner, rows, stat, pattern, k, shards)
-                counted = torch.tensor([mask.numel(), mask.numel() - int(mask.count_nonzero())])
-                row = layer_row(rows, pattern, *shards.all_reduce(counted).tolist())
-                row = _with_error(row, rows.matrix(), new, mask, stat, shards)
-                changes[rows.layer] = _change(rows, new, mask, measured, row)
-                if stat is not None and (following is None or stats.get(following) is not stat):
-                    stat.forget()
-        del stats, stat
-    return _checked(method, [changes[rows.layer] for rows in measured.shares], shards)

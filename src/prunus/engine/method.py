@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from torch import Tensor
 
-from prunus.allocators import Allocator
+from prunus.allocators import Allocator, SignalAllocator
 from prunus.calibration.memory_plan import Rows
+from prunus.core.input_parts import input_parts
 from prunus.core.layers import Layer
 from prunus.core.names import few
 from prunus.core.patterns import Pattern
-from prunus.pruners import Pruner, supports
+from prunus.pruners import Pruner
+from prunus.stats import checked_statistic
+
+Unreached = Literal["error", "magnitude", "dense"]
+UNREACHED: tuple[str, ...] = get_args(Unreached)
 
 
 @dataclass(frozen=True)
@@ -26,34 +32,26 @@ class Method:
     """what the allocator measured in each layer, where it asks for signals"""
     drop: Mapping[str, int] | None = None
     """units to be gone in each layer, where that was decided before"""
+    unreached: Unreached = field(default="error", repr=False)
+    """what becomes of layers about which the calibration data tells nothing"""
 
     def fit(self, layers: Sequence[Layer]) -> list[Layer]:
-        """The layers as this method wants to see them.
-
-        Raises ValueError if the pruner or a layer does not go with the pattern.
-        """
-        supports(self.pruner, self.pattern)
-        _check_shapes(layers, self.pattern)
-        for layer in layers:
-            self.pruner.check(layer.matrix_shape()[1], self.pattern)
+        """The layers as this method wants to see them."""
+        layers = [part for layer in layers for part in self._parts(layer)]
         grouped = self.pattern.kind in ("N:M", "block")
         return [layer.with_channels_inner() for layer in layers] if grouped else list(layers)
 
+    def _parts(self, layer: Layer) -> list[Layer]:
+        """The layer, or its parts where inputs are measured and these have different ones."""
+        return input_parts(layer) if self.readers(layer) else [layer]
 
-def _check_shapes(layers: Sequence[Layer], pattern: Pattern) -> None:
-    misfits = {layer.name: message for layer in layers if (message := _misfit(layer, pattern))}
-    if misfits:
-        first, *others = misfits
-        more = f"; nor does it fit {', '.join(others)}" if others else ""
-        raise ValueError(f"{first}: {misfits[first]}{more}")
-
-
-def _misfit(layer: Layer, pattern: Pattern) -> str:
-    try:
-        pattern.check(*layer.matrix_shape(), layer.channels())
-    except ValueError as error:
-        return str(error)
-    return ""
+    def readers(self, layer: Layer) -> list[str]:
+        """Who wants to know of the layer's inputs."""
+        wanted = {f"pruner {self.pruner.name!r}": self.pruner.statistic(layer)}
+        if isinstance(self.allocator, SignalAllocator):
+            wanted[f"allocator {self.allocator.name!r}"] = self.allocator.statistic(layer)
+        stats = {who: checked_statistic(stat) for who, stat in wanted.items() if stat is not None}
+        return [who for who, stat in stats.items() if stat.reads == "inputs"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +72,8 @@ class LayerResult:
     error: float | None = None
     """squared error of the layer's outputs on the calibration data, as a share of the outputs
     themselves; None for methods that do not measure it"""
+    unreached: str = ""
+    """`magnitude` or `dense`: what was done for lack of data; empty where there was some"""
 
     @property
     def sparsity(self) -> float:
@@ -99,6 +99,24 @@ def collapse_message(names: Sequence[str]) -> str:
     )
 
 
+def unreached_messages(rows: Sequence[LayerResult]) -> list[str]:
+    """What a person should know of layers about which the data told nothing."""
+    done = {"dense": "left as they are", "magnitude": "pruned by magnitude"}
+    named = {how: [row.name for row in rows if row.unreached == how] for how in done}
+    return [
+        f"{done[how]}, because no calibration data tells of them: {few(names)}"
+        for how, names in named.items()
+        if names
+    ]
+
+
+def misfits_message(misfits: Mapping[str, str]) -> str:
+    """What a person should know of layers that were chosen and do not fit; empty without any."""
+    if not misfits:
+        return ""
+    return f"do not fit, left dense: {few(list(misfits))} ({next(iter(misfits.values()))})"
+
+
 @dataclass
 class LayerUpdate:
     """A new weight, not yet written; after `commit`, the old one."""
@@ -117,6 +135,8 @@ class LayerScores:
     scores: Tensor
     pruned: int
     total: float
+    unreached: bool = False
+    """whether the scores are magnitudes, for lack of data"""
 
 
 @dataclass

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from prunus.allocators import Table
-from prunus.calibration.calibration import Calibration, check_first_batch
+from prunus.calibration.calibration import Calibration, check_first_batch, first_pass
 from prunus.calibration.measurements import Measurements, check_measurable
 from prunus.core.layers import Layer
 from prunus.core.masks import local
@@ -17,8 +18,9 @@ from prunus.core.ranks import Ranks
 from prunus.core.selection import Selection
 from prunus.core.sharding import shards_of
 from prunus.engine.allocator_signals import signal_statistics
+from prunus.engine.fitting import Misfits, fitting_layers, without_depthwise
 from prunus.engine.layer_solve import plan_measurements
-from prunus.engine.method import Method
+from prunus.engine.method import Method, misfits_message
 from prunus.engine.permute.folds import FoldPlan
 from prunus.engine.permute.step import Permute, permute_layers, plan_folds
 from prunus.engine.sequential.options import Sequential
@@ -26,6 +28,8 @@ from prunus.engine.sequential.prune import NO_INPUTS, blocks_for, check_sequenti
 from prunus.engine.sequential.walk import SequentialResult
 from prunus.engine.step import check_reachable, prune_step, stage_count
 from prunus.pruners import JointPruner
+
+log = logging.getLogger("prunus")
 
 
 @dataclass
@@ -42,11 +46,19 @@ class PruningPlan:
     sequential: Sequential | None = None
     """how to go through the blocks; None if all layers are pruned together"""
     permute: Permute | None = None
+    on_misfit: Misfits = "error"
+    """what becomes of layers that the method cannot prune"""
     layers: list[Layer] = field(init=False)
+    misfits: dict[str, str] = field(init=False)
+    """layer name -> why it does not fit, and is left dense"""
     folds: FoldPlan = field(init=False)
 
     def __post_init__(self) -> None:
-        self.layers = self.method.fit(self.selection.layers)
+        self.selection = without_depthwise(self.method, self.selection)
+        chosen = self.selection.layers
+        self.layers, self.misfits = fitting_layers(self.method, chosen, self.on_misfit)
+        if self.misfits:
+            log.info("%s", misfits_message(self.misfits))
         shards_of(self.layers, self.method.pattern)  # raises for what no step could prune
         if self.sequential is not None:
             check_sequential(self.method, self.layers)
@@ -55,12 +67,12 @@ class PruningPlan:
         if self.permute is not None:
             self.folds = plan_folds(self.method, self.layers, self.model, self.permute)
         if isinstance(self.method.allocator, Table):  # now, not in the middle of training
-            self.method.allocator.rates([layer.name for layer in self.layers])
+            self.method.allocator.check([layer.name for layer in self.layers], self.misfits)
 
     @property
-    def left_dense(self) -> list[str]:
-        """Names of the layers that the default spares."""
-        return self.selection.left_dense
+    def spared(self) -> dict[str, str]:
+        """The layers that the default leaves dense, each with the reason."""
+        return self.selection.spared
 
     @property
     def outside_blocks(self) -> list[str]:
@@ -154,6 +166,14 @@ class PruningPlan:
         for layer, stat in measured.stats.items():
             held[blocks.owner(layer)] += stat.nbytes
         return min(measured.nbytes, max(held.values(), default=0))
+
+
+def first_pass_of(
+    model: nn.Module, calibration: Calibration | None, sequential: Sequential | None
+) -> Callable[[], object] | None:
+    """A forward pass that shows the ends of the model; None where it had better not run whole."""
+    elsewhere = sequential is not None and (sequential.device or sequential.weights)
+    return None if elsewhere else first_pass(model, calibration)
 
 
 def mask_bytes(layers: Sequence[Layer]) -> int:

@@ -22,7 +22,8 @@ from prunus.core.ranks import Ranks
 from prunus.core.sharding import shards_of
 from prunus.engine.allocation import select_masks
 from prunus.engine.allocator_signals import with_signals
-from prunus.engine.layer_solve import check_loaded, measure, rebuild, score, solve_jointly
+from prunus.engine.joint_solve import solve_jointly
+from prunus.engine.layer_solve import check_loaded, measure, rebuild, score
 from prunus.engine.method import LayerUpdate, Method
 from prunus.pruners import JointPruner, ScorePruner
 from prunus.solvers import selection

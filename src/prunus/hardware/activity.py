@@ -48,7 +48,7 @@ def measure_activity(model: nn.Module, example_inputs: Any, vectors: int) -> dic
     The model runs in evaluation mode, and is put back into the modes it was in. ``vectors`` is how
     many input vectors of each call are kept.
     """
-    layers = {id(layer.module): layer for layer in all_layers(model)}
+    layers = {id(x.module): x for x in all_layers(model) if x.is_module}
     result: dict[str, Activity] = {}
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -102,7 +102,7 @@ def _add(activity: Activity, layer: Layer, x: Tensor, y: Tensor, vectors: int) -
     convolution = isinstance(layer.module, CONVS)
     count = _convolution_macs if convolution else _linear_macs
     activity.effective_macs += count(layer, there)
-    if not layer.no_input_matrix():
+    if layer.reads_arguments and not layer.no_inputs():
         # unfolding the whole batch would take as much memory as a copy for each kernel position
         some = x[: max(1, vectors)] if convolution and x.dim() > layer.local.dim() - 1 else x
         matrix = layer.input_matrix(some)

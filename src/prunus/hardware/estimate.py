@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from prunus import formats
 from prunus.core.layers import Layer, all_layers, unwrap
@@ -186,7 +186,10 @@ def estimate(
     rows = [_layer(layer, activity.get(layer.name), machine, forms) for layer in layers]
     state = unwrap(model).state_dict(keep_vars=True).values()
     weights = {id(layer.weight) for layer in layers}
-    other = sum(8 * t.nbytes for t in {id(t): t for t in state}.values() if id(t) not in weights)
+    # what torch.ao has quantized holds tuples of tensors
+    values = [x for value in state for x in (value if isinstance(value, tuple) else (value,))]
+    tensors = {id(t): t for t in values if isinstance(t, Tensor)}
+    other = sum(8 * t.nbytes for t in tensors.values() if id(t) not in weights)
     return Estimate(rows, machine, other)
 
 

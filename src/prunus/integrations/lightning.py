@@ -17,7 +17,8 @@ except ModuleNotFoundError:
         raise ModuleNotFoundError(message, name=error.name) from None
 
 from prunus.api.attach import attach
-from prunus.api.session import Session, innermost
+from prunus.api.optimizer_hooks import innermost
+from prunus.api.session import Session
 from prunus.calibration.calibration import Calibration
 from prunus.recipe import Recipe
 from prunus.report.records import Sink

@@ -18,6 +18,7 @@ from prunus.core.layers import Layer
 from prunus.core.masks import local, packed, unpack
 from prunus.core.sharding import gather, scatter
 from prunus.modifiers.base import MODIFIERS, Context
+from prunus.modifiers.optimizer_state import states_of
 from prunus.modifiers.prune import PruningModifier
 from prunus.modifiers.pruning_run import PruningRun
 from prunus.modifiers.schedules import Schedule
@@ -94,10 +95,10 @@ class ACDCRun(PruningRun):
         context.record({"event": "dense", "step": step, "layers": len(self.layers)})
 
     def _reset_momentum(self, layer: Layer) -> None:
-        state = self.context.optimizer.state.get(layer.weight, {})
-        for name in MOMENTA:
-            if state.get(name) is not None:
-                layer.part(local(state[name])).zero_()
+        for state in states_of(self.context.optimizer, layer):
+            for name in MOMENTA:
+                if state.get(name) is not None:
+                    layer.part(local(state[name])).zero_()
 
     def state_dict(self) -> dict[str, Any]:
         weights = {layer.name: layer.weight for layer in self.layers}

@@ -13,7 +13,7 @@ def in_both(some: Iterable[Run], others: Iterable[Run]) -> str:
     masked = [layer for run in others for layer in run.masked_layers]
     for layer in (layer for run in some for layer in run.masked_layers):
         for other in masked:
-            parts = {layer.qkv_part, other.qkv_part}
+            parts = {layer.part_key, other.part_key}
             if layer.parameter_name == other.parameter_name and (None in parts or len(parts) == 1):
                 return layer.name
     return ""

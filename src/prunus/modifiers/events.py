@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from prunus.core.layers import Layer
 from prunus.core.sharding import ranks_of
-from prunus.engine.method import LayerResult, collapse_message
+from prunus.engine.method import LayerResult, collapse_message, unreached_messages
 
 log = logging.getLogger("prunus")
 
@@ -25,13 +26,24 @@ def counted(layer: Layer, pattern: str, entries: Tensor) -> LayerResult:
 
 
 def pruning_event(
-    pruner: str, pattern: str, rows: Sequence[LayerResult], step: int, target: float | None
+    pruner: str,
+    pattern: str,
+    rows: Sequence[LayerResult],
+    step: int,
+    target: float | None,
+    misfits: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """What records and reports know of layers at one step; ``pruner`` and ``pattern`` say why."""
+    """What records and reports know of layers at one step; ``pruner`` and ``pattern`` say why.
+
+    ``misfits`` are layers that could not be pruned so, and the reasons.
+    """
     zeros, size = sum(row.zeros for row in rows), sum(row.size for row in rows)
     collapsed = [row.name for row in rows if row.collapsed]
     if collapsed:
         log.warning("%s", collapse_message(collapsed))
+    unreached = {row.name: row.unreached for row in rows if row.unreached}
+    for message in unreached_messages(rows):
+        log.warning("%s", message)
     return {
         "event": "prune",
         "step": step,
@@ -43,4 +55,6 @@ def pruning_event(
         "sizes": {row.name: row.size for row in rows},
         "saved": {row.name: row.saved for row in rows},
         **({"collapsed": collapsed} if collapsed else {}),
+        **({"unreached": unreached} if unreached else {}),
+        **({"misfits": dict(misfits)} if misfits else {}),
     }

@@ -8,6 +8,7 @@ from typing import ClassVar
 from prunus.core.layers import clean_parameters
 from prunus.core.selection import select_parameters
 from prunus.modifiers.base import MODIFIERS, Context, Run
+from prunus.modifiers.fields import as_in_recipes
 from prunus.modifiers.timing import Interval
 
 
@@ -28,6 +29,9 @@ class Freeze:
     """parameters to train all the same: `exclude: ["head.*"]` trains only the head"""
     window: Interval | None = None
     """when; default: all of training"""
+
+    def __post_init__(self) -> None:
+        as_in_recipes(self)
 
     def bind(self, context: Context) -> Run:
         return FreezeRun(self, context)

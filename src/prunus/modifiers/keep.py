@@ -7,10 +7,12 @@ from typing import Any, ClassVar
 
 import torch
 
+from prunus.calibration.calibration import first_pass
 from prunus.core.layers import Layer
 from prunus.core.selection import select
 from prunus.modifiers.base import MODIFIERS, Context, Run, log
 from prunus.modifiers.events import counted, pruning_event
+from prunus.modifiers.fields import as_in_recipes
 from prunus.modifiers.state_checks import check_fields
 from prunus.modifiers.timing import Interval
 
@@ -27,7 +29,8 @@ class Keep:
     one_shot: ClassVar[bool] = False
 
     layers: tuple[str, ...] | None = None
-    """names, globs, class names or `re:` regexes; default: all but the stem and the output head"""
+    """names, globs, class names or `re:` regexes; default: all but what
+    reads the input, writes the output or routes to experts"""
     exclude: tuple[str, ...] = ()
     """what to leave out of `layers`"""
     window: Interval | None = None
@@ -36,6 +39,9 @@ class Keep:
 
     allow_dense: bool = False
     """no error if there is no zero at all: nothing is kept then"""
+
+    def __post_init__(self) -> None:
+        as_in_recipes(self)
 
     def bind(self, context: Context) -> Run:
         return KeepRun(self, context)
@@ -49,7 +55,9 @@ class KeepRun(Run):
 
     def __init__(self, modifier: Keep, context: Context) -> None:
         self.context, self.allow_dense = context, modifier.allow_dense
-        self.layers: list[Layer] = select(context.model, modifier.layers, modifier.exclude).layers
+        run = first_pass(context.model, context.calibration)
+        chosen = select(context.model, modifier.layers, modifier.exclude, run)
+        self.layers: list[Layer] = chosen.layers
         context.check_held(self.layers)
         self.begin, self.end = (modifier.window or Interval()).bounds(context.timeline)
         self.begun = False

@@ -11,6 +11,7 @@ from torch import Tensor
 from prunus.calibration.memory_plan import Rows
 from prunus.core.layers import Layer
 from prunus.core.masks import local
+from prunus.core.ranks import all_ranks
 from prunus.core.sharding import gather, scatter
 from prunus.engine.layer_solve import measure
 from prunus.engine.sequential.walk import SequentialResult
@@ -88,8 +89,14 @@ class MovementRun(PruningRun):
         for rows in measured.shares:
             moved = rows.layer.matrix(self._moved(rows.layer))
             sums[rows] = MovementSum(moved[rows.begin : rows.end])
-        measured.fill(sums)
+        measured.fill(sums, dict.fromkeys(self._still(), "no step of training has moved"))
         return self.pruning.prune(target, (measured, ranks))
+
+    def _still(self) -> list[Layer]:
+        """Layers that no step has moved, on any rank: there is nothing to rank their weights by."""
+        nonzero = [int(self._moved(layer).count_nonzero()) for layer in self.layers]
+        moved = all_ranks().all_reduce(torch.tensor(nonzero)).tolist()
+        return [layer for layer, count in zip(self.layers, moved, strict=True) if count == 0]
 
     def _tick(self, tick: int, step: int) -> None:
         super()._tick(tick, step)

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from prunus.modifiers.base import MODIFIERS, Context, Run
+from prunus.modifiers.fields import as_in_recipes
 from prunus.modifiers.schedules import Schedule
 from prunus.modifiers.timing import Interval
 
@@ -26,6 +27,7 @@ class GroupSchedule(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        as_in_recipes(self)
         for value in self.extremes:
             if value < 0:
                 raise ValueError(f"{self.setting}={value:g} is negative; give 0 or more")

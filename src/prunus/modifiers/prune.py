@@ -10,13 +10,16 @@ from torch import nn
 
 from prunus.allocators import ALLOCATORS, Allocator, Table
 from prunus.calibration.calibration import Calibration
+from prunus.core.names import check_choice
 from prunus.core.patterns import Pattern, parse_pattern
 from prunus.core.selection import select
-from prunus.engine.method import Method
+from prunus.engine.fitting import MISFITS, Misfits
+from prunus.engine.method import UNREACHED, Method, Unreached
 from prunus.engine.permute.step import Permute
-from prunus.engine.plan import PruningPlan
+from prunus.engine.plan import PruningPlan, first_pass_of
 from prunus.engine.sequential.options import Sequential
 from prunus.modifiers.base import MODIFIERS, Context
+from prunus.modifiers.fields import as_in_recipes
 from prunus.modifiers.nm.modifier import NMTraining
 from prunus.modifiers.pruning_run import PruningRun
 from prunus.modifiers.schedules import Schedule
@@ -55,7 +58,7 @@ class PruningModifier(metaclass=_TakesMasking):
     """share of weights removed: a number or a schedule; N:M patterns and tables bring their own"""
     layers: tuple[str, ...] | None = None
     """names, globs, class names or `re:` regexes, thirds such as `attn.qkv[q]`; default: all but
-    the stem and the output head"""
+    what reads the input, writes the output or routes to experts"""
     exclude: tuple[str, ...] = ()
     """what to leave out of `layers`"""
     pattern: str = "unstructured"
@@ -70,12 +73,21 @@ class PruningModifier(metaclass=_TakesMasking):
     blocks, as `model.layers`, or true to walk all lists"""
     permute: Permute | None = None
     """for N:M: regroup input channels first, so that less is lost; once on a finished model"""
+    misfits: Misfits = "error"
+    """of layers that the pattern does not divide, or whose inputs cannot be measured: `error`, or
+    left `dense` and named in the result"""
+    unreached: Unreached = "error"
+    """of layers about which the calibration data tells nothing (no token came to them, no gradient
+    but zeros): `error`, pruned by `magnitude`, or left `dense`; named in the result"""
 
     def __post_init__(self) -> None:
+        as_in_recipes(self, Window)
         if not isinstance(self.pruner, Pruner) or isinstance(self.pruner, type):
             raise ValueError(
                 f"pruner={self.pruner!r} is no pruner; give one, as prunus.Magnitude()"
             )
+        check_choice("misfits", self.misfits, MISFITS)
+        check_choice("unreached", self.unreached, UNREACHED)
         pattern = parse_pattern(self.pattern)
         supports(self.pruner, pattern)
         if self.at_once and self.window and (self.window.to or self.window.every):
@@ -125,7 +137,7 @@ class PruningModifier(metaclass=_TakesMasking):
     def method(self) -> Method:
         pattern: Pattern = parse_pattern(self.pattern)
         allocator = self.allocator or ALLOCATORS[self.pruner.allocator]()
-        return Method(self.pruner, pattern, allocator)
+        return Method(self.pruner, pattern, allocator, unreached=self.unreached)
 
     def plan(
         self,
@@ -138,8 +150,9 @@ class PruningModifier(metaclass=_TakesMasking):
         Raises ValueError if it does not fit the model.
         """
         walk = sequential or Sequential.of(self.sequential)
-        chosen = select(model, self.layers, self.exclude)
-        return PruningPlan(self.method, chosen, model, calibration, walk, self.permute)
+        chosen = select(model, self.layers, self.exclude, first_pass_of(model, calibration, walk))
+        what = self.method, chosen, model, calibration
+        return PruningPlan(*what, walk, self.permute, self.misfits)
 
     def bind(self, context: Context) -> PruningRun:
         return PruningRun(self, context)

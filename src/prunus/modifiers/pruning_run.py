@@ -53,7 +53,7 @@ class PruningRun(Run):
             )
         self.pruning = modifier.plan(context.model, context.calibration)
         self.layers: list[Layer] = self.pruning.layers
-        self.left_dense = self.pruning.left_dense
+        self.spared, self.misfits = self.pruning.spared, self.pruning.misfits
         context.check_held(self.layers)
         self.ticks = self._ticks()
         total = context.timeline.total
@@ -126,7 +126,7 @@ class PruningRun(Run):
             self.context.mask(self, change.layer, change.mask)
         self.next, self.rows = tick + 1, result.rows
         method = self.pruning.method.pruner.name, self.modifier.pattern
-        self.context.record(pruning_event(*method, self.rows, step, target))
+        self.context.record(pruning_event(*method, self.rows, step, target, self.misfits))
 
     def _pruned(self, target: float | None) -> SequentialResult:
         return self.pruning.prune(target)

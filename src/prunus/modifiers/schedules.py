@@ -82,6 +82,8 @@ class Schedule:
     """start the curve anew every `cycle`, such as '5ep'"""
 
     def __post_init__(self) -> None:
+        for name in ("values", "at"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         names = [*CURVES, "cyclic", "steps"]
         for value in (*self.extremes, *self.at):
             if not is_finite(value):

@@ -9,12 +9,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from prunus.calibration.calibration import first_pass
 from prunus.core.layers import Layer
 from prunus.core.masks import packed, unpack, zero_pruned
 from prunus.core.selection import select
 from prunus.execution.training import SemiSparse, SemiSparseLinear
 from prunus.execution.training.swap import Named, check_semi_sparse, swap_layers, to_dense
 from prunus.modifiers.base import MODIFIERS, Context, Run, log
+from prunus.modifiers.fields import as_in_recipes
 from prunus.modifiers.grad_scaler import gradient_scale
 from prunus.modifiers.state_checks import check_fields, check_tensors
 from prunus.modifiers.timing import Interval
@@ -46,6 +48,7 @@ class SemiSparseTraining(SemiSparse):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        as_in_recipes(self)
         if self.keep and self.kind != "weight":
             raise ValueError("keep=true is about the masks of weights; drop it for activations")
 
@@ -86,11 +89,13 @@ class SemiSparseRun(Run):
         self.period = timeline.steps_per_epoch or RECORD_EVERY
 
     def _select(self) -> list[Layer]:
-        chosen = select(self.context.model, self.modifier.layers, self.modifier.exclude).layers
+        run = first_pass(self.context.model, self.context.calibration)
+        names = self.modifier.layers, self.modifier.exclude
+        chosen = select(self.context.model, *names, run).layers
         if self.modifier.layers is None:
             chosen = [layer for layer in chosen if isinstance(layer.module, nn.Linear)]
         for layer in chosen:
-            if not isinstance(layer.module, nn.Linear) or layer.qkv_part is not None:
+            if not isinstance(layer.module, nn.Linear) or layer.piece is not None:
                 raise ValueError(
                     f"layers: {layer.name} is a {layer.kind}; only whole Linear layers "
                     "can be accelerated; name those alone, or exclude this one"

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from prunus.core.selection import select
 from prunus.modifiers.base import MODIFIERS, Context, Run
+from prunus.modifiers.fields import as_in_recipes
 from prunus.modifiers.schedules import Schedule
 from prunus.modifiers.state_checks import check_fields
 from prunus.modifiers.timing import Interval
@@ -35,6 +36,7 @@ class SparseActivations:
     """when; default: all of training"""
 
     def __post_init__(self) -> None:
+        as_in_recipes(self)
         for value in self.schedule.extremes:
             SiteChoice(share=value)
 

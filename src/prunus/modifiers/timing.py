@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from prunus.core.numbers import MAX_STEPS, count, is_finite, shortened
 
@@ -93,6 +94,9 @@ class Timeline:
         return 1 / count if abs(span - count * steps) <= count else steps / max(1, span)
 
 
+_I = TypeVar("_I", bound="Interval")
+
+
 @dataclass(frozen=True)
 class Interval:
     """The part of training in which a modifier acts, at every step.
@@ -111,6 +115,24 @@ class Interval:
         for duration in (self.from_, self.to):
             if duration is not None:
                 parse_duration(duration)
+
+    @classmethod
+    def of(cls: type[_I], window: Any) -> _I | None:
+        """The window as one of this class, as a recipe's YAML would have made it; None stays.
+
+        Raises ValueError for one with an ``every`` that this class has not, and for what is none.
+        """
+        if window is None or type(window) is cls:
+            return window
+        if not isinstance(window, Interval):
+            message = f"window={window!r}; give prunus.{cls.__name__}(from_='1ep', to='3ep')"
+            raise ValueError(message)
+        if not issubclass(cls, Window) and getattr(window, "every", None) is not None:
+            raise ValueError(
+                f"the window's every={window.every!r} means nothing in an entry that acts at every "  # type: ignore[attr-defined]
+                "step; drop it"
+            )
+        return cls(window.from_, window.to)
 
     def bounds(self, timeline: Timeline) -> tuple[int, int | None]:
         """First and last step, without a last one where it lasts as long as training."""

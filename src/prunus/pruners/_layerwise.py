@@ -11,7 +11,7 @@ from torch import Tensor
 from prunus.core.layers import Layer, working_precision
 from prunus.core.patterns import NM, Block, Pattern
 from prunus.pruners.base import ScorePruner
-from prunus.solvers.least_squares import refit, ridge_of
+from prunus.solvers.least_squares import refit, ridge_of, with_ridge
 from prunus.solvers.mask_swaps import swap
 from prunus.stats import InputGram, InputNorm
 
@@ -56,11 +56,16 @@ class Layerwise(ScorePruner):
         return InputNorm(layer.matrix_shape()[1], dtype=dtype_of(layer))
 
     def refine(self, w: Tensor, stat: Any, mask: Tensor, pattern: Pattern) -> Tensor:
-        """A keep-mask with as many weights in each row (N:M: group), and no larger an error."""
+        """A keep-mask with as many weights in each row (N:M: group), and no larger an error.
+
+        In the error counts the ridge that `refit` has: with few inputs the swaps that gain most on
+        them lose on others.
+        """
         if not self.swap:
             return mask
         dense = working_precision(w)
         gram = stat.gram(w.device).to(dense.dtype)
+        gram = with_ridge(gram, ridge_of(stat.count, len(gram)))
         if isinstance(pattern, NM):
             return swap(dense, gram, mask, PASSES, pattern.m)
         return swap(dense, gram, mask, SWAPS)

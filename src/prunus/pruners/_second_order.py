@@ -34,7 +34,8 @@ class SecondOrder:
     device: str | None = None
     """where the Fisher matrix is stored; default: where the weights are"""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
-    """in which it is stored; it is always solved in float64"""
+    """in which it is stored (bfloat16: as factors, which take longer to add up); it is always
+    solved in float64"""
 
     def __post_init__(self) -> None:
         for name in ("block_size", "num_grads", "num_recomputations"):

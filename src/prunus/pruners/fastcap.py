@@ -22,6 +22,7 @@ from prunus.core.ranks import Ranks
 from prunus.pruners._stripes import choice, stripe_counts
 from prunus.pruners.base import JointPruner, register_pruner
 from prunus.solvers.column_sweep import sweep_columns, upper_factor
+from prunus.solvers.least_squares import unit_of
 from prunus.stats import SAMPLES, Samples, Sampling, SharedFisher
 
 
@@ -97,8 +98,10 @@ class FastCAP(JointPruner):
         counts: list[list[int]] = [[]] * len(parts)
         if pattern.fixed is None:
             counts = stripe_counts(parts, drop, ranks.all_reduce)
+        fisher = stat.matrix()
+        fisher /= unit_of(fisher.diagonal())  # the scores' ranks do not depend on it, overflow does
         done = [
-            self._sweep(part, stat.matrix(), pattern, each, ranks)
+            self._sweep(part, fisher, pattern, each, ranks)
             for part, each in zip(parts, counts, strict=True)
         ]
         new, keep = torch.empty_like(w, dtype=dtype), torch.empty_like(w, dtype=torch.bool)

@@ -8,12 +8,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import numbers
+import re
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any
-
-import pydantic
+from typing import TYPE_CHECKING, Any
 
 from prunus.allocators import ALLOCATORS, Allocator, Table
 from prunus.core.names import Registry, did_you_mean
@@ -23,6 +22,9 @@ from prunus.modifiers.nm.maskings import MASKINGS, Masking
 from prunus.modifiers.timing import Interval
 from prunus.pruners import PRUNERS, Pruner
 from prunus.recipe.errors import Path, Source
+
+if TYPE_CHECKING:  # it takes a fifth of a second, which only recipes need
+    import pydantic
 
 REGISTRIES: dict[Any, Registry[Any]] = {
     Pruner: PRUNERS,
@@ -53,6 +55,8 @@ def members(hint: Any) -> tuple[Any, ...]:
 @functools.cache
 def adapter(cls: type) -> pydantic.TypeAdapter[Any]:
     """The checker of one dataclass."""
+    import pydantic
+
     for part in [cls, *(m for hint in hints(cls).values() for m in members(hint))]:
         if dataclasses.is_dataclass(part) and "__pydantic_config__" not in vars(part):
             config = {"use_attribute_docstrings": True, "arbitrary_types_allowed": True}
@@ -74,6 +78,8 @@ def build(cls: type, data: Any, source: Source, path: Path) -> Any:
             hint = did_you_mean(key, fields)
             raise source.error((*path, key), f"unknown key {key!r}{hint}")
         values[fields[key]] = _value(hints(cls)[fields[key]], value, source, (*path, key))
+    import pydantic
+
     try:
         return adapter(cls).validate_python(values)
     except pydantic.ValidationError as error:
@@ -148,7 +154,8 @@ def _explain(cls: type, error: pydantic.ValidationError, source: Source, path: P
 
 def _wish(message: str) -> str:
     """pydantic's sentence in a recipe writer's words."""
-    wish = message.removeprefix("Input should be ").split(",")[0]
+    # of 'a', 'b' or 'c' all, of "a valid integer, unable to parse" the first
+    wish = re.split(r",(?! ')", message.removeprefix("Input should be "))[0]
     if "instance of" in wish:
         return "a mapping"
     words = {"a valid string": "text", "a valid tuple": "a list", "a valid integer": "an integer"}

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from typing import Any
-
-from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
 from prunus.allocators import Allocator, Table
 from prunus.modifiers import MODIFIERS, Modifier
@@ -15,17 +14,22 @@ from prunus.recipe.build import REGISTRIES, adapter, key_of
 _NAMED = "named by a registry"
 
 
-class _Schema(GenerateJsonSchema):
-    """Protocols become references to the named things a recipe may write there."""
+@functools.cache
+def _generator() -> type[Any]:
+    """A generator for which protocols are references to the named things a recipe may write."""
+    from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
-    def is_instance_schema(self, schema: Any) -> JsonSchemaValue:
-        return {_NAMED: schema["cls"].__name__}
+    class Schema(GenerateJsonSchema):
+        def is_instance_schema(self, schema: Any) -> JsonSchemaValue:
+            return {_NAMED: schema["cls"].__name__}
+
+    return Schema
 
 
 def class_schema(cls: type) -> dict[str, Any]:
     """JSON schema of one dataclass, in the recipe's words."""
     schema = adapter(cls).json_schema(
-        schema_generator=_Schema, ref_template="#/$defs/{model}", mode="validation"
+        schema_generator=_generator(), ref_template="#/$defs/{model}", mode="validation"
     )
     result = typing.cast("dict[str, Any]", _in_words(schema))
     for base in cls.__mro__[1:]:  # pydantic reads docstrings from a class's own body only

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from itertools import cycle
+from statistics import fmean
 from typing import Any
 
 from prunus.report.summary import Bar, Points, Summary, kinds
@@ -145,13 +147,27 @@ def _left_out(values: list[float]) -> str:
 
 
 def _swept(axis: Any, *, name: str, lines: dict[str, Points]) -> None:
-    for (pruner, points), colour in zip(lines.items(), cycle((ORANGE, PLUM, BLUE, GREY))):
-        axis.plot([100 * s for s, _ in points], _drawable(points), "o-", color=colour,
-                  linewidth=1.5, markersize=4, label=pruner)  # fmt: skip
+    looks = [(colour, mark) for mark in "os^D" for colour in (ORANGE, PLUM, BLUE, GREEN, GREY)]
+    for (pruner, points), (colour, mark) in zip(lines.items(), cycle(looks), strict=False):
+        spans = _over_seeds(points)
+        axis.plot([100 * s for s, *_ in spans], [mean for _, _, mean, _ in spans],
+                  f"{mark}-", color=colour, linewidth=1.5, markersize=4, label=pruner)  # fmt: skip
+        wide = [(100 * s, low, high) for s, low, _, high in spans if high > low]
+        axis.vlines(*zip(*wide, strict=True) if wide else ([], [], []), color=colour, linewidth=1)
     if len(lines) > 1:
-        axis.legend(loc="lower left", fontsize=7.5, frameon=False, labelcolor=INK)
+        axis.legend(loc="best", fontsize=7.5, frameon=False, labelcolor=INK)
     values = [value for points in lines.values() for value in _drawable(points)]
-    _title(axis, f"{name}, in one shot", "sparsity, %" + _left_out(values))
+    seeds = max(Counter(s for s, _ in points).most_common(1)[0][1] for points in lines.values())
+    over = f"; means and ranges of {seeds} seeds" if seeds > 1 else ""
+    _title(axis, f"{name}, in one shot", "sparsity, %" + over + _left_out(values))
+
+
+def _over_seeds(points: Points) -> list[tuple[float, float, float, float]]:
+    """Sparsity, and the lowest, the mean and the highest value there."""
+    found: dict[float, list[float]] = {}
+    for (sparsity, _), value in zip(points, _drawable(points), strict=True):
+        found.setdefault(sparsity, []).append(value)
+    return [(s, min(each), fmean(each), max(each)) for s, each in found.items()]
 
 
 def _layers(axis: Any, bars: list[Bar], summary: Summary) -> None:

@@ -2,7 +2,7 @@
 
 Each is a mapping with ``event``, ``step`` (optimizer steps done) and ``time``:
 
-- ``start``: ``bytes`` and ``parameters`` of the whole model, ``recipe``
+- ``start``: ``bytes`` and ``parameters`` of the whole model, ``unseen``, ``recipe``
 - ``prune``: ``pruner``, ``pattern``, ``target``, ``sparsity`` of its layers together, and three
   mappings of their names: ``layers`` to sparsity, ``sizes`` to weights, ``saved`` to bytes
 - ``dense``: how many ``layers`` AC/DC has freed
@@ -10,6 +10,7 @@ Each is a mapping with ``event``, ``step`` (optimizer steps done) and ``time``:
 - ``metrics``: what `Session.log` was given
 - ``flips``: ``flip_rate`` and ``layers``, shares of the mask entries that changed in 2:4 training
 - ``execution``: ``layers``, what `prunus.accelerate` measured of each, and ``machine``, where
+- ``constant_output``: the output has ceased to depend on the input
 - ``end``: ``sparsity``
 
 NaN and infinities stand in the file as text (``"NaN"``), because JSON has no word for them.
@@ -31,6 +32,7 @@ from torch import nn
 
 from prunus.core.files import atomic_write
 from prunus.core.names import did_you_mean
+from prunus.core.unseen import told
 from prunus.report.lines import Event, from_line, to_line
 
 log = logging.getLogger("prunus")
@@ -65,11 +67,13 @@ def read_records(directory: str | os.PathLike[str]) -> list[Event]:
 def start_event(model: nn.Module, step: int, **more: Any) -> Event:
     """What records and reports know of a model before it is pruned."""
     weights = list(model.parameters())
+    unseen = told(model)
     return {
         "event": "start",
         "step": step,
         "bytes": sum(w.numel() * w.element_size() for w in weights),
         "parameters": sum(w.numel() for w in weights),
+        **({"unseen": unseen} if unseen else {}),
         **more,
     }
 

@@ -9,6 +9,7 @@ from datetime import datetime, timezone
 from functools import cached_property
 from typing import NamedTuple
 
+from prunus.core.default_dense_layers import dense_line
 from prunus.report.lines import Event
 from prunus.report.records import number
 
@@ -45,6 +46,8 @@ class Summary:
         self.sweep = sorted((e for e in events if e["event"] == "sweep"), key=_sparsity)
         self.execution: Event = next((e for e in events[::-1] if e["event"] == "execution"), {})
         self.start: Event = next((e for e in events if e["event"] == "start"), {})
+        self.constant = any(e["event"] == "constant_output" for e in events)
+        """whether the output no longer depends on the input"""
         self.steps = max((int(e["step"]) for e in events), default=0)
         self.times = [float(e["time"]) for e in events if "time" in e]
 
@@ -88,6 +91,32 @@ class Summary:
         last = {name: event for event in self.prunes for name in event["layers"]}
         return [name for name, event in last.items() if name in event.get("collapsed", ())]
 
+    def _last(self, key: str) -> dict[str, str]:
+        """What the last step of each layer says of it under this key."""
+        events = self.prunes or self.sweep[-1:]
+        found: dict[str, str] = {}
+        for event in events:
+            found = {name: how for name, how in found.items() if name not in event["layers"]}
+            more = event.get(key)
+            found |= more if isinstance(more, dict) else {}
+        return found
+
+    @property
+    def unreached(self) -> list[str]:
+        """Layers without calibration data, and what was done with them."""
+        return [f"{name} ({how})" for name, how in self._last("unreached").items()]
+
+    @property
+    def misfits(self) -> list[str]:
+        """Layers that were chosen and do not fit, with the reasons."""
+        return [f"{name} ({why})" for name, why in self._last("misfits").items()]
+
+    @property
+    def left_dense(self) -> str:
+        """What the default left dense, and why."""
+        spared = self.start.get("left_dense")
+        return dense_line(spared) if spared else ""
+
     @property
     def size(self) -> tuple[int, int] | None:
         """Bytes of the model before, and as a compact file after."""
@@ -114,14 +143,23 @@ class Summary:
         known = _float(value)
         return f"{known:.4f}" if abs(known) < 1e6 else f"{known:.4g}"
 
+    def sweep_columns(self) -> list[str]:
+        """Of pattern and seed what differs between the rows of sweeps."""
+        return [k for k in ("pattern", "seed") if len({e.get(k) for e in self.sweep}) > 1]
+
     def swept(self) -> dict[str, dict[str, Points]]:
-        """Metric -> pruner -> (sparsity, value) pairs of one-shot sweeps."""
+        """Metric -> pruner, and pattern where there are several -> (sparsity, value) pairs.
+
+        Of one-shot sweeps, a pair for each seed.
+        """
+        several = len({event["pattern"] for event in self.sweep}) > 1
         result: dict[str, dict[str, Points]] = {}
         for event in self.sweep:
             values = {k: v for k, v in event["values"].items() if not isinstance(v, str)}
             for name, value in values.items():
                 lines = result.setdefault(name, {})
-                lines.setdefault(event["pruner"], []).append((_sparsity(event), _float(value)))
+                label = event["pruner"] + (f", {event['pattern']}" if several else "")
+                lines.setdefault(label, []).append((_sparsity(event), _float(value)))
         return result
 
     def bars(self) -> list[Bar]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import abc
 import html
 import io
+import itertools
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 from rich import box
@@ -21,6 +23,25 @@ def share(part: int, whole: int) -> str:
     """``part / whole`` to four places; 1.0000 only where nothing is left."""
     text = f"{part / max(1, whole):.4f}"
     return "0.9999" if text == "1.0000" and part < whole else text
+
+
+def stacks(names: Sequence[str]) -> Iterator[tuple[str, slice]]:
+    """Names in turn; those of more than four experts or groups of one weight as ``up[0..127]``."""
+    at = 0
+    for base, some in itertools.groupby(names, lambda name: _NUMBER.sub("", name)):
+        alike = list(some)
+        if len(alike) > 4:
+            yield f"{base}[{_number(alike[0])}..{_number(alike[-1])}]", slice(at, at + len(alike))
+        else:
+            yield from ((name, slice(at + i, at + i + 1)) for i, name in enumerate(alike))
+        at += len(alike)
+
+
+_NUMBER = re.compile(r"\[\d+\]$")
+
+
+def _number(name: str) -> str:
+    return name.rpartition("[")[2].removesuffix("]")
 
 
 class Printable(abc.ABC):

@@ -52,6 +52,16 @@ def power_of_two(size: Tensor) -> Tensor:
     return exponent.exp2().to(size.dtype)
 
 
+def with_ridge(gram: Tensor, ridge: float) -> Tensor:
+    """(cols, cols) G with ``ridge`` times its mean diagonal on its diagonal, in a unit of its own.
+
+    Its largest entry is between 1 and 2 before that, so that squares are finite.
+    """
+    gram = gram / unit_of(gram.diagonal())
+    gram.diagonal().add_(ridge * gram.diagonal().mean())
+    return gram
+
+
 def refit(
     dense: Tensor,
     w: Tensor,
@@ -69,7 +79,7 @@ def refit(
     but no row's error rises, and inputs that are always zero leave their weights as they were.
     ``ridge`` times the mean diagonal of G is added to its diagonal, and counts in the error.
     """
-    gram = _in_units(gram, ridge)
+    gram = with_ridge(gram, ridge)
     most = CHUNK if dense.device.type == "cpu" else MANY
     step = max(1, most // max(1, dense.shape[1]))
     parts = zip(*(torch.split(t, step) for t in (dense, w, mask)), strict=True)
@@ -89,14 +99,6 @@ def _refit_rows(gram: Tensor, iterations: int, dense: Tensor, w: Tensor, mask: T
     torch.sub(dense, new, out=gap)
     after = torch.mm(gap, gram, out=r).mul_(gap).sum(1, keepdim=True, dtype=torch.float64)
     return torch.where(after < before, new, start).mul_(unit)  # so NaN is no success either
-
-
-def _in_units(gram: Tensor, ridge: float) -> Tensor:
-    """(cols, cols) G with its ridge, its largest entry between 1 and 2, so squares are finite."""
-    diag = gram.diagonal()
-    gram = gram / unit_of(diag)
-    gram.diagonal().add_(ridge * gram.diagonal().mean())
-    return gram
 
 
 def _floor(dense: Tensor, gram: Tensor) -> Tensor:

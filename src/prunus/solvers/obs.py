@@ -105,7 +105,8 @@ def greedy_losses_of_groups(c: Tensor, w: Tensor, n: int, m: int) -> Tensor:
         p, left = run.step()
         spare.scatter_add_(1, p // m, -left.long())
         barred.masked_fill_((spare <= 0).unsqueeze(2), math.inf)
-    rest = run.w.square().div_(run.diag).add_(2 * run.cost).add_(TINY)
+    rest = run.w.square().div_(run.diag).add_(2 * run.cost)
+    rest.add_(min(TINY, 1e-30 * float(rest.amax())) if rest.numel() else 0)
     return torch.where(run.diag.isinf(), run.losses, rest)
 
 

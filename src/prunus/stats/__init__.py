@@ -9,6 +9,7 @@ from prunus.stats.base import (
     all_reduce_statistics,
     checked_statistic,
     register_statistic,
+    take_in,
 )
 from prunus.stats.block_fisher import DTYPES, BlockFisher
 from prunus.stats.inputs import InputGram, InputNorm
@@ -28,4 +29,5 @@ __all__ = [
     "all_reduce_statistics",
     "checked_statistic",
     "register_statistic",
+    "take_in",
 ]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prunus.core.extension import Extensible, complete
 from prunus.core.names import Registry
-from prunus.core.ranks import all_ranks
+from prunus.core.ranks import Ranks, all_ranks
 
 READS = ("inputs", "gradients")
 NEEDS = ("reads", "by_rows", "update", "tensors")
@@ -111,6 +111,9 @@ class Statistic(Extensible):
     def can_permute(self) -> bool:
         return type(self).permute is not Statistic.permute
 
+    def align(self, ranks: Ranks) -> None:
+        """Before sums over ranks: agree on what they are counted in. Every rank calls it."""
+
     def forget(self) -> None:
         """Free what can be computed again from `tensors`."""
 
@@ -146,6 +149,8 @@ def checked_statistic(stat: Any) -> Statistic:
 
     Raises ValueError that names the class, unless it is whole.
     """
+    if isinstance(stat, type):
+        raise ValueError(f"statistic {stat.__name__} is a class; give one made of it, for a layer")
     cls = type(stat)
     complete(cls, Statistic, "statistic", NEEDS, stat)
     assert isinstance(stat, Statistic)
@@ -163,9 +168,24 @@ def checked_statistic(stat: Any) -> Statistic:
     return stat
 
 
+def take_in(stat: Statistic, t: Tensor, name: str) -> None:
+    """Update with what a layer of this name was given, which may be the model's own tensor.
+
+    Raises ValueError if the statistic writes to it.
+    """
+    before = 0 if t.is_inference() else t._version
+    stat.update(t)
+    if before != (0 if t.is_inference() else t._version):
+        raise ValueError(
+            f"statistic {type(stat).__name__}: update changes what it is given in place, for "
+            f"{name}; work on a copy, as of t.clone()"
+        )
+
+
 def all_reduce_statistics(stats: Iterable[Statistic]) -> None:
     """Add statistics up over all data-parallel ranks, in place; shared ones once."""
     everyone = all_ranks()
     for stat in {id(stat): stat for stat in stats}.values() if everyone.group is not None else ():
+        stat.align(everyone)
         for tensor in stat.tensors():
             tensor.copy_(everyone.all_reduce(tensor))

@@ -7,45 +7,16 @@ blocks, E. Kurtic et al., "The optimal BERT surgeon", 2022, https://arxiv.org/ab
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from prunus.solvers.cholesky import dual_inverse, inverse, resolvable_damp
 from prunus.stats.base import Sampling, Statistic, register_statistic
+from prunus.stats.fisher_blocks import FisherBlocks, add_to_factors, needs_double, unit_for
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}  # of float64 blocks worked on at once
-
-
-@dataclass(frozen=True)
-class FisherBlocks:
-    """Some of the blocks of a `BlockFisher`: sums (n, d, d) or, where fewer, samples (n, m, d)."""
-
-    data: Tensor
-    count: int
-    damp: float
-    dual: bool
-
-    def fisher(self) -> Tensor:
-        """(n, d, d) ``damp I + 1/m sum g g^T`` in float64."""
-        f = self.data.double()
-        f = (f.mT @ f if self.dual else f.clone()).div_(max(1, self.count))
-        f.diagonal(dim1=1, dim2=2).add_(self.damp)
-        return f
-
-    def inverse(self) -> Tensor:
-        """(n, d, d) the inverse of `fisher`, in float64. Raises ValueError if there is none."""
-        if self.dual and self.data.shape[1] < self.data.shape[2]:
-            return dual_inverse(self.data.double(), self.damp)
-        fisher = self.fisher()
-        if self.count < fisher.shape[1]:
-            mean = fisher.diagonal(dim1=1, dim2=2).mean(1) - self.damp
-            more = resolvable_damp(self.damp, mean) - self.damp
-            fisher.diagonal(dim1=1, dim2=2).add_(more.unsqueeze(1))
-        return inverse(fisher)
 
 
 PerBlock = Callable[..., Tensor]
@@ -58,7 +29,8 @@ class BlockFisher(Statistic):
     ``F_b = damp I + 1/m sum_k g_k g_k^T`` over the m gradients of the mean loss. Blocks do not
     cross rows: the last one of a row may be smaller. Holds ``min(num_grads, block_size)`` numbers
     for each weight: with fewer gradients than the block is long, the gradients themselves, of which
-    the inverse is computed by its dual form.
+    the inverse is computed by its dual form; in bfloat16 a triangular factor of each block, which
+    no rounding makes indefinite.
 
     >>> stat = prunus.BlockFisher(1, 2, sampling=prunus.Sampling(4), block_size=2, damp=0.5)
     >>> stat.update(torch.ones(4, 1, 2))
@@ -89,9 +61,11 @@ class BlockFisher(Statistic):
         self.sampling, self.damp, self.device, self.dtype = sampling, damp, device, dtype
         self.block_size = min(block_size, cols)
         self.dual = sampling.num_grads < self.block_size
+        self.factored = not self.dual and dtype == torch.bfloat16
         self.count = 0
         self._sums: list[Tensor] = []
         self._waiting: list[Tensor] = []
+        self._peaks = self._unit = torch.zeros(0)
         self._chunk = max(1, min(64, self.block_size // 4))
 
     def with_rows(self, rows: int) -> BlockFisher:
@@ -153,6 +127,7 @@ class BlockFisher(Statistic):
             return
         g = torch.cat(self._waiting) if len(self._waiting) > 1 else self._waiting[0]
         self._waiting = []
+        g = self._in_units(g)
         place = g.device if self.device is None else torch.device(self.device)
         if not self._sums:
             self._sums = [
@@ -163,12 +138,43 @@ class BlockFisher(Statistic):
             ]
         for (cut, d), sums in zip(self._cuts(), self._sums, strict=True):
             blocks = g[:, :, cut].reshape(len(g), -1, d).transpose(0, 1)
+            if self.factored:
+                step = max(1, CHUNK_BYTES["cpu"] // (d * d * 8))
+                parts = torch.split(sums, step), torch.split(blocks, step)
+                for factors, more in zip(*parts, strict=True):
+                    add_to_factors(factors, more.to(factors.device))
+                continue
             if sums.device == g.device and sums.dtype == g.dtype:
                 sums.baddbmm_(blocks.mT, blocks)
                 continue
             step = max(1, CHUNK_BYTES["cpu"] // (d * d * g.element_size()))
             for part, more in zip(torch.split(sums, step), torch.split(blocks, step), strict=True):
                 part += torch.bmm(more.mT, more).to(part)  # computed where the gradients are
+
+    def _in_units(self, g: Tensor) -> Tensor:
+        """The gradients in the unit of their rows, so that their squares neither vanish nor burst.
+
+        The sums follow where it changes.
+        """
+        peaks = g.abs().amax((0, 2))
+        peaks = torch.maximum(peaks, self._peaks.to(peaks)) if len(self._peaks) else peaks
+        unit = unit_for(peaks.double())
+        if not len(self._unit):
+            self._unit = torch.ones_like(unit)
+        if self._sums and bool((unit != self._unit).any()):
+            for sums in self._sums:
+                ratio = (self._unit / unit).repeat_interleave(len(sums) // len(unit))
+                sums.mul_((ratio if self.factored else ratio.square()).to(sums).view(-1, 1, 1))
+        self._peaks, self._unit = peaks, unit
+        if bool((unit == 1).all()):
+            return g
+        return g / unit.view(1, -1, 1).to(g)
+
+    def _blocks(self, data: Tensor, rows: slice, each: int) -> FisherBlocks:
+        """The blocks of some rows, so many of each."""
+        unit = self._unit[rows]
+        units = None if bool((unit == 1).all()) else unit.repeat_interleave(each)
+        return FisherBlocks(data, self.count, self.damp, self.dual or self.factored, units)
 
     def _chunks(self, place: torch.device) -> Iterator[tuple[slice, slice, FisherBlocks]]:
         """(rows, columns, blocks) small enough to work on at once, on the device `place`."""
@@ -185,14 +191,14 @@ class BlockFisher(Statistic):
                     data = data.reshape(len(data), -1, d).transpose(0, 1)
                 else:
                     data = self._sums[i][rows.start * each : rows.stop * each]
-                yield rows, cut, FisherBlocks(data.to(place), self.count, self.damp, self.dual)
+                yield rows, cut, self._blocks(data.to(place), rows, each)
 
     def per_block(self, function: PerBlock, *matrices: Tensor) -> Tensor:
         """(rows, cols) of ``function(blocks, *parts)``, chunk by chunk.
 
         ``function`` gets `FisherBlocks` of n blocks and the (n, d) parts of the (rows, cols)
         matrices in them, and returns (n, d). Computed on the matrices' device; the result has the
-        dtype of the first of them, but at least single precision.
+        dtype of the first of them, but at least single precision, and double where that is needed.
         """
         place, dtype = matrices[0].device, matrices[0].dtype
         dtype = torch.promote_types(dtype, torch.float32)
@@ -200,7 +206,10 @@ class BlockFisher(Statistic):
         for rows, cut, blocks in self._chunks(place) if self.rows else ():
             d = blocks.data.shape[2]
             parts = [matrix[rows, cut].reshape(-1, d) for matrix in matrices]
-            result[rows, cut] = function(blocks, *parts).reshape(rows.stop - rows.start, -1)
+            values = function(blocks, *parts).reshape(rows.stop - rows.start, -1)
+            if result.dtype == torch.float32 and needs_double(values):
+                result = result.double()
+            result[rows, cut] = values
         return result
 
     def diag(self) -> Tensor:
@@ -236,5 +245,5 @@ class BlockFisher(Statistic):
                 else:
                     at = row * ((cut.stop - cut.start) // d) + (begin - cut.start) // d
                     data = sums[at : at + 1]
-                return FisherBlocks(data, self.count, self.damp, self.dual).inverse()[0]
+                return self._blocks(data, slice(row, row + 1), 1).inverse()[0]
         raise AssertionError("every block lies in some cut")

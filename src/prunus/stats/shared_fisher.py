@@ -11,7 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from prunus.core.ranks import Ranks
 from prunus.stats.base import Sampling, Statistic, register_statistic
+from prunus.stats.fisher_blocks import unit_for
 
 
 @register_statistic
@@ -45,6 +47,7 @@ class SharedFisher(Statistic):
         self.block_size = cols if block_size is None else min(block_size, cols)
         self._sum = torch.zeros(0)
         self._count = torch.zeros(1)
+        self._peak = self._unit = 0.0
 
     @property
     def nbytes(self) -> int:
@@ -71,13 +74,28 @@ class SharedFisher(Statistic):
         if grads.numel() == 0:  # a rank without rows of this layer
             return
         d, whole = self.block_size, self.cols // self.block_size * self.block_size
-        g = grads.to(self.dtype)
+        self._grow(max(self._peak, float(grads.abs().amax())))
+        g = grads.to(self.dtype) / self._unit
         blocks, rest = g[..., :whole].reshape(-1, d), g[..., whole:].flatten(0, -2)
         self._sum += (blocks.mT @ blocks).to(self._sum)
         if t := self.cols - whole:
             self._sum[:t, :t] += (rest.mT @ rest).to(self._sum)
 
+    def _grow(self, peak: float) -> None:
+        """Gradients of this size are to be summed: in units whose squares are numbers."""
+        unit = float(unit_for(torch.tensor(peak, dtype=torch.float64)))
+        if self._unit and self._unit != unit:
+            self._sum *= (self._unit / unit) ** 2
+        self._peak, self._unit = peak, unit
+
+    def align(self, ranks: Ranks) -> None:
+        """The largest unit of all ranks is that of each sum."""
+        peaks = torch.zeros(ranks.world_size, dtype=torch.float64)
+        peaks[ranks.rank] = self._peak
+        self._begin("cpu")
+        self._grow(float(ranks.all_reduce(peaks).max()))
+
     def matrix(self) -> Tensor:
         """(block_size, block_size) in float64."""
         self._begin("cpu")
-        return 2 * self._sum.double() / max(1, self.count)
+        return 2 * self._unit**2 * self._sum.double() / max(1, self.count)

@@ -55,7 +55,6 @@ def numbered(*lists, count=2):
     return [f"{name}.{i}" for name in lists for i in range(count)]
 
 
-CLIP_OUTSIDE = ["vision_model.embeddings.patch_embedding", "visual_projection"]
 OPT_OUTSIDE = ["model.decoder.project_out", "model.decoder.project_in"]
 VILT_STEM = "embeddings.patch_embeddings.projection"
 
@@ -79,7 +78,7 @@ MODELS = {
     towers.clip: (
         towers.captions,
         numbered("vision_model.encoder.layers", "text_model.encoder.layers"),
-        CLIP_OUTSIDE,
+        [],
     ),
     towers.vilt: (towers.pictures, numbered("encoder.layer"), []),
     towers.opt_350m: (towers.text, numbered("model.decoder.layers"), OPT_OUTSIDE),

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 
 import pytest
 import torch
@@ -611,6 +612,20 @@ def test_what_can_be_pruned_is_no_name_for_freezing():
 def test_names_that_may_be_missing_are_one_pattern():
     freeze = only(trainable("['re:a', 're:b']", "False", params_strict="False"))
     assert freeze.parameters == ("re:a.*|re:b.*".replace("|re:", "|"),)
+
+
+def test_all_modifiers_that_cannot_be_read_are_told_at_once():
+    refused = [tag(name, start_epoch=0) for name in ("Quantization", "Distillation")]
+    text = [*refused, tag("GMPrunning", start_epoch=0), tag("SetParam", start_epoch=0)]
+    with pytest.raises(RecipeError) as caught:
+        load(*text)
+    lines = str(caught.value).split("\n")
+    assert [re.search(r"modifiers\[(\d)\]: .*!(\w+)Modifier", x).groups() for x in lines] == [
+        ("0", "Quantization"), ("1", "Distillation"), ("2", "GMPrunning"), ("3", "SetParam"),
+    ]  # fmt: skip
+    with pytest.raises(RecipeError) as caught:
+        load(*text, strict=False)
+    assert "\n" not in str(caught.value)  # only the unknown one is left
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))

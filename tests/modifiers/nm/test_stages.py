@@ -144,8 +144,8 @@ def test_what_is_left_dense_is_shown():
     recipe = entry({"layers": None, "window": "{to: 9step}"})
     with prunus.attach(net, torch.optim.SGD(net.parameters(), 0.1), recipe) as session:
         (run,) = session.runs
-        assert run.left_dense
-        assert f"left dense: {', '.join(run.left_dense)}" in map(str, preview(run, "here"))
+        assert run.spared == {"2": "writes the output"}
+        assert "left dense: 2 (writes the output)" in map(str, preview(run, "here"))
 
 
 # what it refuses

@@ -357,7 +357,7 @@ def test_a_dead_alternative_is_a_warning(caplog):
     prunus_attach(
         model, torch.optim.SGD(model.parameters(), lr=0.1), Recipe.load(magnitude(params=params))
     )
-    assert "alternative '(block.attn.[qkv].weight).*(?<=weight)' of pattern" in caplog.text
+    assert "alternative '(block.attn.[qkv].weight)' of pattern" in caplog.text
     assert caplog.text.count("matches nothing") == 1
 
 

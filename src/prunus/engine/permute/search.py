@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from prunus.solvers.selection import count_non_finite, largest
@@ -103,6 +102,8 @@ def assign_lane(scores: Tensor, perm: Tensor, lane: int, n: int, m: int) -> Tens
     # what a column brings wherever it goes decides nothing; without it scipy takes a tenth of the
     # time, as most columns then want a group that no other wants
     score -= score.mean(0)
+    from scipy.optimize import linear_sum_assignment  # half a second to import
+
     _, order = linear_sum_assignment(score.cpu().numpy(), maximize=True)
     moved = perm.view(-1, m).clone()
     moved[:, lane] = moved[torch.from_numpy(order).to(perm.device), lane]

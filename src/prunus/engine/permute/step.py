@@ -27,6 +27,7 @@ from prunus.engine.permute.search import SEARCHES, kept_shares
 from prunus.engine.permute.statistics import columns_of, follow, share_of_zeros
 from prunus.engine.permute.verify import Inputs, first_calls, take
 from prunus.engine.sequential.forwards import without_cache
+from prunus.engine.unreached import left_dense, magnitudes, statistics
 from prunus.pruners import ScorePruner
 from prunus.stats import Statistic
 
@@ -107,9 +108,12 @@ def plan_folds(
         raise ValueError(
             f"permute is for N:M patterns; pattern '{pattern}' has no order of columns"
         )
-    if parts := [layer.name for layer in layers if layer.qkv_part is not None]:
-        raise ValueError(f"permute moves whole layers, not {parts[0]}; name the whole layer")
-    plan = with_whole_groups(find_folds(model, layers, permute.shared), pattern.m)
+    pieces = [layer for layer in layers if layer.piece is not None]
+    if thirds := [layer.name for layer in pieces if layer.is_linear]:
+        raise ValueError(f"permute moves whole layers, not {thirds[0]}; name the whole layer")
+    whole = [layer for layer in layers if layer.piece is None]
+    plan = with_whole_groups(find_folds(model, whole, permute.shared), pattern.m)
+    plan.refused.update({x.name: "it is one of several matrices in a weight" for x in pieces})
     _warn_of_zeros(plan.folds)
     return plan
 
@@ -161,8 +165,16 @@ def permute_layers(
     return folded
 
 
-def _importance(method: Method, rows: Rows, stat: Statistic | None, shards: Ranks) -> Tensor:
-    """The pruner's scores; for those that choose while they solve, magnitudes times inputs."""
+def _importance(
+    method: Method, measured: Measurements, rows: Rows, stat: Statistic | None, shards: Ranks
+) -> Tensor:
+    """The pruner's scores; for those that choose while they solve, magnitudes times inputs.
+
+    Zeros for a layer that will be left dense, which has no wish for an order.
+    """
+    if rows.layer in measured.unreached:
+        scores = magnitudes(rows)
+        return scores.mul_(0) if left_dense(method, measured, rows.layer) else scores
     if isinstance(method.pruner, ScorePruner):  # of single weights, whatever group they will be in
         return scores_of(method.pruner, rows, stat, Unstructured(), shards)
     norm = None if stat is None else stat.norm
@@ -177,11 +189,11 @@ def _search(
     wanted = {reader.name for fold in folds for reader in fold.readers}
     scores: dict[str, list[Tensor]] = {}
     for i, group in enumerate(measured.groups):
-        stats = measured[i]
+        stats = statistics(method, measured, i)
         with shards.raise_on_all_ranks(), no_autocast(measured.shares):
             for rows in group:
                 if rows.layer.name in wanted:
-                    part = _importance(method, rows, stats.get(rows), shards)
+                    part = _importance(method, measured, rows, stats.get(rows), shards)
                     scores.setdefault(rows.layer.name, []).append(part)
         del stats
     pattern = method.pattern

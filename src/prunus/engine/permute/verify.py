@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from prunus.core.layers import Layer
+from prunus.core.snapshots import Snapshots
 from prunus.engine.permute.folds import AppliedFold, Fold, Slot
 
 # of the largest output: what another order of summation may differ by; in float64 too transformers
@@ -180,14 +181,16 @@ def verify(
 
 @contextlib.contextmanager
 def first_calls(modules: Iterable[nn.Module]) -> Iterator[Inputs]:
-    """What each of the modules is given when it is called for the first time.
+    """What each of the modules is given when it is called for the first time, as it is then.
 
     A module that is not called has no entry.
     """
+    keep = Snapshots()
     found: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.setdefault(module, (args, kwargs))
+        if module not in found:
+            found[module] = keep((args, kwargs))
 
     with contextlib.ExitStack() as stack:
         for module in set(modules):

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from prunus.calibration.calibration import Calibration, to_device, undisturbed
+from prunus.calibration.batches import to_device
+from prunus.calibration.calibration import Calibration, undisturbed
 from prunus.core.blocks import BlockLists, Blocks
 from prunus.core.layers import Layer
 from prunus.core.names import few

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 
-import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from prunus.core.files import atomic_write
 from prunus.core.layers import clean_name
 from prunus.core.names import did_you_mean
+from prunus.core.tensor_files import OF_TORCH, of_torch, open_tensors
 
 INDEX = "model.safetensors.index.json"
 
@@ -31,17 +31,20 @@ class Weights:
 
     A file of the bare transformer may lack the first part of the model's names, or have one more.
 
-    Raises ValueError if there is no such file.
+    Raises ValueError if there is no such file, or one that is not safetensors.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         files = [self.path] if self.path.is_file() else sorted(self.path.glob("*.safetensors"))
         if not files:
+            torch_files = [file for end in OF_TORCH for file in sorted(self.path.glob(f"*{end}"))]
+            if torch_files:
+                raise ValueError(of_torch(torch_files[0]))
             raise ValueError(f"'{path}' is no safetensors file, nor a folder with any")
         self.files: dict[str, Path] = {}
         for file in files:
-            with safetensors.safe_open(file, "pt") as opened:
+            with open_tensors(file) as opened:
                 self.files.update(dict.fromkeys(opened.keys(), file))
 
     def _key(self, name: str) -> str:
@@ -57,7 +60,7 @@ class Weights:
     def read(self, name: str) -> Tensor:
         """Raises ValueError if there is no tensor of this name."""
         key = self._key(name)
-        with safetensors.safe_open(self.files[key], "pt") as opened:
+        with open_tensors(self.files[key]) as opened:
             tensor: Tensor = opened.get_tensor(key)
         return tensor
 
@@ -136,7 +139,7 @@ def write_index(folder: Path, files: Sequence[str]) -> None:
     """The table by which loaders find each tensor among these files of a folder."""
     table, size = {}, 0
     for file in [folder / name for name in files]:
-        with safetensors.safe_open(file, "pt") as opened:
+        with open_tensors(file) as opened:
             table.update(dict.fromkeys(opened.keys(), file.name))
         size += file.stat().st_size
     text = json.dumps({"metadata": {"total_size": size}, "weight_map": table}, indent=1)

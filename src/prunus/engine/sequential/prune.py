@@ -22,7 +22,7 @@ from prunus.core.patterns import Pattern
 from prunus.core.ranks import Ranks, all_ranks
 from prunus.core.sharding import any_sharded
 from prunus.engine.allocation import allocate
-from prunus.engine.allocator_signals import signal_statistics, signals_of
+from prunus.engine.allocator_signals import completed, signal_statistics, signals_of
 from prunus.engine.method import Method
 from prunus.engine.permute.folds import Fold
 from prunus.engine.permute.step import Permute
@@ -143,7 +143,7 @@ def _decided(method: Method, layers: Sequence[Layer], target: float | None, walk
     """The method with each layer's share decided, from the model as it is before."""
     allocator = method.allocator
     if isinstance(allocator, SignalAllocator):
-        method = replace(method, signals=_signals(allocator, walk))
+        method = replace(method, signals=_signals(method, walk))
     rows = [Rows(layer, 0, layer.matrix_shape()[0]) for layer in layers]
     counts = [_units(layer, method.pattern) for layer in layers]
     drop = allocate(method, rows, counts, target, Ranks())
@@ -158,37 +158,38 @@ def _units(layer: Layer, pattern: Pattern) -> tuple[int, int]:
     return alive.numel(), alive.numel() - kept
 
 
-def _signals(allocator: SignalAllocator, walk: Walk) -> dict[str, float]:
+def _signals(method: Method, walk: Walk) -> dict[str, float]:
     """What the allocator sees, block by block, on the inputs of the model as it is."""
-    signals: dict[str, float] = {}
+    allocator, signals = method.allocator, dict[str, "float | None"]()
     if signal_statistics(allocator, walk.everything):
         for numbers, items in walk.lists():
             for i, number in enumerate(numbers):
-                signals |= _signals_of_block(allocator, walk, number, items, i)
+                signals |= _signals_of_block(method, walk, number, items, i)
     else:
         for number in range(len(walk.blocks)):
-            signals |= _signals_of_block(allocator, walk, number, [], 0)
+            signals |= _signals_of_block(method, walk, number, [], 0)
     with walk.within_reach():
         groups = by_block(walk.blocks, walk.outside)
         measure = functools.partial(measure_inputs, walk.model, calibration=walk.calibration)
-        return signals | signals_of(allocator, groups, lambda stats: stats and measure(stats))
+        signals |= signals_of(method, groups, lambda x: measure(x) if x else (x, set()))
+    return completed(signals)
 
 
 def _signals_of_block(
-    allocator: SignalAllocator, walk: Walk, number: int, items: list[BlockInput], place: int
-) -> dict[str, float]:
+    method: Method, walk: Walk, number: int, items: list[BlockInput], place: int
+) -> dict[str, float | None]:
     layers = walk.layers.get(number)
     with walk.block(number) as block:
         measure = functools.partial(_measure, block, items, place)
-        return signals_of(allocator, [layers] if layers else [], measure)
+        return signals_of(method, [layers] if layers else [], measure)
 
 
 def _measure(
     block: nn.Module, items: list[BlockInput], number: int, stats: Mapping[Layer, Statistic]
-) -> Mapping[Layer, Statistic]:
+) -> tuple[Mapping[Layer, Statistic], set[Layer]]:
     """Fill the statistics of one block, and carry the items on to the next one."""
     if not items:
-        return stats
+        return stats, set()
     outputs: dict[int, Any] = {}
     filled = measure_inputs(block, stats, as_calibration(items, number, None, outputs))
     carry_on(items, number, outputs)

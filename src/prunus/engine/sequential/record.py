@@ -15,6 +15,7 @@ from prunus.calibration.calibration import Calibration, random_states_kept, undi
 from prunus.calibration.probes import kind_of, padding_masks, probes_of
 from prunus.core.blocks import Blocks
 from prunus.core.progress import track
+from prunus.core.snapshots import Snapshots
 from prunus.engine.sequential.calls import (
     Arguments,
     BlockError,
@@ -65,6 +66,7 @@ class _Recorder:
         self.blocks, self.forwards = blocks, forwards
         self.outputs: dict[type, Any] = {}
         self.single = False  # whether a batch of this kind has shown that each is called once
+        self.keep = Snapshots()  # the model may write to what it has given its blocks
         self.begin()
 
     def begin(self) -> None:
@@ -84,12 +86,12 @@ class _Recorder:
             stream, arguments = without_stream(args, kwargs)
             self._check(number, stream, arguments)
             if number == 0:
-                self.stream, kind = stream, stream.device.type
+                self.stream, kind = self.keep(stream), stream.device.type
                 on = torch.is_autocast_enabled(kind)
                 self.autocast = torch.get_autocast_dtype(kind) if on else None
             output = self._output(number, args, kwargs)
-            self.arguments.append(arguments)
-            self.beside.append(beside(output))
+            self.arguments.append(self.keep(arguments))
+            self.beside.append(self.keep(beside(output)))
             if self.complete and self.single:
                 raise _RecordingComplete
             self.passed.append(stream.view_as(stream))  # another object for each block

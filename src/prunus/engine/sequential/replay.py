@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunus.calibration.calibration import Calibration, to_device, undisturbed
+from prunus.calibration.batches import to_device
+from prunus.calibration.calibration import Calibration, undisturbed
 from prunus.calibration.probes import RecordedBatch
 from prunus.core.progress import track
 from prunus.engine.sequential.calls import beside, stream_of, with_stream
@@ -86,9 +87,8 @@ class _Batch(RecordedBatch):
 def _run(block: nn.Module, batch: _Batch) -> Any:
     item, first = batch.item, next(block.parameters(), None)
     device = item.stream.device if first is None else first.device
-    args, kwargs = with_stream(
-        item.stream.to(device), to_device(item.arguments[batch.number], device)
-    )
+    # copies, because the block may write to them and runs more than once
+    args, kwargs = to_device(with_stream(item.stream, item.arguments[batch.number]), device, True)
     on = item.autocast is not None
     with eager(block), torch.autocast(device.type, item.autocast, enabled=on):
         return block(*args, **kwargs)

@@ -145,8 +145,10 @@ class BlockPruning:
         counted = torch.tensor([len(items), total], dtype=torch.float64)
         count, total = all_ranks().all_reduce(counted).tolist()
         layers = [layer.name for layer in self.walk.everything]
+        unreached = self.method.unreached
+        last = "" if unreached == "error" else f", unreached: {unreached}"
         return {
-            "settings": f"{self.method}, {self.target}, {self.permute if self.folds else ''}",
+            "settings": f"{self.method}, {self.target}, {self.permute if self.folds else ''}{last}",
             "layers": f"{self.walk.blocks.name}: {', '.join(layers)}",
             "calibration data": f"{count:.0f} batches, {total:.6e}",
         }

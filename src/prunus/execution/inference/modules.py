@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,11 @@ from prunus.execution.inference.stored import Stored
 MOVED = (
     "a layer that ran sparse was moved to another device or dtype and is dense again; call "
     "prunus.accelerate anew to measure what is fastest there"
+)
+
+NO_EXPORT = (
+    "a layer that runs sparse cannot be exported, traced or scripted: call restore() on what "
+    "prunus.accelerate returned, and export the dense model, whose zeros stay"
 )
 
 READ_ONLY = (
@@ -97,10 +102,16 @@ class Sparse(nn.Module):
         super().__setattr__(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
+        traced = torch._C._get_tracing_state() is not None or not isinstance(x, Tensor)
+        if traced or torch.compiler.is_exporting():
+            raise ValueError(NO_EXPORT)
         if self._parameters["weight"] is not None:  # as torch.func.functional_call puts it there
             raise RuntimeError(READ_ONLY)
         bias = self._parameters["bias"]
         return run(self._held.stored.form, x, bias)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise ValueError(NO_EXPORT)  # torch.jit.script asks each module
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _blank, (dense_class(type(self)),), self.__dict__
@@ -160,11 +171,22 @@ def matrix_of(module: nn.Module) -> Tensor:
     return weight if isinstance(module, nn.Linear) else weight.t().contiguous()
 
 
+@cache
+def _leave_out_of_graphs() -> None:
+    """`torch.compile` calls sparse layers as they are: it cannot read sparse tensors.
+
+    Not when this module is imported, because it imports the compiler.
+    """
+    plain: Any = torch.compiler.disable
+    Sparse.forward = plain(Sparse.forward, reason=NO_EXPORT)  # type: ignore[method-assign]
+
+
 def become_sparse(module: nn.Module, stored: Stored, rows: int) -> None:
     """Let the module run in the form that its weight has been brought into.
 
     ``rows`` is for how many input rows that form was chosen.
     """
+    _leave_out_of_graphs()
     parameter = module._parameters["weight"]
     assert parameter is not None
     inputs_first = not isinstance(module, nn.Linear)

@@ -11,11 +11,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from prunus.calibration.calibration import Calibration, undisturbed
-from prunus.core.layers import CONVS, TRANSPOSED, Layer, all_layers, clean_name, is_sharded, unwrap
-from prunus.core.masks import local
+from prunus.core.layers import (
+    CONVS,
+    TRANSPOSED,
+    Layer,
+    all_layers,
+    clean_name,
+    is_sharded,
+    storage_of,
+    unwrap,
+)
+from prunus.core.masks import count_zeros
+from prunus.core.selection import FLOATS
 
 # in evaluation these read their layers' weights, and do not call the layers
 _PARENTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -42,7 +52,7 @@ def targets(model: nn.Module) -> Iterator[Target]:
         if layer.weight.is_meta:
             continue
         part = layer.local
-        if zeros := part.numel() - int(part.count_nonzero()):
+        if zeros := count_zeros(part):
             parent = modules.get(layer.name.rpartition(".")[0]) if layer.name else None
             message = _refused(layer, parent) or _tied(layer, owners)
             yield Target(layer, zeros, message)
@@ -55,8 +65,12 @@ def _refused(layer: Layer, parent: nn.Module | None) -> str:
     if isinstance(module, _PARENTS) or isinstance(parent, _PARENTS):
         owner = module if isinstance(module, _PARENTS) else parent
         return f"{type(owner).__name__} computes with the weight without calling the layer"
+    if not layer.is_module:
+        return f"{layer.kind} computes with a weight of its own, which no kernel here replaces"
     if parent is not None and _reads_weight(type(parent), layer.name.rpartition(".")[2]):
         return f"{type(parent).__name__} reads the weight itself in its forward pass"
+    if layer.weight.dtype not in FLOATS:
+        return f"its weight is {layer.weight.dtype}"
     if is_sharded(layer.weight):
         return "its weight lies on several ranks"
     if not isinstance(layer.weight, nn.Parameter):
@@ -87,10 +101,6 @@ def _reads_weight(parent: type[nn.Module], child: str) -> bool:
     return False
 
 
-def _memory(weight: Tensor) -> tuple[int, ...]:
-    return (local(weight.detach()).data_ptr(), *weight.shape)
-
-
 def _owners(modules: dict[str, nn.Module]) -> dict[tuple[int, ...], list[str]]:
     """Names of all parameters by the memory they use; a module with two names counts once."""
     seen: set[nn.Module] = set()
@@ -102,12 +112,12 @@ def _owners(modules: dict[str, nn.Module]) -> dict[tuple[int, ...], list[str]]:
         for attribute, parameter in module._parameters.items():
             if parameter is not None and not nn.parameter.is_lazy(parameter):
                 full = f"{name}.{attribute}" if name else attribute
-                owners.setdefault(_memory(parameter), []).append(full)
+                owners.setdefault(storage_of(parameter), []).append(full)
     return owners
 
 
 def _tied(layer: Layer, owners: dict[tuple[int, ...], list[str]]) -> str:
-    others = [n for n in owners.get(_memory(layer.weight), []) if n != layer.parameter_name]
+    others = [n for n in owners.get(storage_of(layer.weight), []) if n != layer.parameter_name]
     return f"its weight is tied to {', '.join(others)}" if others else ""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from prunus.core.masks import countable
 from prunus.core.patterns import Block
 
 GROUPS = (4, 8, 16, 2, 32)
@@ -33,6 +34,7 @@ def pattern_of(matrix: Tensor) -> str:
     Blocks first, the largest of which the zeros are made up; then the shortest groups of columns in
     all of which the same number is kept. A few kept weights may be zero by chance.
     """
+    matrix = countable(matrix)
     share = int(matrix.count_nonzero()) / max(1, matrix.numel())
     if share == 1:
         return "dense"

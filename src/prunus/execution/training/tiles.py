@@ -29,21 +29,21 @@ TILES_CUDA = 1 << 17  # 47 MB, for which a GPU has the room
 
 
 @functools.cache
-@torch.inference_mode(False)
 def legal_masks() -> Tensor:
     """(90, 16) all masks of a 4 x 4 tile, row by row, with two kept in each row and column."""
     pairs = [[i in pair for i in range(4)] for pair in itertools.combinations(range(4), 2)]
-    tiles = torch.tensor(list(itertools.product(pairs, repeat=4)))
-    return tiles[(tiles.sum(1) == 2).all(1)].flatten(1)
+    with torch.inference_mode(False):
+        tiles = torch.tensor(list(itertools.product(pairs, repeat=4)))
+        return tiles[(tiles.sum(1) == 2).all(1)].flatten(1)
 
 
 @functools.lru_cache(maxsize=16)
-@torch.inference_mode(False)
 def _tables(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """The masks as numbers and as booleans, and 90 to 1, (90, 1), to find the first of several."""
-    masks = legal_masks().to(device)
-    first = torch.arange(len(masks), 0, -1, dtype=torch.uint8, device=device)
-    return masks.to(dtype), masks, first.unsqueeze(1)
+    with torch.inference_mode(False):
+        masks = legal_masks().to(device)
+        first = torch.arange(len(masks), 0, -1, dtype=torch.uint8, device=device)
+        return masks.to(dtype), masks, first.unsqueeze(1)
 
 
 def exact(tiles: Tensor) -> Tensor:

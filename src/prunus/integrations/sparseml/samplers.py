@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from prunus.calibration.calibration import Calibration, to_device
+from prunus.calibration.batches import to_device
+from prunus.calibration.calibration import Calibration
 
 LOSSES = ("loss_function", "loss_fn")
 """SparseML's spelling and CAP's"""

@@ -100,7 +100,7 @@ class NMLayerState:
             self.alive = alive.to(self.layer.local.device)
 
     def _whole(self, t: Tensor) -> Tensor:
-        return gather(t, self.layer.weight) if self.layer.qkv_part is None else t
+        return gather(t, self.layer.weight) if self.layer.piece is None else t
 
     def _part(self, t: Tensor) -> Tensor:
-        return scatter(t, self.layer.weight) if self.layer.qkv_part is None else t
+        return scatter(t, self.layer.weight) if self.layer.piece is None else t

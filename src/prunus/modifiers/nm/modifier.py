@@ -9,12 +9,15 @@ from torch import nn
 
 from prunus.allocators import Uniform
 from prunus.calibration.calibration import Calibration
+from prunus.core.names import check_choice
 from prunus.core.patterns import Pattern, parse_pattern
 from prunus.core.selection import select
+from prunus.engine.fitting import MISFITS, Misfits
 from prunus.engine.method import Method
-from prunus.engine.plan import PruningPlan
+from prunus.engine.plan import PruningPlan, first_pass_of
 from prunus.engine.sequential.options import Sequential
 from prunus.modifiers.base import MODIFIERS, Context
+from prunus.modifiers.fields import as_in_recipes
 from prunus.modifiers.nm.maskings import STE, Masking
 from prunus.modifiers.nm.run import NMTrainingRun
 from prunus.modifiers.nm.stages import Groups, stages
@@ -42,7 +45,7 @@ class NMTraining:
     """how pruned weights live on: `ste`, `sr_ste` or `mdgf`"""
     layers: tuple[str, ...] | None = None
     """names, globs, class names or `re:` regexes, thirds such as `attn.qkv[q]`; default: all but
-    the stem and the output head"""
+    what reads the input, writes the output or routes to experts"""
     exclude: tuple[str, ...] = ()
     """what to leave out of `layers`"""
     structure: tuple[str, ...] = ()
@@ -50,8 +53,12 @@ class NMTraining:
     4:8, 2:8, 1:8 and `geometric` 8:64, 4:32, 2:16, 1:8"""
     window: Interval | None = None
     """when; dense before it, frozen after it. Default: all of training"""
+    misfits: Misfits = "error"
+    """of layers that the patterns do not divide: `error`, or left `dense` and named"""
 
     def __post_init__(self) -> None:
+        as_in_recipes(self)
+        check_choice("misfits", self.misfits, MISFITS)
         pattern = parse_pattern(self.pattern)
         if not isinstance(pattern, Groups):
             raise ValueError(
@@ -80,8 +87,10 @@ class NMTraining:
     ) -> PruningPlan:
         """What to prune at once, by magnitude. Raises ValueError if it does not fit the model."""
         method = Method(Magnitude(), self.target, Uniform())
-        chosen = select(model, self.layers, self.exclude)
-        return PruningPlan(method, chosen, model, calibration, sequential)
+        run = first_pass_of(model, calibration, sequential)
+        chosen = select(model, self.layers, self.exclude, run)
+        what = method, chosen, model, calibration
+        return PruningPlan(*what, sequential, on_misfit=self.misfits)
 
     def bind(self, context: Context) -> NMTrainingRun:
         return NMTrainingRun(self, context)

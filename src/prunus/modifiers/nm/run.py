@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
 
+from prunus.calibration.calibration import Calibration
 from prunus.core.layers import Layer, reshard
 from prunus.core.masks import zero_pruned
+from prunus.engine.fitting import Misfits, reason_of
+from prunus.engine.method import misfits_message
 from prunus.engine.plan import PruningPlan, mask_bytes
 from prunus.modifiers.base import Context, Run, log
 from prunus.modifiers.events import pruning_event
@@ -36,8 +40,10 @@ class Trains(Protocol):
     @property
     def structure(self) -> tuple[str, ...]: ...
     @property
+    def misfits(self) -> Misfits: ...
+    @property
     def window(self) -> Interval | None: ...
-    def plan(self, model: nn.Module) -> PruningPlan: ...
+    def plan(self, model: nn.Module, calibration: Calibration | None = None) -> PruningPlan: ...
 
 
 class NMTrainingRun(Run):
@@ -51,16 +57,40 @@ class NMTrainingRun(Run):
 
     def __init__(self, modifier: Trains, context: Context) -> None:
         self.modifier, self.context, self.masking = modifier, context, modifier.masking
-        plan = modifier.plan(context.model)
-        self.layers: list[Layer] = plan.layers
-        self.left_dense = plan.left_dense
+        plan = modifier.plan(context.model, context.calibration)
+        self.spared = plan.spared
         self.patterns = stages(modifier.structure, modifier.target)
-        states = [NMLayerState(layer, self._patterns_of(layer)) for layer in self.layers]
+        patterns, misfits = self._patterns(plan.layers)
+        self.misfits = {**plan.misfits, **misfits}
+        self.layers: list[Layer] = list(patterns)
+        states = [NMLayerState(layer, fit) for layer, fit in patterns.items()]
         self.state = NMState(states, self.masking, context)
         context.check_held(self.layers)
         self.begin, self.end = (modifier.window or Interval()).span(context.timeline)
         self.frozen = False
         self.eval_hook: EvalModeHook | None = None
+
+    def _patterns(
+        self, layers: Sequence[Layer]
+    ) -> tuple[dict[Layer, list[Groups]], dict[str, str]]:
+        """Those of each layer that fits, and why others do not.
+
+        Raises ValueError unless one fits, and the others may be left dense.
+        """
+        found: dict[Layer, list[Groups]] = {}
+        misfits: dict[str, str] = {}
+        for layer in layers:
+            try:
+                found[layer] = self._patterns_of(layer)
+            except ValueError as error:
+                if self.modifier.misfits == "error":
+                    raise
+                misfits[layer.name] = reason_of(error)
+        if not found:
+            raise ValueError(next(iter(misfits.values())))
+        if misfits:
+            log.info("%s", misfits_message(misfits))
+        return found, misfits
 
     def _patterns_of(self, layer: Layer) -> list[Groups]:
         """Those that divide the layer's part on this rank, of named structures."""
@@ -151,9 +181,8 @@ class NMTrainingRun(Run):
         self.frozen = True
         self._remove_hook()
         target = self.modifier.target
-        self.context.record(
-            pruning_event("magnitude", self.modifier.pattern, rows, step, target.fixed)
-        )
+        what = "magnitude", self.modifier.pattern, rows, step, target.fixed
+        self.context.record(pruning_event(*what, self.misfits))
 
     @torch.no_grad()
     def finish(self, step: int) -> None:

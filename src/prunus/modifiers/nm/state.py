@@ -55,7 +55,7 @@ class NMState:
         for t in self.layers:
             alive = self.context.masks.of(t.layer)
             # of a third, because other thirds may be what the mask is for
-            if alive is not None and not (t.layer.qkv_part is not None and bool(alive.all())):
+            if alive is not None and not (t.layer.piece is not None and bool(alive.all())):
                 t.alive = alive.clone()
         self.remembered = True
 

@@ -89,12 +89,13 @@ def read(
     if dialect is not None and dialect not in DIALECTS:
         raise ValueError(f"unknown dialect {dialect!r}{did_you_mean(dialect, DIALECTS)}")
     found = entries(data, overrides or {}, source)
+    _refuse(found, source, strict)
     situation = Situation(dialect or dialect_of(found), dialect is not None, _last(found))
     if source.repeated:
         first, *_ = source.repeated
         keys = ", ".join(sorted({str(path[-1]) for path in source.repeated}))
         situation.notes.append(Note(first, f"keys stand twice, of which the last count: {keys}"))
-    parts = [part for entry in found for part in _convert(entry, situation, source, strict)]
+    parts = [part for entry in found for part in _convert(entry, situation, source)]
     # of modifiers that begin together, one that acts for a while comes after one that stays
     parts = sorted(_together(parts, situation), key=lambda part: (part.start, part.end >= 0))
     situation.sum_up()
@@ -116,16 +117,25 @@ def _last(found: Sequence[Entry]) -> float:
     return max((float(epoch) for epoch in named if epoch is not None), default=-1.0)
 
 
-def _convert(entry: Entry, situation: Situation, source: Source, strict: bool) -> Iterator[Part]:
+def _refuse(found: Sequence[Entry], source: Source, strict: bool) -> None:
+    """Raises RecipeError for all modifiers that cannot be read, a line each."""
+    lines = []
+    for entry in found:
+        if entry.tag in REFUSED and strict:
+            message = f"!{entry.tag}: {REFUSED[entry.tag]}, or skip it with strict=False"
+            lines.append(source.message(entry.path, message))
+        elif entry.tag not in (*CONVERTERS, *REFUSED):
+            hint = did_you_mean(entry.tag, [*CONVERTERS, *REFUSED])
+            lines.append(source.message(entry.path, f"unknown modifier !{entry.tag}{hint}"))
+    if lines:
+        raise RecipeError("\n".join(lines))
+
+
+def _convert(entry: Entry, situation: Situation, source: Source) -> Iterator[Part]:
     settings = Settings(entry, source)
     if entry.tag in REFUSED:
-        if strict:
-            raise settings.error(f"{REFUSED[entry.tag]}, or skip it with strict=False")
         situation.note(settings, f"skipped: {REFUSED[entry.tag]}")
         return
-    if entry.tag not in CONVERTERS:
-        hint = did_you_mean(entry.tag, [*CONVERTERS, *REFUSED])
-        raise source.error(entry.path, f"unknown modifier !{entry.tag}{hint}")
     situation.ignore(settings, "log_types")
     try:
         part = CONVERTERS[entry.tag](settings, situation)

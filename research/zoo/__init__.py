@@ -1,0 +1,1 @@
+"""Many architectures, each through every kind of pruning."""

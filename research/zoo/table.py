@@ -1,0 +1,71 @@
+"""The page of the zoo: a row for each architecture, and what was refused, with the reasons."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from research.zoo.trial import METHODS
+
+BEGIN, END = "<!-- zoo -->", "<!-- end of zoo -->"
+NAME = re.compile(r"[\w\[\]]+(\.[\w\[\]]+)+|\b(\w+_\w+|classifier|fc|head)\b(?= \()")
+Row = Mapping[str, Any]
+
+
+def page(text: str, rows: Sequence[Row]) -> str:
+    """The page with a new table between its marks."""
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    return f"{before}{BEGIN}\n{table(rows)}\n{END}{after}"
+
+
+def table(rows: Sequence[Row]) -> str:
+    by_name: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        by_name.setdefault(row["name"], {})[row["method"]] = row
+    notes: dict[str, int] = {}
+    lines = [
+        f"| architecture | left dense by default | {' | '.join(METHODS)} |",
+        f"|---|---|{'---|' * len(METHODS)}",
+    ]
+    for name, found in by_name.items():
+        cells = [_cell(found.get(method), notes) for method in METHODS]
+        lines.append(f"| {name} | {_spared(found)} | {' | '.join(cells)} |")
+    lines += ["", _counts(rows), "", "Refused, or at fault, because:", ""]
+    lines += [f"{number}. {message}" for message, number in notes.items()]
+    return "\n".join(lines)
+
+
+def _counts(rows: Sequence[Row]) -> str:
+    done = [row for row in rows if "refused" not in row and "fault" not in row]
+    refused = [row for row in rows if "refused" in row]
+    return (
+        f"{len({row['name'] for row in rows})} architectures; of {len(rows)} trials {len(done)} "
+        f"came out as asked, {len(refused)} were refused with a reason, and "
+        f"{len(rows) - len(done) - len(refused)} are faults."
+    )
+
+
+def _cell(row: Row | None, notes: dict[str, int]) -> str:
+    if row is None:
+        return "-"
+    if "fault" not in row and "refused" not in row:
+        return f"{row['share']:.0%}"
+    message = shortened(row["refused"]) if "refused" in row else f"fault: {row['fault'][:100]}"
+    return f"({notes.setdefault(message, len(notes) + 1)})"
+
+
+def shortened(message: str) -> str:
+    """The reason without the names, so that the same reason reads the same in every model."""
+    first = re.split(r"; (?:nor|exclude|use|remove|include)", message)[0]
+    return NAME.sub("*layer*", first).replace("*layer*, *layer*, ", "")[:160].replace("|", "/")
+
+
+def _spared(found: Mapping[str, Row]) -> str:
+    spared: Mapping[str, str] = next((r["spared"] for r in found.values() if "spared" in r), {})
+    names: dict[str, int] = {}
+    for name in spared:
+        short = re.sub(r"\b\d+\b", "*", name)
+        names[short] = names.get(short, 0) + 1
+    parts = [f"`{name}`" + (f" x{n}" if n > 1 else "") for name, n in names.items()]
+    return ", ".join(parts[:3]) + (f", {len(parts) - 3} more" if len(parts) > 3 else "") or "-"
