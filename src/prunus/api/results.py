@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from prunus.calibration.input_dependence import CONSTANT
+from prunus.core.cut_paths import cut_message
 from prunus.core.layers import all_layers
 from prunus.core.masks import local
 from prunus.core.names import did_you_mean
@@ -48,6 +49,8 @@ class Result(Recorded):
     constant_output: bool = False
     """whether the model's output no longer depends on its input, as far as that was tried: on the
     calibration data, not block by block"""
+    cut: list[str] = field(default_factory=list)
+    """layers of an `nn.Sequential` that read only what the ones before no longer write"""
     title = "pruned"
 
     @property
@@ -88,6 +91,7 @@ class Result(Recorded):
         if collapsed := [row.name for row in self.rows if row.collapsed]:
             message.append(collapse_message(collapsed))
         message += [CONSTANT] if self.constant_output else []
+        message += [cut_message(self.cut)] if self.cut else []
         if self.permuted:
             before, after = (
                 sum(getattr(row, key) for row in self.permuted) / len(self.permuted)
