@@ -43,6 +43,7 @@ def main() -> None:
             file.writelines(json.dumps(row) + "\n" for row in found)
             file.flush()
             print(f"{found[0]['name']}: {', '.join(map(outcome, found))}", flush=True)
+    rows.sort(key=lambda row: list(ARCHITECTURES).index(row["name"]))
     if args.table is not None:
         args.table.write_text(page(args.table.read_text(), rows))
     faults = [row for row in rows if "fault" in row]

@@ -57,7 +57,7 @@ def _cell(row: Row | None, notes: dict[str, int]) -> str:
 
 def shortened(message: str) -> str:
     """The reason without the names, so that the same reason reads the same in every model."""
-    first = re.split(r"; (?:nor|exclude|use|remove|include)", message)[0]
+    first = re.split(r"; (?:nor|exclude|use|remove|include)| \(left dense", message)[0]
     return NAME.sub("*layer*", first).replace("*layer*, *layer*, ", "")[:160].replace("|", "/")
 
 

@@ -93,6 +93,10 @@ MOVED = {
 """old name -> new name, both below ``prunus``; what lay below the old one lies below the new"""
 
 
+RENAMED = {"prunus.core.ranks": {"Shards": "Ranks"}}
+"""what a module of today calls what had another name in the one before it"""
+
+
 def new_name(old: str) -> str | None:
     """Where a module of 0.1 is now; None if it is where it was."""
     head, tail = old, ""
@@ -109,8 +113,10 @@ class _Alias(Loader):
         self.new = new
 
     def exec_module(self, module: ModuleType) -> None:
-        moved = importlib.import_module(self.new)
-        module.__getattr__ = lambda name: getattr(moved, name)  # type: ignore[method-assign]
+        moved, names = importlib.import_module(self.new), RENAMED.get(self.new, {})
+        module.__getattr__ = lambda name: getattr(  # type: ignore[method-assign]
+            moved, names.get(name, name)
+        )
 
 
 class _Finder(MetaPathFinder):

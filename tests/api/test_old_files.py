@@ -127,6 +127,7 @@ def test_runs_with_the_old_names_of_methods_still_run():
     ("old", "name"),
     [
         ("prunus.layers", "Layer"),
+        ("prunus.distributed", "Shards"),
         ("prunus.patterns", "parse_pattern"),
         ("prunus.timing", "Window"),
         ("prunus.semi_sparse", "SemiSparseLinear"),

@@ -146,25 +146,33 @@ def test_where_scores_are_ranked_together_each_meets_the_target_by_itself():
         assert torch.equal(ours.weight, theirs.weight)
 
 
-def test_zeros_for_all_gradients_are_no_data_either():
-    """A branch whose output counts for nothing: its gradients are there, and zero."""
+class Gated(nn.Module):
+    """A branch that counts for nothing yet, as residual branches that begin at zero."""
 
-    class Gated(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
 
-        def forward(self, x):
-            return self.head(self.a(x) + 0 * self.b(x))
+    def forward(self, x):
+        return self.head(self.a(x) + 0 * self.b(x))
 
-    with pytest.raises(ValueError, match="the loss of no calibration batch depends on b; nothing"):
-        prunus.prune(Gated(), prunus.OBS(**FISHER), sparsity=0.5, calibration=pairs())
-    with pytest.raises(ValueError, match="depends on b; exclude"):
-        prunus.fisher(Gated(), pairs(), settings=prunus.OBS(**FISHER))
-    result = prunus.prune(
-        Gated(), prunus.OBS(**FISHER), sparsity=0.5, calibration=pairs(), unreached="magnitude"
-    )
-    assert result.unreached == {"b": "magnitude"}
+
+@pytest.mark.parametrize(
+    "pruner", [prunus.OBS(**FISHER), prunus.FastCAP(block_size=4, num_grads=4)]
+)
+def test_a_branch_whose_gradients_are_zeros_is_pruned_by_magnitude_and_named(pruner, caplog):
+    """Its scores would be the lowest of all, and empty it."""
+    for unreached in ("error", "magnitude", "dense"):
+        model = Gated()
+        dense = model.b.weight.detach().clone()
+        result = prunus.prune(model, pruner, sparsity=0.5, calibration=pairs(), unreached=unreached)
+        done = "dense" if unreached == "dense" else "magnitude"
+        assert result.unreached == {"b": done}
+        if done == "magnitude":
+            kept = dense.abs() > dense.abs().flatten().sort().values[31]
+            assert torch.equal(model.b.weight != 0, kept)
+    assert "because no calibration data tells of them: b" in caplog.text
+    prunus.fisher(Gated(), pairs(), settings=prunus.OBS(**FISHER))  # has damp on its diagonal
 
 
 @pytest.mark.parametrize("unreached", ["magnitude", "dense"])
@@ -278,7 +286,7 @@ def test_movement_knows_nothing_of_what_training_never_moved():
         session.close()
         return model, session
 
-    with pytest.raises(ValueError, match="no step of training has moved never; nothing was pruned"):
+    with pytest.raises(ValueError, match="no step of training has a gradient of never; nothing"):
         trained()
     model, _ = trained(unreached="dense")
     assert model.never.weight.count_nonzero() == 64

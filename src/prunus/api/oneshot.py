@@ -18,6 +18,7 @@ from prunus.api.results import Result
 from prunus.calibration.batch_norm import recalibrate as estimate_norms
 from prunus.calibration.calibration import Calibration, as_calibration
 from prunus.calibration.input_dependence import CONSTANT, InputDependence
+from prunus.core.cut_paths import cut_message, cut_paths
 from prunus.core.default_dense_layers import left_by_all
 from prunus.core.mask_registry import Masks
 from prunus.core.ranks import all_ranks
@@ -101,6 +102,7 @@ def prune(
     # block by block the model may not fit where it would have to run
     depends = InputDependence(model, None if any(p.sequential for p in plans) else calibration)
     depends.ask_before()
+    cut_before = cut_paths(model)
     recorder, masks, done = Recorder(), Masks(), list[SequentialResult]()
     spared = left_by_all((plan.spared, plan.layers) for plan in plans)
     recorder(start_event(model, 0, recipe=recipe.to_yaml(), left_dense=spared))
@@ -118,6 +120,9 @@ def prune(
         if constant := depends.lost:
             log.warning("%s", CONSTANT)
             recorder({"event": "constant_output", "step": 0})
+        if cut := [name for name in cut_paths(model) if name not in cut_before]:
+            log.warning("%s", cut_message(cut))
+            recorder({"event": "cut", "step": 0, "layers": cut})
         if output_dir is not None:
             recorder.save(output_dir)
     except BaseException:
@@ -125,7 +130,7 @@ def prune(
             each.undo()
         raise
     result = _result(recipe, plans, done, masks, spared, recorder)
-    result.constant_output = constant
+    result.constant_output, result.cut = constant, cut
     return result
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from prunus.calibration.input_dependence import CONSTANT
+from prunus.core.cut_paths import cut_message
 from prunus.core.default_dense_layers import dense_line
 from prunus.core.layers import all_layers
 from prunus.core.masks import count_zeros, local
@@ -53,6 +54,8 @@ class Result(Recorded):
     calibration data, not block by block"""
     outside_blocks: list[str] = field(default_factory=list)
     """of a sequential run: layers in no block, which were pruned after the blocks, all together"""
+    cut: list[str] = field(default_factory=list)
+    """layers of an `nn.Sequential` that read only what the ones before no longer write"""
     title = "pruned"
 
     @property
@@ -109,6 +112,7 @@ class Result(Recorded):
         if collapsed := [row.name for row in self.rows if row.collapsed]:
             message.append(collapse_message(collapsed))
         message += [CONSTANT] if self.constant_output else []
+        message += [cut_message(self.cut)] if self.cut else []
         if self.permuted:
             before, after = (
                 sum(getattr(row, key) for row in self.permuted) / len(self.permuted)

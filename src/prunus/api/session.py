@@ -16,6 +16,7 @@ from prunus.api.mask_guard import MaskGuard
 from prunus.api.optimizer_hooks import StepHooks, innermost
 from prunus.calibration.calibration import Calibration, as_calibration
 from prunus.calibration.input_dependence import CONSTANT, InputDependence
+from prunus.core.cut_paths import cut_message, cut_paths
 from prunus.core.default_dense_layers import left_by_all
 from prunus.core.layers import clean_parameters
 from prunus.core.mask_registry import Masks
@@ -70,6 +71,7 @@ class Session:
         self._context = Context(model, self.optimizer, timeline, data, Masks(), recorder)
         self._listeners: list[tuple[Callable[[], Any], Callable[[], Any]]] = []
         self._depends = InputDependence(model, data)
+        self._cut = cut_paths(model)
         self.runs: list[Run] = [modifier.bind(self._context) for modifier in recipe.modifiers]
         for run in self.runs:
             with all_ranks().raise_on_all_ranks():  # ranks have data of their own
@@ -179,11 +181,20 @@ class Session:
         if changes:
             self._depends.ask_before()
         yield
-        if changes and self._depends.lost:
-            log.warning("after step %d: %s", self.step, CONSTANT)
-            self.recorder({"event": "constant_output", "step": self.step})
+        if changes:
+            self._tell_of_cuts()
         for _, after in self._listeners if changes else ():
             after()
+
+    def _tell_of_cuts(self) -> None:
+        """In the log and the records, if nothing of the input gets through any more."""
+        if self._depends.lost:
+            log.warning("after step %d: %s", self.step, CONSTANT)
+            self.recorder({"event": "constant_output", "step": self.step})
+        if cut := [name for name in cut_paths(self.model) if name not in self._cut]:
+            log.warning("after step %d: %s", self.step, cut_message(cut))
+            self.recorder({"event": "cut", "step": self.step, "layers": cut})
+            self._cut += cut
 
     @property
     def next_change(self) -> int | None:

@@ -113,7 +113,7 @@ def fisher(
                 "take fewer layers, a smaller block_size or fewer gradients"
             )
     with torch.no_grad(), all_ranks().raise_on_all_ranks():
-        _, unreached = measure_gradients(model, by_rows, calibration, everyone=everyone)
-    if unreached:
-        raise ValueError(f"{NO_GRADIENTS} {few([x.name for x in unreached])}; exclude them")
+        _, silent = measure_gradients(model, by_rows, calibration, everyone=everyone)
+    if missed := [layer.name for layer, clause in silent.items() if clause == NO_GRADIENTS]:
+        raise ValueError(f"{NO_GRADIENTS} {few(missed)}; exclude them")
     return Fisher(stats)

@@ -16,7 +16,15 @@ from prunus.calibration.example_gradients import (
     gradients_on,
     micro_batch_gradients,
 )
-from prunus.calibration.gradient_checks import ABSENT, BAD, GOOD, NOTHING, GradientChecks
+from prunus.calibration.gradient_checks import (
+    ABSENT,
+    BAD,
+    GOOD,
+    NONE,
+    ZERO,
+    GradientChecks,
+    counted_inputs,
+)
 from prunus.calibration.memory_plan import Rows
 from prunus.core.layers import Layer
 from prunus.core.progress import track
@@ -73,11 +81,11 @@ def _flags(grads: Grads) -> Tensor:
     sizes = [None if g is None else _sizes(g) for g in grads]
     there = [t for t in sizes if t is not None]
     known = iter(torch.stack(there).cpu() if there else ())
-    flags = torch.full((len(grads), size), NOTHING)
+    flags = torch.full((len(grads), size), NONE)
     for i, t in enumerate(sizes):
         if t is not None:
             found = next(known)
-            flags[i] = torch.where(found.isfinite(), torch.where(found == 0, NOTHING, GOOD), BAD)
+            flags[i] = torch.where(found.isfinite(), torch.where(found == 0, ZERO, GOOD), BAD)
     return flags
 
 
@@ -178,7 +186,7 @@ def _update(
 ) -> None:
     """Add the good samples, where there are weights."""
     for (rows, stat), g, flag, mask in zip(stats.items(), grads, flags, alive, strict=True):
-        good = (flag == GOOD) | (flag == NOTHING)
+        good = (flag != BAD) & (flag != ABSENT)
         taken = g if bool(good.all()) else g[good.to(g.device)]
         take_in(stat, taken if mask is None else taken * mask, rows.layer.name)
 
@@ -208,13 +216,14 @@ def measure_gradients(
     begin: int = 0,
     everyone: Ranks | None = None,
     title: str = "gradients",
-) -> tuple[int, set[Layer]]:
-    """Fill the statistics from gradients. Returns how many batches that took, and unreached layers.
+) -> tuple[int, dict[Layer, str]]:
+    """Fill the statistics from gradients. Returns how many batches that took, and silent layers.
 
-    On these no loss depends: all their gradients are zero, on all ranks. Gradients are those of the
-    loss in evaluation mode, times the present mask. ``num_grads`` is dealt out to the data-parallel
-    ranks. With `everyone`, each rank hands to each of the others the rows of its gradients that
-    they work on, so that all statistics see the gradients of all ranks.
+    Those are layers whose gradients are all zero, on all ranks, with a clause that says how that is
+    (`GradientChecks.finish`). Gradients are those of the loss in evaluation mode, times the present
+    mask. ``num_grads`` is dealt out to the data-parallel ranks. With `everyone`, each rank hands to
+    each of the others the rows of its gradients that they work on, so that all statistics see the
+    gradients of all ranks.
 
     Raises ValueError for empty data, and if more than 5 % of a layer's gradients are NaN or
     infinite.
@@ -238,6 +247,7 @@ def measure_gradients(
         apart.raise_on_all_ranks(),
         undisturbed(model, calibration),
         gradients_on(model, layers),
+        counted_inputs(layers) as inputs,
     ):
         packets = _packets(model, layers, calibration, sampling, begin, quota, at_once)
         rounds = track(
@@ -250,4 +260,4 @@ def measure_gradients(
                     tally.add(flags, where)
                     with torch.autocast(layers[0].local.device.type, enabled=False):
                         _update(stats, grads, flags, alive)
-    return last, tally.finish()
+    return last, tally.finish(inputs)

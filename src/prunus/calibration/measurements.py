@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from prunus.calibration.calibration import Calibration
-from prunus.calibration.gradient_checks import NO_GRADIENTS
 from prunus.calibration.gradient_pass import measure_gradients
 from prunus.calibration.input_pass import NO_INPUTS, measure_inputs
 from prunus.calibration.memory_plan import Need, Rows, free_bytes, parse_bytes, plan
@@ -111,8 +110,8 @@ class Measurements:
         inputs = {rows.layer: stat for rows, stat in stats.items() if stat.reads == "inputs"}
         with all_ranks().raise_on_all_ranks():
             if gradients:
-                self.used, missed = self._gradients(gradients)
-                self.unreached |= {x.layer: NO_GRADIENTS for x in gradients if x.layer in missed}
+                self.used, silent = self._gradients(gradients)
+                self.unreached |= silent
             if inputs:
                 shared, missed = measure_inputs(self.model, inputs, self.calibration)
                 self.unreached |= {x: NO_INPUTS for x in inputs if x in missed}
@@ -129,7 +128,7 @@ class Measurements:
             return stat.with_rows(len(rows))
         return stat
 
-    def _gradients(self, stats: Mapping[Rows, Statistic]) -> tuple[int, set[Layer]]:
+    def _gradients(self, stats: Mapping[Rows, Statistic]) -> tuple[int, dict[Layer, str]]:
         title = "gradients"
         if len(self.groups) > 1:
             number = next(i for i, group in enumerate(self.groups) if set(stats) <= set(group))

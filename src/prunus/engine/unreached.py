@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from prunus.calibration.gradient_checks import ZERO_GRADIENTS
 from prunus.calibration.measurements import Measurements
 from prunus.calibration.memory_plan import Rows
 from prunus.core.layers import Layer
@@ -19,9 +20,13 @@ from prunus.stats import Statistic
 
 
 def refuse_unreached(method: Method, unreached: Mapping[Layer, str]) -> None:
-    """Raises ValueError, on every rank, for layers without data that nothing was said about."""
-    if unreached and method.unreached == "error":
-        clause = next(iter(unreached.values()))
+    """Raises ValueError, on every rank, for layers without data that nothing was said about.
+
+    Not for those that had inputs, and zeros for gradients: they are pruned by magnitude.
+    """
+    clauses = [clause for clause in unreached.values() if clause != ZERO_GRADIENTS]
+    if clauses and method.unreached == "error":
+        clause = clauses[0]
         names = [layer.name for layer, other in unreached.items() if other == clause]
         raise ValueError(
             f"{clause} {few(names, 5)}; nothing was pruned: exclude them, give data that does, or "

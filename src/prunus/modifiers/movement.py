@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from prunus.calibration.gradient_checks import ZERO_GRADIENTS
 from prunus.calibration.memory_plan import Rows
 from prunus.core.layers import Layer
 from prunus.core.masks import local
@@ -72,31 +73,35 @@ class MovementRun(PruningRun):
             gradient = layer.weight.grad
             if gradient is None:
                 continue
-            g, moved = layer.part(local(gradient)), self._moved(layer)
+            g, moved = layer.part(local(gradient)), self._sum(layer)
             moved.addcmul_(layer.local.to(moved.dtype), g.to(moved.dtype), value=-1 / scale)
+            self.moved[layer.name] = moved
 
-    def _moved(self, layer: Layer) -> Tensor:
-        if layer.name not in self.moved:
-            # in single precision at least: sums of many small numbers
-            dtype = torch.promote_types(layer.local.dtype, torch.float32)
-            self.moved[layer.name] = torch.zeros_like(layer.local, dtype=dtype)
-        return self.moved[layer.name]
+    def _sum(self, layer: Layer) -> Tensor:
+        """What has been summed up for the layer; zeros, which nobody keeps, before the first."""
+        if layer.name in self.moved:
+            return self.moved[layer.name]
+        # in single precision at least: sums of many small numbers
+        dtype = torch.promote_types(layer.local.dtype, torch.float32)
+        return torch.zeros_like(layer.local, dtype=dtype)
 
     def _pruned(self, target: float | None) -> SequentialResult:
         method = self.pruning.method
         measured, ranks = measure(method, self.layers, self.context.model, None)
         sums: dict[Rows, Statistic] = {}
         for rows in measured.shares:
-            moved = rows.layer.matrix(self._moved(rows.layer))
+            moved = rows.layer.matrix(self._sum(rows.layer))
             sums[rows] = MovementSum(moved[rows.begin : rows.end])
-        measured.fill(sums, dict.fromkeys(self._still(), "no step of training has moved"))
+        measured.fill(sums, self._unmoved())
         return self.pruning.prune(target, (measured, ranks))
 
-    def _still(self) -> list[Layer]:
-        """Layers that no step has moved, on any rank: there is nothing to rank their weights by."""
-        nonzero = [int(self._moved(layer).count_nonzero()) for layer in self.layers]
-        moved = all_ranks().all_reduce(torch.tensor(nonzero)).tolist()
-        return [layer for layer, count in zip(self.layers, moved, strict=True) if count == 0]
+    def _unmoved(self) -> dict[Layer, str]:
+        """Layers that no step has moved on any rank, and a clause that says how that is."""
+        nonzero = [int(self._sum(layer).count_nonzero()) for layer in self.layers]
+        counts = all_ranks().all_reduce(torch.tensor(nonzero)).tolist()
+        still = [x for x, count in zip(self.layers, counts, strict=True) if count == 0]
+        never = "no step of training has a gradient of"
+        return {x: ZERO_GRADIENTS if x.name in self.moved else never for x in still}
 
     def _tick(self, tick: int, step: int) -> None:
         super()._tick(tick, step)

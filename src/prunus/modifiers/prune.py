@@ -77,8 +77,8 @@ class PruningModifier(metaclass=_TakesMasking):
     """of layers that the pattern does not divide, or whose inputs cannot be measured: `error`, or
     left `dense` and named in the result"""
     unreached: Unreached = "error"
-    """of layers about which the calibration data tells nothing (no token came to them, no gradient
-    but zeros): `error`, pruned by `magnitude`, or left `dense`; named in the result"""
+    """of layers about which the calibration data tells nothing (no token came to them, no loss
+    depends on them): `error`, pruned by `magnitude`, or left `dense`; named in the result"""
 
     def __post_init__(self) -> None:
         as_in_recipes(self, Window)

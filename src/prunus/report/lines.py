@@ -15,6 +15,7 @@ REQUIRED: dict[str, dict[str, type]] = {
     "prune": {"layers": dict, "sizes": dict, "saved": dict, "sparsity": float, "pruner": str},
     "sweep": {"layers": dict, "sizes": dict, "saved": dict, "sparsity": float, "values": dict},
     "execution": {"layers": list},
+    "cut": {"layers": list},
 }
 
 

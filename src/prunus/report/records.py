@@ -10,6 +10,7 @@ Each is a mapping with ``event``, ``step`` (optimizer steps done) and ``time``:
 - ``metrics``: what `Session.log` was given
 - ``flips``: ``flip_rate`` and ``layers``, shares of the mask entries that changed in 2:4 training
 - ``execution``: ``layers``, what `prunus.accelerate` measured of each, and ``machine``, where
+- ``cut``: the ``layers`` that nothing of the input passes any more
 - ``constant_output``: the output has ceased to depend on the input
 - ``end``: ``sparsity``
 

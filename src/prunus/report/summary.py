@@ -48,6 +48,9 @@ class Summary:
         self.start: Event = next((e for e in events if e["event"] == "start"), {})
         self.constant = any(e["event"] == "constant_output" for e in events)
         """whether the output no longer depends on the input"""
+        cuts = [name for e in events if e["event"] == "cut" for name in e["layers"]]
+        self.cut = list(dict.fromkeys(cuts))
+        """layers that nothing passes any more"""
         self.steps = max((int(e["step"]) for e in events), default=0)
         self.times = [float(e["time"]) for e in events if "time" in e]
 

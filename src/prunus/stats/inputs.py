@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import ClassVar
 
 import torch
@@ -133,6 +134,11 @@ class InputGram(Statistic):
         """(columns, columns) ``X^T X`` on this device; not a copy where it is there already."""
         self._begin("cpu")
         return self._sum.to(device)
+
+    def matrix(self, device: torch.device | str) -> Tensor:
+        """`gram`, as version 0.1 called it."""
+        warnings.warn("InputGram.matrix is now gram", FutureWarning, stacklevel=2)
+        return self.gram(device)
 
     def factor(self, damp: float, device: torch.device | str) -> Tensor:
         """The upper factor of ``(2/n X^T X + damp * mean diagonal)^-1``, dead columns set to 1.
