@@ -365,3 +365,39 @@ def test_a_batch_is_not_changed_by_what_is_tried_with_it(encoded):
     for a, b in zip(batches, before, strict=True):
         assert a.keys() == b.keys()
         assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+class AllExperts(nn.Module):
+    """Every expert gets every token: those that put it first, and then the others."""
+
+    def __init__(self, name):
+        super().__init__()
+        torch.manual_seed(0)
+        self.name = name
+        setattr(self, name, nn.ModuleList(nn.Linear(8, 8) for _ in range(2)))
+        self.shared = nn.Linear(8, 8)
+
+    def forward(self, inputs_embeds, attention_mask):
+        flat = inputs_embeds.flatten(0, 1)
+        first = flat[:, 0] > 0
+        for expert, mine in zip(getattr(self, self.name), (first, ~first), strict=True):
+            expert(torch.cat([flat[mine], flat[~mine]]))
+        return self.shared(flat)
+
+
+@pytest.mark.parametrize("name", ["experts", "parts"])
+@pytest.mark.parametrize("sorted_first", [False, True], ids=["", "in order in the first batch"])
+def test_as_many_rows_as_tokens_may_be_in_another_order(name, sorted_first, caplog):
+    batches = [{k: x for k, x in b.items() if k != "image"} for b in embedded(towers.text())]
+    if sorted_first and name == "experts":
+        batches[0]["inputs_embeds"][..., 0].abs_()
+    model = AllExperts(name)
+    stats = measured(
+        model.double(), [{**b, "inputs_embeds": b["inputs_embeds"].double()} for b in batches]
+    )
+    real = torch.cat([real_rows(b["inputs_embeds"], b[TEXT]) for b in batches]).double()
+    torch.testing.assert_close(stats["shared"].gram("cpu"), gram(real))
+    everything = torch.cat([b["inputs_embeds"].flatten(0, 1) for b in batches]).double()
+    for i in range(2):
+        torch.testing.assert_close(stats[f"{name}.{i}"].gram("cpu"), gram(everything))
+    assert f"{name}.*" in caplog.text

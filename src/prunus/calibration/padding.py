@@ -3,7 +3,8 @@
 Equal shapes prove nothing: there may be as many tokens in an encoder as in a decoder, as many words
 as image patches. So one batch of each kind is run once more with half the tokens of one sequence.
 The inputs that have half the rows then are tokens of this sequence; no others are. Models that take
-one length alone are run with other padding instead: the rows that change are the padding.
+one length alone are run with other padding instead: the rows that change are the padding. So are
+those that flatten examples and tokens, whose rows might be in any order.
 """
 
 from __future__ import annotations
@@ -44,6 +45,12 @@ def _real(mask: Tensor, layout: str) -> Tensor:
     """The mask as an index of an input of this layout."""
     axes = _axes(*mask.shape)[layout]
     return (mask.T if layout == "tokens first" else mask).reshape(axes)
+
+
+def _is_expert(layer: Layer) -> bool:
+    """Whether a layer is given tokens in an order of their own; shared experts are not."""
+    in_tensor = layer.piece is not None and layer.piece.kind == "expert"
+    return in_tensor or ("experts." in layer.name and "shared" not in layer.name)
 
 
 @dataclass
@@ -119,7 +126,7 @@ class Padding:
         self.kinds: dict[Any, dict[str, dict[Place, str | None]]] = {}
         """layouts of inputs, by mask, of the kinds of batches"""
         self.layouts: dict[str, dict[Place, str | None]] = {}
-        self.probes: dict[str, _Probe] = {}
+        self.probes: dict[str, list[_Probe]] = {}
         self.masks: dict[str, Tensor] = {}
         self.calls: Counter[Layer] = Counter()
         self.watched: _Probe | None = None
@@ -145,28 +152,36 @@ class Padding:
         self.watched = None
         self.calls.clear()
 
-    def _watch_all(self, key: str, probes: list[Any], run: Callable[[Any], Any]) -> _Probe:
-        """The first probe that runs to its end, or what came furthest."""
-        furthest = _Probe()
-        for probe in probes:
-            ended = self._watch(key, probe, run)
-            assert self.watched is not None
-            if len(self.watched.rows) > len(furthest.rows):
-                furthest = self.watched
+    def _watch_all(self, key: str, probes: list[Any], run: Callable[[Any], Any]) -> list[_Probe]:
+        """The first shorter probe that runs to its end, or what came furthest.
+
+        And the one with other padding, where that has to show in which order rows are.
+        """
+        examples, tokens = self.masks[key].shape
+        best, ended = _Probe(), False
+        for probe in (probe for probe in probes if probe[key].shape[1] < tokens):
+            seen, ended = self._watch(key, probe, run)
+            best = seen if len(seen.rows) > len(best.rows) else best
             if ended:
                 break
-        return furthest
+        flat = any(rows.shape[:1] == (examples * best.length,) for rows in best.rows.values())
+        if ended and not flat:
+            return [best]
+        others = [probe for probe in probes if probe[key].shape[1] == tokens]
+        seen = self._watch(key, others[0], run)[0] if others else _Probe()
+        return [seen] if len(seen.rows) > len(best.rows) else [best, seen]
 
-    def _watch(self, key: str, probe: Any, run: Callable[[Any], Any]) -> bool:
-        self._open(key, probe)
+    def _watch(self, key: str, probe: Any, run: Callable[[Any], Any]) -> tuple[_Probe, bool]:
+        """What a probe shows, and whether it ran to its end."""
+        seen = self._open(key, probe)
         with random_states_kept():
             try:
                 run(probe)
             except Exception as error:
                 # a loss may not take the shorter output; layers that were not reached keep padding
                 log.debug("a batch with other tokens was not run to its end: %s", error)
-                return False
-        return True
+                return seen, False
+        return seen, True
 
     def _open(self, key: str, probe: Any) -> _Probe:
         length = probe[key].shape[1]
@@ -176,7 +191,7 @@ class Padding:
 
     def _watch_in_common(
         self, batch: Any, probes: dict[str, list[Any]], run: Callable[[Any], Any]
-    ) -> dict[str, _Probe]:
+    ) -> dict[str, list[_Probe]]:
         """As often on every rank, where a forward pass needs all ranks, and none may fail."""
         ranks, due, found = all_ranks(), list(probes), {}
         counts = torch.zeros(ranks.world_size, dtype=torch.int64)
@@ -185,7 +200,7 @@ class Padding:
             probe, self.watched = batch, _Probe()  # another rank has one
             if i < len(due):
                 probe = probes[due[i]][-1]  # of the same length, which all models take
-                found[due[i]] = self._open(due[i], probe)
+                found[due[i]] = [self._open(due[i], probe)]
             with random_states_kept():
                 run(probe)
         return found
@@ -210,11 +225,13 @@ class Padding:
     def _layout(self, key: str, mask: Tensor, place: Place, x: Any) -> str | None:
         layouts = self.layouts[key]
         if key in self.probes:
-            layout = self.probes[key].layout(place, mask, x)
-            # (tokens * examples) looks the same, and is likely where tokens come first
-            if layout == "flat" and len(mask) > 1 and "tokens first" in layouts.values():
-                layout = UNKNOWN
-            layouts[place] = layout
+            first, *others = self.probes[key]
+            layouts[place] = first.layout(place, mask, x)
+            if layouts[place] == "flat":
+                # as many rows may be tokens in another order, which experts have anew in each batch
+                values = [first, *others][-1].layout(place, mask, x)
+                if values != "flat" or _is_expert(place[0]):
+                    layouts[place] = UNKNOWN
         return layouts.get(place, UNKNOWN)
 
     def tell(self) -> None:

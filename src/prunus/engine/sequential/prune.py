@@ -192,5 +192,5 @@ def _measure(
         return stats, set()
     outputs: dict[int, Any] = {}
     filled = measure_inputs(block, stats, as_calibration(items, number, None, outputs))
-    carry_on(items, number, outputs)
+    carry_on(block, items, number, outputs)
     return filled

@@ -40,15 +40,15 @@ def as_calibration(
     return Calibration([_Batch(item, number) for item in items], forward=forward, memory=memory)
 
 
-def carry_on(items: list[BlockInput], number: int, outputs: dict[int, Any]) -> None:
+@torch.no_grad()
+def carry_on(
+    block: nn.Module, items: list[BlockInput], number: int, outputs: dict[int, Any]
+) -> None:
     """The outputs of a block become what the next one is given."""
-    for item in items:
-        _carry(item, number, outputs[id(item)])
-        for key, probes in item.probes.items():
-            ended = [probe for probe in probes if id(probe) in outputs][:1]
-            for probe in ended:
-                _carry(probe, number, outputs[id(probe)])
-            item.probes[key] = ended
+    with undisturbed(block, as_calibration(items, number, None)):
+        for item in items:
+            _carry(item, number, outputs[id(item)])
+            _carry_probes(block, item, number)
 
 
 def _carry(item: BlockInput, number: int, output: Any) -> None:
@@ -101,18 +101,22 @@ def advance(block: nn.Module, items: list[BlockInput], number: int) -> None:
     with undisturbed(block, calibration):
         for item in track(items, "outputs"):
             _carry(item, number, _run(block, _Batch(item, number)))
-            for key, probes in item.probes.items():
-                item.probes[key] = _first_carried(block, probes, number)
+            _carry_probes(block, item, number)
 
 
-def _first_carried(block: nn.Module, probes: list[BlockInput], number: int) -> list[BlockInput]:
-    """The first one that the block takes, carried on to the next."""
-    for probe in probes:
-        try:
-            output = _run(block, _Batch(probe, number))
-        except Exception as error:  # without one, later layers keep their padding, and say so
-            log.debug("a batch with other tokens was not run to its end: %s", error)
-        else:
-            _carry(probe, number, output)
-            return [probe]
-    return []
+def _carry_probes(block: nn.Module, item: BlockInput, number: int) -> None:
+    """Carry on the first shorter one that the block takes, and the one of the same length."""
+    for key, probes in item.probes.items():
+        kept: dict[bool, BlockInput] = {}
+        for probe in probes:
+            whole = probe.batch[key].shape == item.batch[key].shape
+            if whole in kept:
+                continue
+            try:
+                output = _run(block, _Batch(probe, number))
+            except Exception as error:  # without one, later layers keep their padding, and say so
+                log.debug("a batch with other tokens was not run to its end: %s", error)
+            else:
+                _carry(probe, number, output)
+                kept[whole] = probe
+        item.probes[key] = [*kept.values()]
