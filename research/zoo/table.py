@@ -9,7 +9,13 @@ from typing import Any
 from research.zoo.trial import METHODS
 
 BEGIN, END = "<!-- zoo -->", "<!-- end of zoo -->"
-NAME = re.compile(r"[\w\[\]]+(\.[\w\[\]]+)+|\b(\w+_\w+|classifier|fc|head)\b(?= \()")
+ONE = r"[\w\[\]]+(\.[\w\[\]]+)*"
+SHORT = {
+    rf"^(sequential: )?(?!sequential)({ONE}, )*{ONE}(?=:| \(| is in no block)": r"\1*layer*",
+    rf"((reached|depends on) )({ONE}, )*{ONE}": r"\1*layer*",
+    rf"no block of '{ONE}'": "no block of the list",
+    r"divide \d+": "divide the",
+}
 Row = Mapping[str, Any]
 
 
@@ -56,9 +62,11 @@ def _cell(row: Row | None, notes: dict[str, int]) -> str:
 
 
 def shortened(message: str) -> str:
-    """The reason without the names, so that the same reason reads the same in every model."""
-    first = re.split(r"; (?:nor|exclude|use|remove|include)| \(left dense", message)[0]
-    return NAME.sub("*layer*", first).replace("*layer*, *layer*, ", "")[:160].replace("|", "/")
+    """The reason without names and sizes, so that the same reason reads the same everywhere."""
+    first = re.split(r"[;:] (?:nor|exclude|use|remove|include)| \(left dense", message)[0]
+    for pattern, short in SHORT.items():
+        first = re.sub(pattern, short, first)
+    return first[:160].replace("|", "/")
 
 
 def _spared(found: Mapping[str, Row]) -> str:

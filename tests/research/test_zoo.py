@@ -44,6 +44,10 @@ def test_what_hangs_is_a_fault_and_the_others_go_on():
 
 
 def test_the_same_reason_reads_the_same_in_every_model():
-    for name in ("blocks.0.conv_dw", "a.b.c[3]"):
-        message = f"{name}: pattern 2:4 does not divide 1 input channels; exclude it; nor x.y"
-        assert shortened(message) == "*layer*: pattern 2:4 does not divide 1 input channels"
+    for name in ("blocks.0.conv_dw", "a.b.c[3]", "fc"):
+        message = f"{name}: pattern 2:4 does not divide 3 input channels; exclude it; nor x.y"
+        assert shortened(message) == "*layer*: pattern 2:4 does not divide the input channels"
+        message = f"sequential: {name}, x is in no block of 'a.b'; exclude it"
+        assert shortened(message) == "sequential: *layer* is in no block of the list"
+        message = f"no calibration batch reached a.b, {name}; nothing was pruned: exclude"
+        assert shortened(message) == "no calibration batch reached *layer*; nothing was pruned"
