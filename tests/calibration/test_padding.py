@@ -187,10 +187,11 @@ def test_patches_as_many_as_words_keep_all_rows(fixed, left, caplog):
 class TokensFirst(nn.Module):
     def __init__(self):
         super().__init__()
-        self.body = nn.Linear(8, 8)
+        self.body, self.flat = nn.Linear(8, 8), nn.Linear(8, 8)
 
     def forward(self, inputs_embeds, attention_mask):
-        return self.body(inputs_embeds.transpose(0, 1))
+        x = inputs_embeds.transpose(0, 1)
+        return self.body(x), self.flat(x.flatten(0, 1))
 
 
 @pytest.mark.parametrize("examples", [2, LENGTH], ids=["", "as many examples as tokens"])
@@ -200,7 +201,8 @@ def test_tokens_may_come_before_examples(examples):
     real = mask([LENGTH - 1 - i % 3 for i in range(examples)])
     model = TokensFirst().double()
     stats = measured(model, [{"inputs_embeds": x, TEXT: real}])
-    torch.testing.assert_close(stats["body"].gram("cpu"), gram(real_rows(x, real)))
+    for name in ("body", "flat"):
+        torch.testing.assert_close(stats[name].gram("cpu"), gram(real_rows(x, real)))
 
 
 class Prefix(nn.Module):

@@ -38,13 +38,14 @@ def _axes(examples: int, tokens: int) -> dict[str, tuple[int, ...]]:
         "examples first": (examples, tokens),
         "tokens first": (tokens, examples),
         "flat": (examples * tokens,),
+        "flat, tokens first": (tokens * examples,),
     }
 
 
 def _real(mask: Tensor, layout: str) -> Tensor:
     """The mask as an index of an input of this layout."""
     axes = _axes(*mask.shape)[layout]
-    return (mask.T if layout == "tokens first" else mask).reshape(axes)
+    return (mask.T if layout.endswith("tokens first") else mask).reshape(axes)
 
 
 def _is_expert(layer: Layer) -> bool:
@@ -108,13 +109,15 @@ class _Probe:
     def _by_value(self, mask: Tensor, now: _Rows, then: _Rows) -> str | None:
         if not now.shape:
             return None
-        changed = now.changed(then)
+        changed, found = now.changed(then), list[str]()
         for name, axes in _axes(*mask.shape).items():
             n = len(axes)
             if len(now.shape) > n and now.shape[:n] == axes:
                 rows = changed.reshape(*axes, -1).any(-1)
                 if torch.equal(rows, ~_real(mask, name).to(rows.device)):
-                    return name
+                    found.append(name)
+        if len(found) == 1 or (found and len(mask) == 1):  # of one example all orders are the same
+            return found[0]
         return UNKNOWN if bool(changed.any()) else None
 
 
@@ -227,11 +230,11 @@ class Padding:
         if key in self.probes:
             first, *others = self.probes[key]
             layouts[place] = first.layout(place, mask, x)
-            if layouts[place] == "flat":
+            if (layouts[place] or "").startswith("flat"):
                 # as many rows may be tokens in another order, which experts have anew in each batch
                 values = [first, *others][-1].layout(place, mask, x)
-                if values != "flat" or _is_expert(place[0]):
-                    layouts[place] = UNKNOWN
+                in_order = values in ("flat", "flat, tokens first") and not _is_expert(place[0])
+                layouts[place] = values if in_order else UNKNOWN
         return layouts.get(place, UNKNOWN)
 
     def tell(self) -> None:
