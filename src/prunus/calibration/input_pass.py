@@ -105,21 +105,19 @@ def measure_inputs(
     beside it. And the layers that no sample has reached on any rank: not called, or with nothing,
     as experts are that no token is sent to. Raises ValueError for empty data.
     """
-    inputs, batches = _Inputs(stats, share=True), None
+    inputs, passed = _Inputs(stats, share=True), False
     with all_ranks().raise_on_all_ranks(), contextlib.suppress(_InputsDiverged):
-        batches = _pass(model, inputs, calibration)
-    if not _on_all_ranks(inputs.leaders, stats, batches is not None):
+        _pass(model, inputs, calibration)
+        passed = True
+    if not _on_all_ranks(inputs.leaders, stats, passed):
         for stat in stats.values():
             for t in stat.tensors():
                 t.zero_()
         inputs = _Inputs(stats, share=False)
         with all_ranks().raise_on_all_ranks():
-            batches = _pass(model, inputs, calibration)
+            _pass(model, inputs, calibration)
     leaders = [inputs.leaders.get(layer, layer) for layer in stats]
-    counted = torch.tensor([batches or 0, *(inputs.rows[leader] for leader in leaders)])
-    total, *rows = all_ranks().all_reduce(counted).tolist()
-    if total == 0:
-        raise ValueError("the calibration data is empty; nothing was pruned")
+    rows = all_ranks().all_reduce(torch.tensor([inputs.rows[x] for x in leaders])).tolist()
     unreached = {layer for layer, count in zip(stats, rows, strict=True) if count == 0}
     return {x: stats[leader] for x, leader in zip(stats, leaders, strict=True)}, unreached
 
@@ -135,9 +133,7 @@ def _on_all_ranks(
     return bool((squares * all_ranks().world_size == total.square()).all()) and int(total[-1]) == 0
 
 
-def _pass(model: nn.Module, inputs: _Inputs, calibration: Calibration) -> int:
-    """Feed the inputs of all batches; returns how many that were."""
-
+def _pass(model: nn.Module, inputs: _Inputs, calibration: Calibration) -> None:
     def hook(layer: Layer) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         return lambda module, args, kwargs: inputs.take(layer, (*args, *kwargs.values())[0])
 
@@ -151,4 +147,5 @@ def _pass(model: nn.Module, inputs: _Inputs, calibration: Calibration) -> int:
             calibration.run(model, batch)
             count += 1
     inputs.check()
-    return count
+    if count == 0:
+        raise ValueError("the calibration data is empty; nothing was pruned")
