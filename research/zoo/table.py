@@ -16,6 +16,7 @@ SHORT = {
     rf"no block of '{ONE}'": "no block of the list",
     r"divide \d+": "divide the",
 }
+VERBS = {"reads": "reads", "writes": "writes", "routes": "routes"}
 Row = Mapping[str, Any]
 
 
@@ -70,10 +71,16 @@ def shortened(message: str) -> str:
 
 
 def _spared(found: Mapping[str, Row]) -> str:
+    """Such as ``reads `stem`, writes `head` ``; numbered layers of one kind together."""
     spared: Mapping[str, str] = next((r["spared"] for r in found.values() if "spared" in r), {})
-    names: dict[str, int] = {}
-    for name in spared:
+    names: dict[str, dict[str, int]] = {}
+    for name, reason in spared.items():
         short = re.sub(r"\b\d+\b", "*", name)
-        names[short] = names.get(short, 0) + 1
-    parts = [f"`{name}`" + (f" x{n}" if n > 1 else "") for name, n in names.items()]
-    return ", ".join(parts[:3]) + (f", {len(parts) - 3} more" if len(parts) > 3 else "") or "-"
+        counts = names.setdefault(VERBS.get(reason.split()[0], "transforms"), {})
+        counts[short] = counts.get(short, 0) + 1
+    parts = []
+    for verb, counts in names.items():
+        listed = [f"`{name}`" + (f" x{n}" if n > 1 else "") for name, n in counts.items()]
+        more = f", {len(listed) - 3} more" if len(listed) > 3 else ""
+        parts.append(f"{verb} {', '.join(listed[:3])}{more}")
+    return "; ".join(parts) or "-"

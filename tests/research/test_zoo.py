@@ -29,7 +29,7 @@ def test_every_method_prunes_as_asked_or_says_why_not(rows):
     assert text.startswith("before ")
     assert text.endswith(" after")
     assert "old" not in text
-    assert "| timm vit | `patch_embed.proj`, `head` |" in text
+    assert "| timm vit | reads `patch_embed.proj`; writes `head` |" in text
     assert "3 architectures; of 18 trials" in text
     assert page(text, rows) == text
 

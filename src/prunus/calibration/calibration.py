@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from prunus.calibration.batches import Batch, call_of, to_device
 from prunus.calibration.memory_plan import parse_bytes
@@ -169,7 +170,9 @@ def first_pass(model: nn.Module, calibration: Calibration | None) -> Callable[[]
     its ranks must run together.
     """
     target = unwrap(model)
-    if calibration is None or needs_all_ranks(model) or any(p.is_meta for p in model.parameters()):
+    if calibration is None or needs_all_ranks(model):
+        return None
+    if any(is_lazy(p) or p.is_meta for p in model.parameters()):
         return None
 
     def run() -> None:

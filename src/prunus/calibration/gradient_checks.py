@@ -81,12 +81,12 @@ class GradientChecks:
         gradients: a branch that begins at zero. Raises ValueError for too many bad gradients, and
         for no data.
         """
-        counted = torch.tensor([[self.tries, *self.reached], [0, *self.zero]], dtype=torch.int64)
-        (tries, *reached), (_, *zero) = self.ranks.all_reduce(counted).tolist()
-        if tries == 0:
-            raise ValueError("the calibration data is empty; nothing was pruned")
         with self.ranks.raise_on_all_ranks():
+            if self.tries == 0:
+                raise ValueError("the calibration data is empty; nothing was pruned")
             self._check_bad()
+        counted = torch.tensor([self.reached, self.zero], dtype=torch.int64)
+        reached, zero = self.ranks.all_reduce(counted).tolist()
         calls = all_ranks().all_reduce(torch.tensor([inputs[x] for x in self.layers])).tolist()
         found = {}
         for layer, met, zeros, (called, entries) in zip(

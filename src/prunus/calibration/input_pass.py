@@ -107,18 +107,15 @@ def measure_inputs(
         if message := layer.no_inputs():
             raise ValueError(f"{message}; exclude it, or use a pruner that needs no inputs")
     inputs = _Inputs(stats, share=True, padding=Padding(model, calibration.told))
-    batches = _pass(model, inputs, calibration)
-    if not _on_all_ranks(inputs.leaders, stats, batches is not None):
+    passed = _pass(model, inputs, calibration)
+    if not _on_all_ranks(inputs.leaders, stats, passed):
         for stat in stats.values():
             for t in stat.tensors():
                 t.zero_()
         inputs = _Inputs(stats, share=False, padding=Padding(model, calibration.told))
-        batches = _pass(model, inputs, calibration)
+        _pass(model, inputs, calibration)
     leaders = [inputs.leaders.get(layer, layer) for layer in stats]
-    counted = torch.tensor([batches or 0, *(inputs.rows[leader] for leader in leaders)])
-    total, *rows = all_ranks().all_reduce(counted).tolist()
-    if total == 0:
-        raise ValueError("the calibration data is empty; nothing was pruned")
+    rows = all_ranks().all_reduce(torch.tensor([inputs.rows[x] for x in leaders])).tolist()
     unreached = {layer for layer, count in zip(stats, rows, strict=True) if count == 0}
     return {x: stats[leader] for x, leader in zip(stats, leaders, strict=True)}, unreached
 
@@ -134,30 +131,22 @@ def _on_all_ranks(
     return bool((squares * all_ranks().world_size == total.square()).all()) and int(total[-1]) == 0
 
 
-def _pass(model: nn.Module, inputs: _Inputs, calibration: Calibration) -> int | None:
-    """Feed the inputs of all batches; how many that were, or None if layers do not share after all.
+def _pass(model: nn.Module, inputs: _Inputs, calibration: Calibration) -> bool:
+    """Feed the inputs of all batches; whether layers share as the first calls said.
 
-    All ranks make the same passes.
+    All ranks make the same passes. Raises ValueError for empty data.
     """
     by_call = [layer for layer in inputs.stats if layer.reads_arguments]
     by_product = [layer for layer in inputs.stats if not layer.reads_arguments]
-    count = None
-    with all_ranks().raise_on_all_ranks(), contextlib.suppress(_InputsDiverged):
-        batches = _run(model, inputs, calibration, by_call, by_product)
-        inputs.check()
-        count = batches
-    missed = [count is not None and layer not in inputs.leaders for layer in by_call]
+    passed = _run(model, inputs, calibration, by_call, by_product)
+    missed = [passed and layer not in inputs.leaders for layer in by_call]
     totals = all_ranks().all_reduce(torch.tensor(missed, dtype=torch.int64))
     if not bool((totals == all_ranks().world_size).any()):
-        return count
+        return passed
     # weights that are used without calling their module
     uncalled = [layer for layer, miss in zip(by_call, missed, strict=True) if miss]
-    again, inputs.padding = None, Padding(model, calibration.told)
-    with all_ranks().raise_on_all_ranks(), contextlib.suppress(_InputsDiverged):
-        batches = _run(model, inputs, calibration, [], uncalled)
-        inputs.check()
-        again = batches
-    return count if again is not None else None
+    inputs.padding = Padding(model, calibration.told)
+    return _run(model, inputs, calibration, [], uncalled) and passed
 
 
 def _run(
@@ -166,9 +155,23 @@ def _run(
     calibration: Calibration,
     by_call: Sequence[Layer],
     by_product: Sequence[Layer],
-) -> int:
-    """One pass over the data, in which these layers are watched; how many batches it has."""
+) -> bool:
+    """One pass over the data in which these layers are watched; False if they do not share."""
+    passed = False
+    with all_ranks().raise_on_all_ranks(), contextlib.suppress(_InputsDiverged):
+        _feed(model, inputs, calibration, by_call, by_product)
+        inputs.check()
+        passed = True
+    return passed
 
+
+def _feed(
+    model: nn.Module,
+    inputs: _Inputs,
+    calibration: Calibration,
+    by_call: Sequence[Layer],
+    by_product: Sequence[Layer],
+) -> None:
     def hook(layer: Layer) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         return lambda module, args, kwargs: inputs.add(
             layer, (*args, *kwargs.values())[0], layer.input_matrix
@@ -188,4 +191,5 @@ def _run(
             forget()
             count += 1
     inputs.padding.tell()
-    return count
+    if count == 0:
+        raise ValueError("the calibration data is empty; nothing was pruned")

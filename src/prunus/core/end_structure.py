@@ -172,9 +172,12 @@ def _called_head(model: nn.Module, layers: Sequence[Layer]) -> list[Layer]:
     inside = {m for blocks in lists for m in blocks.modules()}
     found: list[Layer] = []
     for module in model.modules():
-        parts = {name: _Part(child, layers) for name, child in module.named_children()}
+        children = {} if module in inside else dict(module.named_children())
+        if not any(name == "head" or HEADS.fullmatch(name) for name in children):
+            continue
+        parts = {name: _Part(child, layers) for name, child in children.items()}
         parts = {name: part for name, part in parts.items() if part.layers}
-        for i, (name, part) in enumerate(parts.items() if module not in inside else ()):
+        for i, (name, part) in enumerate(parts.items()):
             later = list(parts.values())[i + 1 :]
             named = HEADS.fullmatch(name) or (name == "head" and not part.children())
             if named and not any(map(part.feeds, later)):

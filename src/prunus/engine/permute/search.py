@@ -14,6 +14,7 @@ for ``scores[:, perm]``. The columns ``perm[g * m : (g + 1) * m]`` are group g, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,6 +93,14 @@ def gains(scores: Tensor, perm: Tensor, lane: int, n: int, m: int) -> Tensor:
     return score
 
 
+def linear_sum_assignment(score: Any, maximize: bool) -> tuple[Any, Any]:
+    """(rows, columns) of the assignment; scipy's, which takes half a second to import."""
+    from scipy.optimize import linear_sum_assignment as solve
+
+    rows, columns = solve(score, maximize=maximize)
+    return rows, columns
+
+
 def assign_lane(scores: Tensor, perm: Tensor, lane: int, n: int, m: int) -> Tensor:
     """``perm`` with the columns of one lane dealt anew to the groups, in the best of all ways.
 
@@ -102,8 +111,6 @@ def assign_lane(scores: Tensor, perm: Tensor, lane: int, n: int, m: int) -> Tens
     # what a column brings wherever it goes decides nothing; without it scipy takes a tenth of the
     # time, as most columns then want a group that no other wants
     score -= score.mean(0)
-    from scipy.optimize import linear_sum_assignment  # half a second to import
-
     _, order = linear_sum_assignment(score.cpu().numpy(), maximize=True)
     moved = perm.view(-1, m).clone()
     moved[:, lane] = moved[torch.from_numpy(order).to(perm.device), lane]
