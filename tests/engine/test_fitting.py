@@ -105,15 +105,18 @@ def test_sweeps_and_recipes_take_the_option():
 
 def test_a_table_may_name_what_is_left_dense():
     table = {"depthwise": 0.5, "to_six": 0.5, "from_six": 0.25}
-    what = {"allocator": table, "calibration": images(), "misfits": "dense"}
-    result = prunus.prune(Odd(), "wanda", **what)
-    assert [round(row.sparsity, 2) for row in result.rows] == [0.5, 0.25]
-    with pytest.raises(ValueError, match="'depthwize' matches no pruned layer; did you mean 'dep"):
-        prunus.prune(Odd(), "wanda", **{**what, "allocator": {"depthwize": 0.5, "*": 0.5}})
-    with pytest.raises(ValueError, match="'depthwize' matches no pruned layer; did you mean 'dep"):
-        prunus.sweep(
-            Odd(), "wanda", [0.5], float_of, **{**what, "allocator": {"depthwize": 0.5, "*": 0.5}}
-        )
+    what = {"allocator": table, "pattern": "4x1", "misfits": "dense"}
+    result = prunus.prune(Odd(), "magnitude", **what)
+    assert [row.sparsity for row in result.rows] == [0.5, 0.25]
+    wrong = {**what, "allocator": {"to_sixx": 0.5, "*": 0.5}}
+    for call in (
+        lambda: prunus.prune(Odd(), "magnitude", **wrong),
+        lambda: prunus.sweep(Odd(), "magnitude", [0.5], float_of, **wrong),
+    ):
+        with pytest.raises(
+            ValueError, match="'to_sixx' matches no pruned layer; did you mean 'to_"
+        ):
+            call()
 
 
 def float_of(model):

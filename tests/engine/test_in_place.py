@@ -66,6 +66,24 @@ def test_block_by_block_is_one_block_at_a_time_on_the_whole_model(pruner):
     assert same(model, whole)
 
 
+def test_blocks_that_write_to_what_later_ones_are_given_are_refused():
+    class Halves(Block):
+        def forward(self, x, scale):
+            out = super().forward(x, scale)
+            scale.mul_(0.5)
+            return out
+
+    model = Model()
+    model.blocks = nn.ModuleList([Halves() for _ in range(3)])
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    data = prunus.Calibration([torch.randn(4, 8, dtype=torch.float64)])
+    what = {"sparsity": 0.5, "layers": "blocks.*", "calibration": data}
+    with pytest.raises(ValueError, match="block 0 writes to a tensor that later blocks are given"):
+        prunus.prune(model, "wanda", sequential=True, **what)
+    assert same(before, model.state_dict())
+    assert prunus.prune(model, "wanda", **what).sparsity == 0.5
+
+
 class Dense(nn.Module):
     """As DenseNet: layers get the list of all that came before, and activate it in place."""
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunus.calibration.batches import to_device
+from prunus.calibration.batches import tensors_in, to_device
 from prunus.calibration.calibration import Calibration, undisturbed
 from prunus.calibration.probes import RecordedBatch
 from prunus.core.progress import track
-from prunus.engine.sequential.calls import beside, stream_of, with_stream
+from prunus.engine.sequential.calls import BlockError, beside, stream_of, with_stream
 from prunus.engine.sequential.forwards import eager
 from prunus.engine.sequential.record import BlockInput
 
@@ -88,10 +88,19 @@ def _run(block: nn.Module, batch: _Batch) -> Any:
     item, first = batch.item, next(block.parameters(), None)
     device = item.stream.device if first is None else first.device
     # copies, because the block may write to them and runs more than once
-    args, kwargs = to_device(with_stream(item.stream, item.arguments[batch.number]), device, True)
+    given = with_stream(item.stream, item.arguments[batch.number])
+    args, kwargs = to_device(given, device, True)
+    copies = [*tensors_in((args, kwargs))]
     on = item.autocast is not None
     with eager(block), torch.autocast(device.type, item.autocast, enabled=on):
-        return block(*args, **kwargs)
+        output = block(*args, **kwargs)
+    later = {id(t) for t in tensors_in(item.arguments[batch.number + 1 :])}
+    for t, copy in zip(tensors_in(given), copies, strict=True):
+        if id(t) in later and not copy.is_inference() and copy._version:
+            raise BlockError(
+                f"block {batch.number} writes to a tensor that later blocks are given, too"
+            )
+    return output
 
 
 @torch.no_grad()
