@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -20,6 +22,8 @@ def _serve(pipe: Connection) -> None:
     from research.zoo.trial import trial
 
     torch.set_num_threads(1)
+    logging.getLogger("prunus").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
     while (name := pipe.recv()) is not None:
         try:
             pipe.send(list(trial(name, ARCHITECTURES[name])))

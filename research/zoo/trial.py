@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import logging
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -81,8 +79,6 @@ METHODS: dict[str, Callable[..., Pruned]] = {
 
 def trial(name: str, architecture: Architecture) -> Iterator[dict[str, Any]]:
     """A row for each method: the share of all weights that is zero, or why it is not."""
-    logging.getLogger("prunus").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
     torch.manual_seed(0)
     model, batches = architecture.build().eval(), [architecture.batch() for _ in range(4)]
     for method, prune in METHODS.items():
