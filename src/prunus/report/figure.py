@@ -10,7 +10,8 @@ from itertools import cycle
 from statistics import fmean
 from typing import Any
 
-from prunus.report.summary import Bar, Points, Summary, kinds
+from prunus.report.layer_names import kinds
+from prunus.report.summary import Bar, Points, Summary
 
 INK, GREY, PALE, GREEN, PLUM, ORANGE, BLUE = (
     "#222222", "#8a8a8a", "#e9e9e9", "#2f7d4f", "#7a3b69", "#c8702a", "#3b6a9c",

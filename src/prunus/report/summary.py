@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from functools import cached_property
 from typing import NamedTuple
 
 from prunus.core.default_dense_layers import dense_line
+from prunus.report.layer_names import short, without_digits, without_indices
 from prunus.report.lines import Event
 from prunus.report.records import number
 
@@ -168,18 +168,16 @@ class Summary:
     def bars(self) -> list[Bar]:
         """A bar for each layer; of many layers, for each kind: ``blocks.*.mlp.fc1``."""
         if len(self.rows) <= MOST_BARS:
-            return [_bar(_short(row.name), [row]) for row in self.rows]
-        for kind in (_without_indices, _without_digits):
+            return [_bar(short(row.name), [row]) for row in self.rows]
+        for kind in (without_indices, without_digits):
             groups: dict[str, list[Row]] = {}
             for row in self.rows:
                 groups.setdefault(kind(row.name), []).append(row)
             if 3 <= len(groups) <= MOST_BARS:
-                return [
-                    _bar(f"{_short(name)}  ×{len(rows)}", rows) for name, rows in groups.items()
-                ]
+                return [_bar(f"{short(name)}  ×{len(rows)}", rows) for name, rows in groups.items()]
         each = -(-len(self.rows) // MOST_BARS)
         chunks = [self.rows[i : i + each] for i in range(0, len(self.rows), each)]
-        return [_bar(f"{_short(rows[0].name)}  ×{len(rows)}", rows) for rows in chunks]
+        return [_bar(f"{short(rows[0].name)}  ×{len(rows)}", rows) for rows in chunks]
 
     @property
     def methods(self) -> str:
@@ -254,24 +252,6 @@ def _bar(label: str, rows: Sequence[Row]) -> Bar:
     pruned = sum(row.size * row.sparsity for row in rows)
     each = [row.sparsity for row in rows]
     return Bar(label, pruned / max(1, sum(row.size for row in rows)), min(each), max(each))
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 34 else f"…{name[-33:]}"
-
-
-def kinds(names: Iterable[str]) -> str:
-    """A few words for some layers: ``blocks.*.mlp.fc1, +1``."""
-    first, *more = dict.fromkeys(_without_indices(name) for name in names)
-    return f"{_short(first)}, +{len(more)}" if more else _short(first)
-
-
-def _without_indices(name: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
-
-
-def _without_digits(name: str) -> str:
-    return re.sub(r"\d+", "*", name)
 
 
 def in_units(nbytes: float) -> str:
