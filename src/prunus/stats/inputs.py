@@ -151,8 +151,10 @@ class InputGram(Statistic):
             diagonal = gram.diagonal().clone()
             scale = 2 / max(1, self.count)
             filled = torch.where(diagonal == 0, 1 / scale, diagonal)
-            damped = filled + damp * filled.mean()
-            self._factor = (damp, upper_factor(gram.diagonal_scatter(damped).mul_(scale)))
+            mean = filled.mean()
+            # a unit of its own, because inputs may be so small that their squares are denormal
+            factor = upper_factor(gram.diagonal_scatter(filled + damp * mean).div_(mean))
+            self._factor = (damp, factor.div_((mean * scale).sqrt()))
         return self._factor[1]
 
     def forget(self) -> None:
