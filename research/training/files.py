@@ -25,7 +25,7 @@ from torch import nn
 
 import prunus
 from prunus.core.files import atomic_write
-from prunus.core.layers import clean_parameters
+from prunus.core.wrappers import clean_parameters
 from prunus.report.records import is_main
 
 from research.common.processes import write_csv

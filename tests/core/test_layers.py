@@ -8,8 +8,9 @@ from torch import nn
 import prunus
 from prunus.core.default_dense_layers import ends
 from prunus.core.fused_qkv import qkv_parts
-from prunus.core.layers import all_layers, clean_name
+from prunus.core.layers import all_layers
 from prunus.core.selection import select
+from prunus.core.wrappers import clean_name
 
 from tests.oracles.pruning import small_cnn, small_mlp
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
 
 import prunus
-from prunus.core.layers import clean_parameters
+from prunus.core.wrappers import clean_parameters
 
 EPOCHS, STEPS, BATCH, CALIBRATION = 2, 4, 8, 8
 RECIPE = """

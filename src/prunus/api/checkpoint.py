@@ -26,12 +26,12 @@ from prunus import formats
 from prunus.api.results import Result
 from prunus.api.session import Session
 from prunus.core.files import atomic_write
-from prunus.core.layers import clean_name, is_sharded, unwrap
 from prunus.core.masks import count_zeros, local
 from prunus.core.names import did_you_mean
 from prunus.core.ranks import Ranks, first_rank_tells
 from prunus.core.sharding import gather, ranks_of, shard
 from prunus.core.tensor_files import open_tensors
+from prunus.core.wrappers import clean_name, is_sharded, unwrap
 from prunus.engine.permute.gather import BUFFER, restore_gathers
 from prunus.recipe import Recipe
 from prunus.report.records import is_main

@@ -9,10 +9,10 @@ from typing import cast
 import torch
 from torch import nn
 
-from prunus.core.layers import is_sharded
 from prunus.core.mask_registry import Masks
 from prunus.core.masks import local
 from prunus.core.names import few
+from prunus.core.wrappers import is_sharded
 from prunus.modifiers import Run
 
 log = logging.getLogger("prunus")

@@ -18,12 +18,12 @@ from prunus.calibration.calibration import Calibration, as_calibration
 from prunus.calibration.input_dependence import CONSTANT, InputDependence
 from prunus.core.cut_paths import cut_message, cut_paths
 from prunus.core.default_dense_layers import left_by_all
-from prunus.core.layers import clean_parameters
 from prunus.core.mask_registry import Masks
 from prunus.core.masks import packed
 from prunus.core.ranks import all_ranks
 from prunus.core.sharding import gather, scatter, whole_sparsity
 from prunus.core.unseen import told
+from prunus.core.wrappers import clean_parameters
 from prunus.modifiers import Context, Run
 from prunus.modifiers.conflicts import check_conflicts, in_both
 from prunus.modifiers.grad_scaler import step_is_skipped

@@ -23,12 +23,13 @@ from prunus.api.sweep_result import Evaluate, SweepResult, SweepRow, labels_of
 from prunus.calibration.batch_norm import put_back
 from prunus.calibration.batch_norm import recalibrate as estimate_norms
 from prunus.calibration.calibration import Calibration, as_calibration, first_pass
-from prunus.core.layers import Layer, reshard
+from prunus.core.layers import Layer
 from prunus.core.names import check_choice
 from prunus.core.numbers import is_finite
 from prunus.core.patterns import parse_pattern
 from prunus.core.progress import track
 from prunus.core.selection import Selection, select
+from prunus.core.wrappers import reshard
 from prunus.engine.fitting import MISFITS, Misfits, fitting_layers, without_depthwise
 from prunus.engine.method import UNREACHED, LayerUpdate, Method, Unreached, unreached_messages
 from prunus.engine.step import check_reachable, prepare_sweep

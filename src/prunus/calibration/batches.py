@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prunus.core.layers import unwrap
 from prunus.core.names import did_you_mean, few
+from prunus.core.wrappers import unwrap
 
 Batch = Any
 _NAMED = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY

@@ -18,8 +18,8 @@ from torch.nn.parameter import is_lazy
 
 from prunus.calibration.batches import Batch, call_of, to_device
 from prunus.calibration.memory_plan import parse_bytes
-from prunus.core.layers import is_sharded, reshard, unwrap
 from prunus.core.ranks import all_ranks, lockstep, no_error_sync
+from prunus.core.wrappers import is_sharded, reshard, unwrap
 
 log = logging.getLogger("prunus")
 

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from prunus.calibration.batches import Batch
 from prunus.calibration.calibration import Calibration
 from prunus.calibration.example_checks import Watch, example, size_of, telling
-from prunus.core.layers import Layer, unwrap
+from prunus.core.layers import Layer
 from prunus.core.masks import local
 from prunus.core.ranks import no_error_sync
 from prunus.core.sharding import any_sharded
+from prunus.core.wrappers import unwrap
 
 log = logging.getLogger("prunus")
 

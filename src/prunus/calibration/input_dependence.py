@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from prunus.calibration.batches import Batch, to_device
 from prunus.calibration.calibration import Calibration, needs_all_ranks, undisturbed
-from prunus.core.layers import unwrap
+from prunus.core.wrappers import unwrap
 
 log = logging.getLogger("prunus")
 CONSTANT = (

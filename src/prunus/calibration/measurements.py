@@ -13,9 +13,10 @@ from prunus.calibration.calibration import Calibration
 from prunus.calibration.gradient_pass import measure_gradients
 from prunus.calibration.input_pass import NO_INPUTS, measure_inputs
 from prunus.calibration.memory_plan import Need, Rows, free_bytes, parse_bytes, plan
-from prunus.core.layers import Layer, is_sharded
+from prunus.core.layers import Layer
 from prunus.core.ranks import Ranks, all_ranks, row_cuts
 from prunus.core.sharding import any_sharded, cut_along_inputs, ranks_of
+from prunus.core.wrappers import is_sharded
 from prunus.solvers import selection
 from prunus.stats import Statistic, all_reduce_statistics, checked_statistic
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus.core.layers import unwrap
+from prunus.core.wrappers import unwrap
 
 MASK = "attention_mask"
 DECODER, ENCODER = "decoder_", "encoder_"

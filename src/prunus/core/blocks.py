@@ -11,8 +11,9 @@ from math import prod
 
 from torch import nn
 
-from prunus.core.layers import Layer, all_layers, clean_name, unwrap
+from prunus.core.layers import Layer, all_layers
 from prunus.core.names import did_you_mean
+from prunus.core.wrappers import clean_name, unwrap
 
 
 @dataclass(frozen=True)

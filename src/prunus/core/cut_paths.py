@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus.core.layers import clean_name, is_sharded, unwrap
 from prunus.core.names import few
+from prunus.core.wrappers import clean_name, is_sharded, unwrap
 
 _BY_CHANNEL = ("activation", "batchnorm", "dropout", "pooling", "linear")
 _MIXING = (nn.MultiheadAttention, nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d, nn.GLU)

@@ -11,11 +11,12 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from prunus.core import end_structure
 from prunus.core.end_trace import Ends, traced_ends
-from prunus.core.layers import Layer, all_layers, unwrap
+from prunus.core.layers import Layer, all_layers
 from prunus.core.names import few
 from prunus.core.ranks import all_ranks
 from prunus.core.routers import routers
 from prunus.core.transformed import is_transformed
+from prunus.core.wrappers import unwrap
 
 log = logging.getLogger("prunus")
 READS = "reads the input"

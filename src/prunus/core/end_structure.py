@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from prunus.core.layers import CONVS, Layer, unwrap
+from prunus.core.layers import CONVS, Layer
+from prunus.core.wrappers import unwrap
 
 PATCHES = re.compile(r"(^|\.)patch_(embed|proj)\w*(\.|$)")
 PIXELS = (1, 3)

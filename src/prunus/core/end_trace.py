@@ -18,7 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from prunus.core.layers import CONVS, Layer, storage_of, unwrap
+from prunus.core.layers import CONVS, Layer
+from prunus.core.shared_memory import storage_of
+from prunus.core.wrappers import unwrap
 
 PRODUCTS = re.compile(
     r"mm|bmm|addmm|addbmm|baddbmm|mv|addmv|dot|_addmm_activation|linear|mkldnn_linear\w*|cdist"

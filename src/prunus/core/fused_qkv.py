@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from prunus.core.layers import Layer, is_sharded
+from prunus.core.layers import Layer
 from prunus.core.pieces import Piece
+from prunus.core.wrappers import is_sharded
 
 THIRDS = "qkv"
 # these stack all of q, then all of k, then all of v

@@ -5,7 +5,6 @@ A `Layer` is one weight that can be pruned, seen as a matrix (outputs, inputs * 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -18,40 +17,11 @@ from prunus.core.masks import local
 from prunus.core.patches import patches
 from prunus.core.pieces import Piece
 from prunus.core.raw_weights import RawWeight, raw_weights
-from prunus.core.shared_memory import places
+from prunus.core.shared_memory import storage_of
+from prunus.core.wrappers import clean_name, is_sharded, reshard, unwrap
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-
-
-def clean_name(name: str) -> str:
-    """The name, in an `unwrap`ped model, without what wrappers inside it put into it."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-
-
-def is_sharded(t: Tensor) -> bool:
-    """Whether ranks hold parts of it (FSDP2's DTensors)."""
-    return hasattr(t, "to_local")
-
-
-def reshard(model: nn.Module) -> None:
-    """Drop the gathered copies that FSDP2 keeps after a forward pass without a backward.
-
-    Else a module shows the copy in place of its parameter, and computes with it whatever is
-    written to the parameter.
-    """
-    for module in model.modules():
-        # by name, because the import takes long and has moved between versions of torch
-        if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
-            module.reshard()  # type: ignore[operator]
-
-
-def clean_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by clean name, tied ones under each of their names."""
-    reshard(model)
-    named = unwrap(model).named_parameters(remove_duplicate=False)
-    return {clean_name(name): p for name, p in named}
 
 
 def _class_name(module: nn.Module) -> str:
@@ -256,15 +226,6 @@ def _is_empty(weight: Tensor) -> bool:
     return not nn.parameter.is_lazy(weight) and weight.numel() == 0
 
 
-def storage_of(weight: nn.Parameter) -> tuple[int, ...]:
-    """What tied weights have in common: one Parameter, or views of one memory, in any order."""
-    if nn.parameter.is_lazy(weight):
-        return (id(weight),)
-    part = local(weight.detach())
-    pointer = part.data_ptr()  # meta and empty: no memory
-    return (pointer, *itertools.chain(*places(part))) if pointer else (id(weight),)
-
-
 def all_layers(model: nn.Module) -> Iterator[Layer]:
     """Every prunable weight in the order of registration, tied ones once, empty ones not.
 
@@ -298,15 +259,6 @@ def all_layers(model: nn.Module) -> Iterator[Layer]:
             elif attribute == "weight":
                 called = name
             yield Layer(called, parameter, module, weight, False, piece, inputs_first)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own module inside DDP and torch.compile wrappers."""
-    for attribute in ("_orig_mod", "module"):
-        inner = model._modules.get(attribute)
-        if inner is not None and len(model._modules) == 1:
-            return unwrap(inner)
-    return model
 
 
 def working_precision(w: Tensor) -> Tensor:

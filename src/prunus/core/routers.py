@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from prunus.core.layers import Layer, unwrap
+from prunus.core.layers import Layer
+from prunus.core.wrappers import unwrap
 
 EXPERTS = re.compile(r"(?!shared)(\w+_)?experts(_\w+)?|\w+Experts")
 """what a list of experts is called, or its class"""

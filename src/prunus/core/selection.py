@@ -14,12 +14,13 @@ from torch import nn
 
 from prunus.core.default_dense_layers import dense_line, left_dense
 from prunus.core.fused_qkv import split_third, subtract, third_of
-from prunus.core.layers import Layer, all_layers, clean_name, unwrap
+from prunus.core.layers import Layer, all_layers
 from prunus.core.names import nearest
 from prunus.core.regex_alternatives import dead_alternatives
 from prunus.core.ties import not_writable, refuse_overlaps, tied_names
 from prunus.core.transformed import is_transformed
 from prunus.core.unseen import unseen_weights
+from prunus.core.wrappers import clean_name, unwrap
 
 log = logging.getLogger("prunus")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

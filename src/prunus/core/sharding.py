@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prunus.core.layers import Layer, is_sharded
+from prunus.core.layers import Layer
 from prunus.core.mask_registry import Masks
 from prunus.core.patterns import Pattern
 from prunus.core.ranks import Ranks
+from prunus.core.wrappers import is_sharded
 
 
 def _cuts(weight: Tensor) -> list[tuple[int, int]]:

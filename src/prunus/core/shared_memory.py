@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from prunus.core.masks import local
 
 Places = tuple[tuple[int, int], ...]
 
@@ -91,3 +93,12 @@ def overlapping(tensors: Mapping[str, Tensor], names: Sequence[str]) -> Iterator
             other = spans[j][2]
             if {name, other} & wanted and overlap(tensors[name], tensors[other]):
                 yield (name, other) if name in wanted else (other, name)
+
+
+def storage_of(weight: nn.Parameter) -> tuple[int, ...]:
+    """What tied weights have in common: one Parameter, or views of one memory, in any order."""
+    if nn.parameter.is_lazy(weight):
+        return (id(weight),)
+    part = local(weight.detach())
+    pointer = part.data_ptr()  # meta and empty: no memory
+    return (pointer, *chain(*places(part))) if pointer else (id(weight),)

@@ -7,17 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from prunus.core.layers import (
-    Layer,
-    all_layers,
-    clean_name,
-    clean_parameters,
-    storage_of,
-    unwrap,
-    weights_of,
-)
+from prunus.core.layers import Layer, all_layers, weights_of
 from prunus.core.masks import local
-from prunus.core.shared_memory import overlapping, shares_with_itself
+from prunus.core.shared_memory import overlapping, shares_with_itself, storage_of
+from prunus.core.wrappers import clean_name, clean_parameters, unwrap
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

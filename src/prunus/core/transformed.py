@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from prunus.core.layers import CONVS, TRANSPOSED, Layer, is_sharded
+from prunus.core.layers import CONVS, TRANSPOSED, Layer
+from prunus.core.wrappers import is_sharded
 
 PLAIN = {cls.forward for cls in (nn.Linear, *CONVS, *TRANSPOSED)}
 

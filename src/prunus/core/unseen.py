@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from prunus.core.layers import all_layers, clean_name, reshard, storage_of, unwrap
+from prunus.core.layers import all_layers
 from prunus.core.masks import local
 from prunus.core.names import few
+from prunus.core.shared_memory import storage_of
+from prunus.core.wrappers import clean_name, reshard, unwrap
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, get_args
 
-from prunus.core.layers import Layer, is_sharded
+from prunus.core.layers import Layer
 from prunus.core.names import few
 from prunus.core.selection import Selection
 from prunus.core.sharding import shards_of
+from prunus.core.wrappers import is_sharded
 from prunus.engine.method import Method
 from prunus.pruners import supports
 

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from prunus.calibration.calibration import Calibration
 from prunus.calibration.measurements import Measurements
-from prunus.core.layers import Layer, reshard
+from prunus.core.layers import Layer
 from prunus.core.patterns import NM, Pattern
 from prunus.core.ranks import Ranks
 from prunus.core.sharding import shards_of
+from prunus.core.wrappers import reshard
 from prunus.engine.allocation import select_masks
 from prunus.engine.allocator_signals import with_signals
 from prunus.engine.joint_solve import solve_jointly

@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from prunus import formats
-from prunus.core.layers import Layer, all_layers, unwrap
+from prunus.core.layers import Layer, all_layers
+from prunus.core.wrappers import unwrap
 from prunus.hardware.activity import Activity, measure_activity, stack_samples
 from prunus.hardware.eie import Machine, run_all
 from prunus.hardware.energy import ARRAY_POWER, LABEL, layer_energy

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from prunus.core.layers import clean_parameters
 from prunus.core.selection import select_parameters
+from prunus.core.wrappers import clean_parameters
 from prunus.modifiers.base import MODIFIERS, Context, Run
 from prunus.modifiers.fields import as_in_recipes
 from prunus.modifiers.timing import Interval

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus.core.layers import Layer, clean_name, unwrap
+from prunus.core.layers import Layer
+from prunus.core.wrappers import clean_name, unwrap
 from prunus.engine.permute.folds import Fold, FoldError, FoldPlan, Move
 from prunus.engine.permute.graph import Network, as_layer, straight
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from prunus.core.layers import Layer, all_layers, clean_name, is_sharded, unwrap
+from prunus.core.layers import Layer, all_layers
+from prunus.core.wrappers import clean_name, is_sharded, unwrap
 from prunus.engine.permute.folds import Fold, FoldError, Slot
 
 

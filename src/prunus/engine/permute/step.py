@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from prunus.calibration.calibration import Calibration, undisturbed
 from prunus.calibration.measurements import Measurements
 from prunus.calibration.memory_plan import Rows
-from prunus.core.layers import Layer, unwrap, working_precision
+from prunus.core.layers import Layer, working_precision
 from prunus.core.names import did_you_mean
 from prunus.core.patterns import NM, Unstructured
 from prunus.core.progress import track
 from prunus.core.ranks import Ranks, all_ranks
+from prunus.core.wrappers import unwrap
 from prunus.engine.checked_calls import scores_of
 from prunus.engine.layer_solve import measure, no_autocast
 from prunus.engine.method import Method

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prunus.core.files import atomic_write
-from prunus.core.layers import clean_name
 from prunus.core.names import did_you_mean
 from prunus.core.tensor_files import OF_TORCH, of_torch, open_tensors
+from prunus.core.wrappers import clean_name
 
 INDEX = "model.safetensors.index.json"
 

@@ -17,10 +17,11 @@ from prunus.calibration.calibration import Calibration
 from prunus.calibration.input_pass import measure_inputs
 from prunus.calibration.memory_plan import Rows
 from prunus.core.blocks import BlockLists, by_block, find_block_lists
-from prunus.core.layers import Layer, unwrap
+from prunus.core.layers import Layer
 from prunus.core.patterns import Pattern
 from prunus.core.ranks import Ranks, all_ranks
 from prunus.core.sharding import any_sharded
+from prunus.core.wrappers import unwrap
 from prunus.engine.allocation import allocate
 from prunus.engine.allocator_signals import completed, signal_statistics, signals_of
 from prunus.engine.method import Method

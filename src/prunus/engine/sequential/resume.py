@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from prunus.core.blocks import BlockLists
 from prunus.core.files import atomic_write, check_writable
-from prunus.core.layers import Layer, clean_name
+from prunus.core.layers import Layer
 from prunus.core.ranks import all_ranks
+from prunus.core.wrappers import clean_name
 from prunus.engine.method import LayerResult
 from prunus.engine.permute.step import FoldRow, PermutationResult
 from prunus.engine.sequential.lazy_weights import (

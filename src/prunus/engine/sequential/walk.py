@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from prunus.calibration.calibration import Calibration
-from prunus.core.layers import Layer, unwrap
+from prunus.core.layers import Layer
 from prunus.core.names import few
 from prunus.core.progress import Bar
 from prunus.core.ranks import all_ranks
+from prunus.core.wrappers import unwrap
 from prunus.engine.method import LayerResult, LayerUpdate, Method
 from prunus.engine.permute.folds import Fold
 from prunus.engine.permute.step import PermutationResult, Permute, permute_layers

@@ -14,18 +14,11 @@ import torch
 from torch import nn
 
 from prunus.calibration.calibration import Calibration, undisturbed
-from prunus.core.layers import (
-    CONVS,
-    TRANSPOSED,
-    Layer,
-    all_layers,
-    clean_name,
-    is_sharded,
-    storage_of,
-    unwrap,
-)
+from prunus.core.layers import CONVS, TRANSPOSED, Layer, all_layers
 from prunus.core.masks import count_zeros
 from prunus.core.selection import FLOATS
+from prunus.core.shared_memory import storage_of
+from prunus.core.wrappers import clean_name, is_sharded, unwrap
 
 # in evaluation these read their layers' weights, and do not call the layers
 _PARENTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)

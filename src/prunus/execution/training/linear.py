@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from prunus.core.layers import is_sharded
+from prunus.core.wrappers import is_sharded
 from prunus.execution.training import kernels
 from prunus.execution.training.options import SemiSparse
 from prunus.execution.training.straight import masked

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
-from prunus.core.layers import clean_name, unwrap
 from prunus.core.selection import match_names
+from prunus.core.wrappers import clean_name, unwrap
 from prunus.execution.training.linear import (
     KINDS,
     SemiSparseActivationLinear,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunus.core.layers import unwrap
+from prunus.core.wrappers import unwrap
 
 
 class _Hook:

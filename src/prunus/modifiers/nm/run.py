@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from prunus.calibration.calibration import Calibration
-from prunus.core.layers import Layer, reshard
+from prunus.core.layers import Layer
 from prunus.core.masks import zero_pruned
+from prunus.core.wrappers import reshard
 from prunus.engine.fitting import Misfits, reason_of
 from prunus.engine.method import misfits_message
 from prunus.engine.plan import PruningPlan, mask_bytes
