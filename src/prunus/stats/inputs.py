@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from prunus.solvers.column_sweep import upper_factor
+from prunus.solvers.gram import add_gram, mirror
 from prunus.stats.base import Statistic, register_statistic
 
 STEP = 1 << 25  # entries of the inputs that are made single precision at a time
@@ -85,6 +86,7 @@ class InputGram(Statistic):
         self._sum = torch.zeros(0)
         self._count = torch.zeros(1, dtype=torch.float64)
         self._factor: tuple[float, Tensor] | None = None
+        self._whole = True  # whether what is below the diagonal is there as well
 
     def _begin(self, device: torch.device | str) -> None:
         if not self._sum.numel():
@@ -98,18 +100,26 @@ class InputGram(Statistic):
         self._count += len(inputs)
         for part in _single(inputs, self.dtype):
             if self._sum.device == part.device:
-                self._sum.addmm_(part.T, part)
+                self._whole &= add_gram(self._sum, part)
             else:
                 self._sum += (part.T @ part).to(self._sum.device)
 
     def tensors(self) -> list[Tensor]:
         self._begin("cpu")
+        self._whole = False  # other ranks, whose sums are added, may have the upper half only
         return [self._sum, self._count]
+
+    def _mirrored(self) -> Tensor:
+        self._begin("cpu")
+        if not self._whole:
+            mirror(self._sum)
+            self._whole = True
+        return self._sum
 
     def permute(self, perm: Tensor) -> None:
         """Follow the layer's columns, of which the i-th is now what ``perm[i]`` was."""
         perm = perm.to(self._sum.device)
-        self._sum, self._factor = self._sum[perm][:, perm], None
+        self._sum, self._factor = self._mirrored()[perm][:, perm], None
 
     @property
     def nbytes(self) -> int:
@@ -132,8 +142,7 @@ class InputGram(Statistic):
 
     def gram(self, device: torch.device | str) -> Tensor:
         """(columns, columns) ``X^T X`` on this device; not a copy where it is there already."""
-        self._begin("cpu")
-        return self._sum.to(device)
+        return self._mirrored().to(device)
 
     def matrix(self, device: torch.device | str) -> Tensor:
         """`gram`, as version 0.1 called it."""
