@@ -251,7 +251,7 @@ def _inputs_first_halved():
 def _inputs_first_refused():
     return (
         _inputs_first("fsdp", "magnitude", sparsity=0.5, pattern="row")[0],
-        _inputs_first("fsdp", InputScaled(), sparsity=0.5)[0],
+        _inputs_first("fsdp", InputScaled(), sparsity=0.5, exclude="2")[0],
     )
 
 
@@ -259,5 +259,5 @@ def test_layers_cut_along_their_inputs_are_refused_where_columns_count(ranks):
     for row, data in ranks(_inputs_first_refused):
         assert row.startswith("ValueError: 0 is sharded along its inputs, so pattern 'row' cannot")
         assert data.startswith(
-            "ValueError: 0, 2: sharded along the inputs, which pruner 'input_scaled'"
+            "ValueError: 0: sharded along the inputs, which pruner 'input_scaled'"
         )

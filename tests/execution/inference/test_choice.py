@@ -582,7 +582,7 @@ def test_bench_says_what_is_wrong(bench):
         ("--device", "meta"): "device='meta' is not known here",
         ("--device", "cuda:99"): "device='cuda:99': torch sees",
         ("--batch", "bench_module:none"): "'bench_module:none' returned no batches",
-        ("--batch", "bench_module:number"): "returned int, not a batch, nor batches",
+        ("--batch", "bench_module:number"): "gives int, not a batch, nor batches",
     }
     if not torch.cuda.is_available():
         wrong["--device", "cuda"] = "torch sees no GPU here"
