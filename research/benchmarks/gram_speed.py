@@ -16,8 +16,8 @@ from prunus.solvers.gram import SMALLEST, add_gram, mirror
 
 from research.benchmarks.measure import Row, add_options, compare, hardware, print_table
 
-COLUMNS = (SMALLEST, 3072, 4096, 8192)
-SAMPLES, PARTS = 2048, 2
+COLUMNS = (SMALLEST, 1024, 2048, 4096)
+SAMPLES, PARTS = 2048, 8
 
 
 def rows(columns: int, args: argparse.Namespace) -> Row:

@@ -4,30 +4,40 @@ from __future__ import annotations
 
 from torch import Tensor
 
-BLOCK = 512  # columns at a time: wide enough for the product to run at full speed
-SMALLEST = 4 * BLOCK  # columns from which the triangle takes less time than the whole
+LEAF = 256  # columns whose square on the diagonal is computed whole
+SMALLEST = 3 * LEAF  # columns from which the triangle takes clearly less time than the whole
 
 
 def add_gram(total: Tensor, x: Tensor) -> bool:
     """Add ``x^T x`` to ``total`` (columns, columns), in place; ``x`` is (samples, columns).
 
-    Returns whether all of it was added; else only what is on the diagonal and above, and within
-    blocks of `BLOCK` columns below, and `mirror` has to follow before `total` is read.
+    Returns whether all of it was added. On the CPU it is only what is above the diagonal, and in
+    squares along it, if there are many columns: `mirror` has to follow before `total` is read.
     """
-    columns = x.shape[1]
-    if columns < SMALLEST or x.device.type != "cpu":
+    if x.shape[1] < SMALLEST or x.device.type != "cpu":
         total.addmm_(x.T, x)
         return True
-    for begin in range(0, columns, BLOCK):
-        end = min(begin + BLOCK, columns)
-        total[:end, begin:end].addmm_(x[:, :end].T, x[:, begin:end])
+    _add(total, x)
     return False
 
 
+def _add(total: Tensor, x: Tensor) -> None:
+    # by halves, so that most of the work is in products of large squares
+    columns = x.shape[1]
+    if columns <= LEAF:
+        total.addmm_(x.T, x)
+        return
+    half = columns // 2
+    total[:half, half:].addmm_(x[:, :half].T, x[:, half:])
+    _add(total[:half, :half], x[:, :half])
+    _add(total[half:, half:], x[:, half:])
+
+
 def mirror(total: Tensor) -> None:
-    """Copy what is above the diagonal below it, in place."""
-    for begin in range(0, len(total), BLOCK):
-        end = begin + BLOCK
-        total[end:, begin:end].copy_(total[begin:end, end:].T)
-        corner = total[begin:end, begin:end]
-        corner.copy_(corner.triu() + corner.triu(1).T)
+    """Copy what `add_gram` left above the diagonal below it, in place."""
+    if len(total) <= LEAF:
+        return
+    half = len(total) // 2
+    total[half:, :half].copy_(total[:half, half:].T)
+    mirror(total[:half, :half])
+    mirror(total[half:, half:])

@@ -159,7 +159,9 @@ class InputGram(Statistic):
             gram = self.gram(device)
             diagonal = gram.diagonal().clone()
             scale = 2 / max(1, self.count)
-            filled = torch.where(diagonal == 0, 1 / scale, diagonal)
+            # columns without inputs, or with such that their squares are denormal
+            dead = diagonal < torch.finfo(diagonal.dtype).tiny
+            filled = torch.where(dead, 1 / scale, diagonal)
             mean = filled.mean()
             # a unit of its own, because inputs may be so small that their squares are denormal
             factor = upper_factor(gram.diagonal_scatter(filled + damp * mean).div_(mean))
