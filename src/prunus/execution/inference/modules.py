@@ -6,6 +6,7 @@ data and comes back when the module is dense again.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from dataclasses import dataclass
 from functools import cache
@@ -178,7 +179,9 @@ def _leave_out_of_graphs() -> None:
     Not when this module is imported, because it imports the compiler.
     """
     plain: Any = torch.compiler.disable
-    Sparse.forward = plain(Sparse.forward, reason=NO_EXPORT)  # type: ignore[method-assign]
+    takes_reason = "reason" in inspect.signature(plain).parameters  # since torch 2.7
+    options = {"reason": NO_EXPORT} if takes_reason else {}
+    Sparse.forward = plain(Sparse.forward, **options)  # type: ignore[method-assign]
 
 
 def become_sparse(module: nn.Module, stored: Stored, rows: int) -> None:
