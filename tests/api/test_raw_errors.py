@@ -225,6 +225,8 @@ EXPORTS = {
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("name", EXPORTS)
 def test_accelerated_models_are_exported_dense_or_not_at_all(accelerated, name):
+    if name == "export" and not hasattr(torch.compiler, "is_exporting"):
+        pytest.skip("torch before 2.7 exports by its compiler, which raises an error of its own")
     with pytest.raises(ValueError, match="cannot be exported, traced or scripted: call restore"):
         EXPORTS[name](accelerated, torch.randn(1, 1024))
 

@@ -104,7 +104,7 @@ class Sparse(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         traced = torch._C._get_tracing_state() is not None or not isinstance(x, Tensor)
-        if traced or torch.compiler.is_exporting():
+        if traced or _is_exporting():
             raise ValueError(NO_EXPORT)
         if self._parameters["weight"] is not None:  # as torch.func.functional_call puts it there
             raise RuntimeError(READ_ONLY)
@@ -170,6 +170,11 @@ def matrix_of(module: nn.Module) -> Tensor:
     """The weight of a linear layer as (outputs, inputs), detached, contiguous."""
     weight = cast(Tensor, module.weight).detach()
     return weight if isinstance(module, nn.Linear) else weight.t().contiguous()
+
+
+def _is_exporting() -> bool:
+    asked: Any = getattr(torch.compiler, "is_exporting", None)  # since torch 2.7
+    return asked is not None and bool(asked())
 
 
 @cache
